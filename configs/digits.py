@@ -1,0 +1,27 @@
+"""Handwritten digits (scikit-learn's 1,797 8x8 images), class-incremental, 5 tasks of 2 classes.
+
+    python -m experiments.train --config=configs/digits.py --workdir=runs/digits --devices=8
+
+Time: PLACEHOLDER
+"""
+
+from ml_collections import ConfigDict
+
+from jaxcl.training.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.name = "digits, 5 x 2 classes"
+    config.batch_size = 32
+    config.epochs = 10
+    config.data.source = "digits"
+    config.data.tasks = 5
+    config.model.name = "mlp"
+    config.model.options = {"hidden": (128, 128)}
+    config.optimizer.learning_rate = 0.1
+    config.buffer.capacity = 200
+    config.buffer.representatives = 32
+    config.buffer.candidates = 8
+    config.log_every = 10
+    return config

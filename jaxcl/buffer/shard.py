@@ -1,0 +1,111 @@
+"""One device's share of the rehearsal buffer: rows in, rows out. No mesh, no collective.
+
+The share is a pytree of arrays with a leading axis of slots, and the small integer metadata of its policy. Which slot a
+row takes is the policy's decision (`policy.py`), made without looking at the record.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows on their way into the buffer.
+
+    Attributes:
+      record: pytree of arrays `[n, ...]`; the buffer stores each leaf in its own dtype and never looks inside.
+      label: int32 `[n]`, the class of each row, read by policies that balance classes.
+      id: int32 `[n]`, the identity of each row in its data set.
+      valid: bool `[n]`; an invalid row is never stored.
+    """
+
+    record: PyTree
+    label: jax.Array
+    id: jax.Array
+    valid: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Representatives: rows drawn from the union of the shards.
+
+    Attributes:
+      record: pytree of arrays `[n, ...]`.
+      label: int32 `[n]`.
+      id: int32 `[n]`.
+      valid: bool `[n]`; False where the union held fewer rows than were asked for. Such rows hold zeros, label 0, id -1.
+      shard: int32 `[n]`, the shard each row was drawn from (-1 where invalid).
+    """
+
+    record: PyTree
+    label: jax.Array
+    id: jax.Array
+    valid: jax.Array
+    shard: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """What a device stores; as a global array, every leaf is split over the devices along its leading axis.
+
+    Attributes:
+      record: pytree of arrays `[slots, ...]`.
+      label: int32 `[slots]`.
+      id: int32 `[slots]`, -1 where nothing was written yet.
+      meta: the policy's metadata, leaves `[1, ...]`.
+    """
+
+    record: PyTree
+    label: jax.Array
+    id: jax.Array
+    meta: PyTree
+
+
+def empty(record: PyTree, slots: int, meta: PyTree) -> Shard:
+    """A share without rows. `record` is a pytree of `jax.ShapeDtypeStruct` of one record."""
+    return Shard(
+        record=jax.tree.map(lambda s: jnp.zeros((slots, *s.shape), s.dtype), record),
+        label=jnp.zeros((slots,), jnp.int32),
+        id=jnp.full((slots,), -1, jnp.int32),
+        meta=meta,
+    )
+
+
+def keep_last(slot: jax.Array, slots: int) -> jax.Array:
+    """Of several rows bound for one slot only the last keeps it; the others are sent out of range.
+
+    A scatter with repeated indices has no defined order (on GPU not even a whole winner); this makes the batch mean what a
+    loop over its rows would mean. Every dropped row gets an index of its own, so that the indices are truly unique.
+    """
+    n = slot.shape[0]
+    position = jnp.arange(n, dtype=jnp.int32)
+    later = position[None, :] > position[:, None]
+    overwritten = jnp.any((slot[:, None] == slot[None, :]) & later, axis=1)
+    return jnp.where(overwritten | (slot >= slots), slots + position, slot)
+
+
+def write(shard: Shard, rows: Rows, slot: jax.Array, meta: PyTree) -> Shard:
+    """Stores `rows` at `slot` (int32 `[n]`, unique or out of range = not stored), in place when `shard` is donated."""
+
+    def put(stored: jax.Array, new: jax.Array) -> jax.Array:
+        return stored.at[slot].set(new.astype(stored.dtype), mode="drop", unique_indices=True)
+
+    return Shard(
+        record=jax.tree.map(put, shard.record, rows.record),
+        label=put(shard.label, rows.label),
+        id=put(shard.id, rows.id),
+        meta=meta,
+    )
+
+
+def read(shard: Shard, slot: jax.Array) -> tuple[PyTree, jax.Array, jax.Array]:
+    """The (record, label, id) stored at `slot` (int32 `[n]`)."""
+    return jax.tree.map(lambda stored: stored.at[slot].get(mode="clip"), (shard.record, shard.label, shard.id))

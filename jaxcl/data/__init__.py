@@ -1,0 +1,21 @@
+"""Data: sources of labelled images, their split into tasks, batches of rows, and augmentation on the device."""
+
+from jaxcl.data.augment import make_augment, make_normalize
+from jaxcl.data.loader import Batch, Loader, eval_batches, train_batches
+from jaxcl.data.scenarios import Scenario, Task, class_incremental
+from jaxcl.data.sources import Source, array_source, open_source
+
+__all__ = [
+    "Batch",
+    "Loader",
+    "Scenario",
+    "Source",
+    "Task",
+    "array_source",
+    "class_incremental",
+    "eval_batches",
+    "make_augment",
+    "make_normalize",
+    "open_source",
+    "train_batches",
+]

@@ -1,0 +1,173 @@
+"""Batches of a source, prefetched by Grain.
+
+The law of this file: the rows of global batch t depend only on the seed, the epoch and the rows to draw from, never
+on the number of devices or processes. Each process reads its own contiguous slice of every global batch.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+
+import grain
+import numpy as np
+
+from jaxcl.data.sources import Source
+from jaxcl.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+class Loader:
+    """The batches of a training phase or an evaluation, by number; made by `train_batches` and `eval_batches`.
+
+    `loader[t]` is this process's slice of global batch t, `len(loader)` the number of batches, and `iter(loader)` a
+    Grain iterator over them all that reads ahead in threads. Its `get_state()` and `set_state(state)` resume exactly,
+    whatever had been read ahead; `{"next_index": t}` is the state before batch t.
+
+    A batch holds b = batch_size / process_count rows:
+      image: uint8 [b, H, W, C]; label: int32 [b]; id: int32 [b], the row's index in the source;
+      valid: bool [b], False for the padding that fills the last batch of an epoch (image 0, label 0, id -1).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        order: Callable[[int], np.ndarray],
+        num_rows: int,
+        *,
+        batch_size: int,
+        epochs: int,
+        process_index: int,
+        process_count: int,
+        num_threads: int,
+    ):
+        for field, value, low in (
+            ("batch_size", batch_size, 1),
+            ("epochs", epochs, 1),
+            ("process_count", process_count, 1),
+            ("num_threads", num_threads, 0),
+        ):
+            if value < low:
+                raise UserError(f"{field} {value}: allowed are integers from {low}")
+        if batch_size % process_count:
+            raise UserError(f"batch_size {batch_size}: allowed are multiples of the {process_count} processes")
+        if not 0 <= process_index < process_count:
+            raise UserError(f"process_index {process_index}: allowed are 0..{process_count - 1}")
+        if not num_rows:
+            raise UserError("indices: no rows to make batches of; at least 1 is needed")
+        self._source, self._order = source, order
+        self._batch_size, self._local = batch_size, batch_size // process_count
+        self._offset = process_index * self._local
+        self._num_threads = num_threads
+        self.steps_per_epoch = -(-num_rows // batch_size)
+        self._steps = epochs * self.steps_per_epoch
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, t: int) -> Batch:
+        if not 0 <= t < self._steps:
+            raise IndexError(f"batch {t} of {self._steps}")
+        epoch, step = divmod(t, self.steps_per_epoch)
+        start = step * self._batch_size + self._offset
+        stop = min(start + self._local, (step + 1) * self._batch_size)
+        rows = self._order(epoch)[start:stop]  # short, or empty, at the end of an epoch
+        return {
+            "image": _pad(self._source.read(rows), self._local, 0),
+            "label": _pad(self._source.labels[rows], self._local, 0),
+            "id": _pad(rows.astype(np.int32), self._local, -1),
+            "valid": _pad(np.ones(len(rows), bool), self._local, False),
+        }
+
+    def __iter__(self) -> grain.DatasetIterator[Batch]:
+        options = grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=2 * self._num_threads)
+        return iter(grain.MapDataset.source(self).to_iter_dataset(options))
+
+
+def train_batches(
+    source: Source,
+    indices: np.ndarray,
+    *,
+    batch_size: int,
+    epochs: int,
+    seed: Sequence[int],
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 2,
+) -> Loader:
+    """Batches for training: every epoch visits every row once, in a new order.
+
+    Args:
+      source: where the rows are.
+      indices: int [n], the rows to train on.
+      batch_size: rows of a global batch, over all processes.
+      epochs: passes over `indices`; the loader has epochs * ceil(n / batch_size) batches.
+      seed: integers >= 0, such as (seed, task): with the epoch they determine the order.
+      process_index, process_count: which slice of every global batch this process reads.
+      num_threads: threads that read ahead, two batches each; 0 reads in the caller's thread.
+
+    Raises:
+      UserError: a size is out of range, or batch_size is no multiple of process_count.
+    """
+    if not seed or any(s < 0 for s in seed):
+        raise UserError(f"seed {tuple(seed)}: allowed are one or more integers from 0")
+    return Loader(
+        source,
+        _Shuffle(np.array(indices, np.int64), seed),
+        len(indices),
+        batch_size=batch_size,
+        epochs=epochs,
+        process_index=process_index,
+        process_count=process_count,
+        num_threads=num_threads,
+    )
+
+
+def eval_batches(
+    source: Source,
+    indices: np.ndarray,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 2,
+) -> Loader:
+    """Batches for evaluation: every row exactly once, in the order of `indices`. Arguments as in `train_batches`."""
+    rows = np.array(indices, np.int64)
+    return Loader(
+        source,
+        lambda epoch: rows,
+        len(rows),
+        batch_size=batch_size,
+        epochs=1,
+        process_index=process_index,
+        process_count=process_count,
+        num_threads=num_threads,
+    )
+
+
+class _Shuffle:
+    """epoch -> the rows in that epoch's order. Keeps two: threads that read ahead work across the border of epochs."""
+
+    def __init__(self, rows: np.ndarray, seed: Sequence[int]):
+        self._rows, self._seed = rows, tuple(int(s) for s in seed)
+        self._lock = threading.Lock()
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        with self._lock:
+            if epoch not in self._orders:
+                while len(self._orders) > 1:
+                    del self._orders[min(self._orders)]
+                # The length comes first because a SeedSequence takes (1,) and (1, 0) for the same entropy.
+                entropy = (len(self._seed), *self._seed, epoch)
+                rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+                self._orders[epoch] = rng.permutation(self._rows)
+            return self._orders[epoch]
+
+
+def _pad(rows: np.ndarray, size: int, value: int) -> np.ndarray:
+    """Extends the leading axis to `size`."""
+    if len(rows) == size:
+        return rows
+    padding = np.full((size - len(rows), *rows.shape[1:]), value, rows.dtype)
+    return np.concatenate([rows, padding])

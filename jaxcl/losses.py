@@ -1,0 +1,58 @@
+"""Per-row losses and scores; the caller weighs the rows (invalid rows weigh nothing) and reduces.
+
+Everything is computed in float32 whatever the logits' dtype. A class mask restricts the rows to some classes: those of
+the task (task-incremental evaluation) or those seen so far. Labels outside 0..K-1 are clipped, never an error or a
+NaN, so that padding may hold any label; give such rows weight 0.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_FAR = (
+    -1e30
+)  # a masked logit: its probability underflows to exactly 0, yet 0 * loss stays 0 where -inf would make it NaN
+
+
+def _allowed(logits: jax.Array, class_mask: jax.Array | None) -> jax.Array:
+    logits = logits.astype(jnp.float32)
+    return logits if class_mask is None else jnp.where(class_mask, logits, _FAR)
+
+
+def _at(values: jax.Array, labels: jax.Array) -> jax.Array:
+    """values[n, labels[n]] -> [n, 1], labels clipped."""
+    return jnp.take_along_axis(values, jnp.clip(labels, 0, values.shape[-1] - 1)[:, None], axis=-1)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, class_mask: jax.Array | None = None) -> jax.Array:
+    """Softmax cross-entropy of each row.
+
+    Args:
+      logits: [n, K] floats.
+      labels: [n] ints in 0..K-1.
+      class_mask: bool [K] or [n, K], False where a class takes no part; None for all classes.
+
+    Returns:
+      [n] float32, in nats; about 1e30 for a label that the mask forbids.
+    """
+    return -_at(jax.nn.log_softmax(_allowed(logits, class_mask)), labels)[:, 0]
+
+
+def topk_correct(logits: jax.Array, labels: jax.Array, k: int = 1, class_mask: jax.Array | None = None) -> jax.Array:
+    """Whether each row's label is among its k largest logits; k = 1 is accuracy.
+
+    Ties count against the row (equal logits rank before the label's), and so does NaN: neither a constant nor a
+    diverged model scores by accident. A label that the mask forbids is never correct; any other is once k >= K.
+
+    Args:
+      logits: [n, K] floats.
+      labels: [n] ints in 0..K-1.
+      k: static, >= 1.
+      class_mask: bool [K] or [n, K], False where a class takes no part; None for all classes.
+
+    Returns:
+      [n] bool.
+    """
+    allowed = jnp.broadcast_to(True if class_mask is None else class_mask, logits.shape)
+    scores = logits.astype(jnp.float32)
+    ahead = allowed & ~(scores < _at(scores, labels))  # the label itself, and all that it does not strictly beat
+    return (ahead.sum(-1) <= k) & _at(allowed, labels)[:, 0]

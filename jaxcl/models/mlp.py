@@ -1,0 +1,34 @@
+"""A multi-layer perceptron on flattened images: the network of Split- and Permuted-MNIST (2 x 100 units)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+KERNEL_INITS = {"lecun": nn.initializers.lecun_normal(), "xavier": nn.initializers.xavier_uniform()}
+
+
+class MLP(nn.Module):
+    """Dense + ReLU layers and a linear head; features are the last hidden layer. Biases start at zero.
+
+    Attributes:
+      num_classes: K.
+      hidden: units of each hidden layer; () makes a linear model.
+      kernel_init: "lecun" (normal) or "xavier" (uniform, as Mammoth's).
+      dtype: of the computation; parameters, features and logits are float32.
+    """
+
+    num_classes: int
+    hidden: tuple[int, ...] = (100, 100)
+    kernel_init: str = "lecun"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
+        """images [B, H, W, C] floats -> logits [B, K], features [B, D]. Rows do not mix: train and mask are unused."""
+        del train, mask
+        init = KERNEL_INITS[self.kernel_init]
+        x = images.reshape(len(images), -1).astype(self.dtype)
+        for units in self.hidden:
+            x = nn.relu(nn.Dense(units, kernel_init=init, dtype=self.dtype)(x))
+        features = x.astype(jnp.float32)
+        return {"logits": nn.Dense(self.num_classes, kernel_init=init, name="head")(features), "features": features}

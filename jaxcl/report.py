@@ -1,0 +1,524 @@
+"""What runs found, as pictures, a plain-text table and one self-contained HTML page. Needs no JAX.
+
+A run is a folder with result.json. Runs of one strategy that differ only in their seed are summarised together (mean,
+and standard deviation over seeds); where a strategy ran in several configurations, its label names what differs.
+"""
+
+import base64
+import html
+import io
+import json
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from jaxcl.errors import UserError
+from jaxcl.metrics import accuracy_so_far
+
+# Okabe & Ito 2008, a palette for every kind of colour vision. A strategy keeps its colour from page to page, so it may
+# not depend on which others ran.
+_COLORS = {
+    "from_scratch": "#009E73",
+    "incremental": "#D55E00",
+    "er": "#0072B2",
+    "der": "#56B4E9",
+    "derpp": "#CC79A7",
+    "agem": "#E69F00",
+}
+_OTHER_COLORS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#882255")  # Tol's muted palette
+_ORDER = ("from_scratch", "incremental", "er")
+_PHASES = {"load": "#E69F00", "compile": "#999999", "train": "#0072B2", "evaluate": "#009E73"}
+_OTHER_PHASE_COLORS = ("#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#332288", "#882255")
+_PER_RUN = {"seed", "name", "workdir"}  # config fields that do not make a different experiment
+_STYLE: Any = {
+    "font.size": 10,
+    "font.family": "DejaVu Sans",
+    "axes.edgecolor": "#8a939c",
+    "axes.labelcolor": "#39424b",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e8ec",
+    "xtick.color": "#5b6670",
+    "ytick.color": "#5b6670",
+    "legend.frameon": False,
+}
+_BLUES = LinearSegmentedColormap.from_list("blues", ["#f7fafd", "#9cc4e4", "#0072B2", "#023a5c"])
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run found on disk.
+
+    Attributes:
+      path: its folder.
+      result: the content of result.json; {} unless finished.
+      problem: why there is no result, in one line; "" when finished.
+    """
+
+    path: Path
+    result: dict[str, Any] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Finished runs of one strategy and configuration, one a seed."""
+
+    label: str
+    strategy: str
+    results: list[dict[str, Any]]
+
+    def values(self, *keys: str) -> np.ndarray:
+        """The number under result[keys[0]][keys[1]]..., seed by seed."""
+        values: list[Any] = self.results
+        for key in keys:
+            values = [value[key] for value in values]
+        return np.asarray(values, np.float64)
+
+    @property
+    def matrices(self) -> np.ndarray:
+        """[seeds, T, T] accuracies in 0..1."""
+        return self.values("accuracy_matrix")
+
+
+# Reading
+
+
+def _check(result: Any) -> None:
+    """Raises ValueError, KeyError or TypeError where the report would stumble later."""
+    if not isinstance(result, dict):
+        raise ValueError("not a JSON object")
+    matrix = np.asarray(result["accuracy_matrix"], np.float64)
+    tasks = len(result["tasks"])
+    if tasks < 1 or matrix.shape != (tasks, tasks):
+        raise ValueError(f"accuracy_matrix has shape {matrix.shape}; allowed: {(tasks, tasks)}, the number of tasks")
+    if not ((matrix >= 0) & (matrix <= 1)).all():
+        raise ValueError("accuracy_matrix has values outside 0..1")
+    for key in ("strategy", "source", "model"):
+        if not isinstance(result[key], str):
+            raise ValueError(f"{key} is not a string")
+    for key in ("seconds_by_phase", "devices", "versions", "config"):
+        if not isinstance(result[key], dict):
+            raise ValueError(f"{key} is not an object")
+    numbers = [result[key] for key in ("seed", "average_accuracy", "average_incremental_accuracy", "seconds")]
+    numbers += [result["images_per_second"], result["devices"]["count"], *result["seconds_by_phase"].values()]
+    numbers += [result["forgetting"][key] for key in ("chaudhry", "mammoth", "avalanche")]
+    numbers += [result["backward_transfer"][key] for key in ("gem", "diaz_rodriguez")]
+    numbers += [result["buffer"]["bytes"]] if result["buffer"] is not None else []
+    numbers += [result["average_top5"]] if "average_top5" in result else []
+    if not np.isfinite(np.asarray(numbers, np.float64)).all():
+        raise ValueError("a number is not finite")
+
+
+def _read(path: Path) -> Run:
+    try:
+        result = json.loads((path / "result.json").read_text())
+        _check(result)
+    except KeyError as error:
+        return Run(path, problem=f"malformed result.json: no {error.args[0]!r}")
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        return Run(path, problem=f"malformed result.json: {' '.join(str(error).split())}")
+    return Run(path, result)
+
+
+def load_runs(paths: Iterable[str | Path]) -> list[Run]:
+    """Every run at or below the given folders, once each, sorted by folder.
+
+    A folder with config.json but no result.json is an unfinished run, unless it lies inside or above another run (a
+    checkpoint keeps a config too).
+
+    Raises:
+      UserError: for a path that is no folder, or when there is no run at all.
+    """
+    roots = [Path(path) for path in paths]
+    for root in roots:
+        if not root.is_dir():
+            raise UserError(f"run folder: {str(root)!r} is not a folder; allowed: folders that hold runs")
+    found = {file.parent.resolve(): file.parent for root in roots for file in sorted(root.rglob("result.json"))}
+    runs = {place: _read(path) for place, path in found.items()}
+    for file in sorted((file for root in roots for file in root.rglob("config.json")), key=lambda f: len(f.parts)):
+        place = file.parent.resolve()
+        if not any(place.is_relative_to(other) or other.is_relative_to(place) for other in runs):
+            runs[place] = Run(file.parent, problem="unfinished: no result.json")
+    if not runs:
+        raise UserError(f"run folder: no run below {', '.join(map(str, roots))}; allowed: folders with a result.json")
+    return [runs[place] for place in sorted(runs)]
+
+
+# Grouping
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _facets(result: dict[str, Any]) -> dict[str, str]:
+    """All that makes a run another experiment than its neighbour, by name."""
+    config = _flat(result["config"])
+    facets = {key: v for key, v in config.items() if key not in _PER_RUN and key.split(".")[-1] != "seed"}
+    facets |= {"source": result["source"], "model": result["model"], "tasks": len(result["tasks"])}
+    facets |= {"devices": result["devices"]["count"], "rehearsal": result["buffer"] is not None}
+    return {key: json.dumps(value) if not isinstance(value, str) else value for key, value in facets.items()}
+
+
+def group_runs(runs: Iterable[Run]) -> list[Group]:
+    """Finished runs grouped over seeds; from_scratch, incremental and er first, then by name."""
+    strategies: dict[str, dict[tuple, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        if not run.problem:
+            strategies[run.result["strategy"]][tuple(sorted(_facets(run.result).items()))].append(run)
+    groups = []
+    for strategy in sorted(strategies, key=lambda s: (_ORDER.index(s) if s in _ORDER else len(_ORDER), s)):
+        variants = strategies[strategy]
+        seen = Counter(facet for facets in variants for facet in facets)
+        for facets, members in variants.items():
+            differs = [f"{key.split('.')[-1]}={v}" for key, v in facets if seen[key, v] < len(variants)]
+            label = ", ".join([strategy, *dict.fromkeys(differs[:3])]) + (", …" if len(differs) > 3 else "")
+            groups.append(Group(label, strategy, [run.result for run in members]))
+    return groups
+
+
+def _color(strategy: str) -> str:
+    return _COLORS.get(strategy) or _OTHER_COLORS[zlib.crc32(strategy.encode()) % len(_OTHER_COLORS)]
+
+
+def _line_styles(groups: Sequence[Group]) -> list[str]:
+    """Variants of one strategy share its colour and differ in their dashes."""
+    seen: Counter[str] = Counter()
+    styles = []
+    for group in groups:
+        styles.append(("-", "--", ":", "-.")[seen[group.strategy] % 4])
+        seen[group.strategy] += 1
+    return styles
+
+
+# The table
+
+
+def _spread(values: np.ndarray, scale: float = 100, digits: int = 2) -> str:
+    """mean ± sample standard deviation; the latter only with several seeds."""
+    mean = f"{values.mean() * scale:.{digits}f}"
+    return f"{mean} ± {values.std(ddof=1) * scale:.{digits}f}" if len(values) > 1 else mean
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
+
+
+def _rows(groups: Sequence[Group]) -> list[list[str]]:
+    """The header, then a row a group."""
+    top5 = any("average_top5" in result for group in groups for result in group.results)
+    header = ["strategy", "seeds", "accuracy %", "incremental %", "forgetting %", "backward transfer %"]
+    rows = [[*header, *(["top-5 %"] if top5 else []), "seconds", "images/s", "buffer"]]
+    for g in groups:
+        row = [g.label, str(len(g.results)), _spread(g.values("average_accuracy"))]
+        row += [_spread(g.values("average_incremental_accuracy"))]
+        row += [_spread(g.values("forgetting", "chaudhry")), _spread(g.values("backward_transfer", "gem"))]
+        if top5:
+            row.append(_spread(g.values("average_top5")) if all("average_top5" in r for r in g.results) else "-")
+        row += [_spread(g.values("seconds"), 1, 1), f"{g.values('images_per_second').mean():,.0f}"]
+        row.append(_bytes(g.values("buffer", "bytes").mean()) if g.results[0]["buffer"] else "-")
+        rows.append(row)
+    return rows
+
+
+def _unfinished(runs: Iterable[Run]) -> list[str]:
+    return [f"{run.path}: {run.problem}" for run in runs if run.problem]
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Plain text: a line a strategy (percent, mean ± standard deviation over seeds), then a line a run without result.
+
+    Forgetting is Chaudhry's, backward transfer GEM's (jaxcl/metrics.py).
+    """
+    groups = group_runs(runs)
+    rows = _rows(groups) if groups else []
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    rule = ["  ".join("-" * width for width in widths)] if rows else []
+    return "\n".join([*lines[:1], *rule, *lines[1:], *_unfinished(runs)])
+
+
+# Pictures. Every function returns a Figure; none touches pyplot, so nothing global changes.
+
+
+def _panels(groups: Sequence[Group], width: float, height: float, ylabel: str) -> tuple[Figure, list[Axes]]:
+    """A titled panel a group, three in a row, each `width` x `height` inches."""
+    columns = min(len(groups), 3)
+    rows = -(-len(groups) // columns)
+    figure = Figure(figsize=(width * columns + 1, height * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for i, axes in enumerate(panels):
+        if i >= len(groups):
+            axes.remove()
+            continue
+        axes.set_title(groups[i].label, color=_color(groups[i].strategy), loc="left")
+        axes.tick_params(length=0)
+        if i % columns == 0:
+            axes.set_ylabel(ylabel)
+    return figure, panels[: len(groups)]
+
+
+def _task_axis(axes: Axes, tasks: int) -> None:
+    axes.set_xlim(0.8, tasks + 0.2)
+    axes.xaxis.set_major_locator(MaxNLocator(min(tasks, 10), integer=True))
+    axes.set_xlabel("tasks trained")
+
+
+def _accuracy_axis(axes: Axes) -> None:
+    axes.set_ylim(0, 100)
+    axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    axes.grid(axis="y")
+    axes.tick_params(length=0)
+
+
+def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
+    """Mean over seeds of y [seeds, points], with a band of one standard deviation."""
+    mean = 100 * y.mean(0)
+    axes.plot(x, mean, clip_on=False, **style)
+    if len(y) > 1:
+        std = 100 * y.std(0, ddof=1)
+        low, high = np.clip(mean - std, 0, 100), np.clip(mean + std, 0, 100)
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=0)
+
+
+def accuracy_by_task(groups: Sequence[Group]) -> Figure:
+    """Accuracy on each task from the moment it was trained; a panel a strategy."""
+    most = max(group.matrices.shape[1] for group in groups)
+    shades = colormaps["viridis"](np.linspace(0.0, 0.88, most))
+    figure, panels = _panels(groups, 3.3, 3.0, "accuracy on each task")
+    for axes, group in zip(panels, groups, strict=True):
+        tasks = group.matrices.shape[1]
+        for j in range(tasks):
+            x = np.arange(j, tasks)
+            style = {"color": shades[j], "lw": 2, "marker": "o", "ms": 4 if tasks <= 12 else 2}
+            _curve(axes, x + 1, group.matrices[:, j:, j], label=f"task {j + 1}", **style)
+        _accuracy_axis(axes)
+        _task_axis(axes, tasks)
+        axes.tick_params(labelleft=bool(axes.get_ylabel()))  # one scale for all
+    if most <= 10:
+        longest = max(panels, key=lambda axes: len(axes.lines))
+        figure.legend(*longest.get_legend_handles_labels(), loc="outside right center")
+    else:
+        scale = ScalarMappable(BoundaryNorm(np.arange(most + 1) + 0.5, most), ListedColormap(shades))
+        bar = figure.colorbar(scale, ax=panels, label="task", aspect=40, pad=0.02)
+        bar.set_ticks([t + 1 for t in _ticks(most)])
+        bar.minorticks_off()
+        bar.outline.set_visible(False)
+    return figure
+
+
+def _ticks(tasks: int) -> list[int]:
+    """Indices of the tasks to name on an axis: all, or six of many."""
+    return list(range(tasks)) if tasks <= 12 else sorted({round(t) for t in np.linspace(0, tasks - 1, 6)})
+
+
+def accuracy_matrix(groups: Sequence[Group]) -> Figure:
+    """The accuracy matrix as a heat map, mean over seeds, in percent; a panel a strategy."""
+    side = min(5.0, max(2.6, 0.5 * max(group.matrices.shape[1] for group in groups)))
+    figure, panels = _panels(groups, side + 0.4, side + 0.8, "after training task")
+    for axes, group in zip(panels, groups, strict=True):
+        matrix = 100 * group.matrices.mean(0)
+        tasks = len(matrix)
+        image = axes.imshow(matrix, cmap=_BLUES, vmin=0, vmax=100)
+        if tasks <= 12:
+            for i, j in np.ndindex(matrix.shape):
+                color = "#9aa4ad" if j > i and matrix[i, j] < 50 else "white" if matrix[i, j] > 55 else "#23292f"
+                size = 9 if tasks <= 6 else 7
+                axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", color=color, fontsize=size)
+        # A stair under the tasks not trained yet.
+        steps = np.arange(tasks) + 0.5
+        axes.step(np.append(steps, tasks - 0.5), np.append(steps - 1, tasks - 0.5), where="pre", color="#23292f", lw=1)
+        axes.set_xticks(_ticks(tasks), [str(t + 1) for t in _ticks(tasks)])
+        axes.set_yticks(_ticks(tasks), [str(t + 1) for t in _ticks(tasks)])
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel("tested on task")
+    bar = figure.colorbar(image, ax=panels, aspect=30, shrink=0.8, pad=0.02)
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    bar.outline.set_visible(False)
+    return figure
+
+
+def time_by_phase(groups: Sequence[Group]) -> Figure:
+    """Seconds in each phase, mean over seeds, stacked; a bar a strategy."""
+    means = []
+    for group in groups:
+        total: Counter[str] = Counter()
+        for result in group.results:
+            total.update({phase: seconds / len(group.results) for phase, seconds in result["seconds_by_phase"].items()})
+        means.append(total)
+    phases = [phase for phase in _PHASES if any(phase in m for m in means)]
+    others = sorted({phase for m in means for phase in m} - _PHASES.keys())
+    colors = _PHASES | {p: _OTHER_PHASE_COLORS[i % len(_OTHER_PHASE_COLORS)] for i, p in enumerate(others)}
+    figure = Figure(figsize=(8, 0.55 * len(groups) + 1.3), layout="constrained")
+    axes = figure.subplots()
+    y = np.arange(len(groups))
+    left = np.zeros(len(groups))
+    for phase in phases + others:
+        width = np.array([m[phase] for m in means])
+        axes.barh(y, width, 0.62, left, label=phase, color=colors[phase], edgecolor="white", lw=0.8)
+        left += width
+    for i, total_seconds in enumerate(left):
+        axes.annotate(f"{total_seconds:.4g} s", (total_seconds, i), (5, 0), textcoords="offset points", va="center")
+    axes.set_yticks(y, [group.label for group in groups])
+    for tick, group in zip(axes.get_yticklabels(), groups, strict=True):
+        tick.set(color=_color(group.strategy), fontweight="bold")
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.1 * left.max() or 1)
+    axes.set_xlabel("seconds")
+    axes.grid(axis="x")
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(length=0)
+    figure.legend(loc="outside upper center", ncols=min(6, len(phases + others)))
+    return figure
+
+
+def average_accuracy(groups: Sequence[Group]) -> Figure:
+    """Mean accuracy over the tasks seen so far, after each task; all strategies together."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for group, dashes in zip(groups, _line_styles(groups), strict=True):
+        curves = np.stack([accuracy_so_far(matrix) for matrix in group.matrices])
+        x = np.arange(1, curves.shape[1] + 1)
+        _curve(axes, x, curves, color=_color(group.strategy), ls=dashes, lw=2.2, marker="o", ms=5, label=group.label)
+    _accuracy_axis(axes)
+    _task_axis(axes, max(group.matrices.shape[1] for group in groups))
+    axes.set_ylabel("average accuracy, tasks seen so far")
+    figure.legend(loc="outside upper center", ncols=min(3, len(groups)))
+    return figure
+
+
+_PICTURES: dict[str, tuple[Callable[[Sequence[Group]], Figure], str, str]] = {
+    "average_accuracy": (
+        average_accuracy,
+        "Average accuracy",
+        "Mean accuracy over the tasks seen so far, after each task. Bands: one standard deviation over seeds.",
+    ),
+    "accuracy_by_task": (
+        accuracy_by_task,
+        "Accuracy on each task",
+        "Each line is one task, from the moment it was trained. A line that falls is forgetting.",
+    ),
+    "accuracy_matrix": (
+        accuracy_matrix,
+        "Accuracy matrix",
+        "Percent, mean over seeds. Above the stair: tasks not trained yet.",
+    ),
+    "time_by_phase": (time_by_phase, "Time by phase", "Seconds, mean over seeds."),
+}
+
+
+# The page
+
+_CSS = """
+:root { color-scheme: light }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 4rem; color: #23292f; background: #fff;
+       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: .5rem 0 }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .25rem }
+p { margin: .25rem 0 .75rem; color: #5b6670 }
+img { display: block; width: 100%; min-width: 36rem; height: auto }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums }
+th, td { padding: .5rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e8ec }
+th { color: #5b6670; font-weight: 600; border-bottom: 2px solid #c9d1d8 }
+th:first-child, td:first-child { text-align: left; padding-left: 0; font-weight: 600 }
+.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em }
+ul { padding-left: 1.2rem; overflow-wrap: anywhere }
+"""
+
+
+def _html_table(groups: Sequence[Group]) -> str:
+    header, *rows = _rows(groups)
+    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in header) + "</tr>"]
+    for group, (label, *cells) in zip(groups, rows, strict=True):
+        dot = f'<span class="dot" style="background:{_color(group.strategy)}"></span>'
+        rest = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        lines.append(f"<tr><td>{dot}{html.escape(label)}</td>{rest}</tr>")
+    return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"
+
+
+def _about(groups: Sequence[Group]) -> str:
+    """One line: what was run, on what."""
+    results = [result for group in groups for result in group.results]
+
+    def distinct(describe: Callable[[dict[str, Any]], str]) -> str:
+        return " / ".join(dict.fromkeys(map(describe, results)))
+
+    def devices(result: dict[str, Any]) -> str:
+        return f"{result['devices']['count']} x {result['devices'].get('kind', 'device')}"
+
+    def versions(result: dict[str, Any]) -> str:
+        return ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+
+    parts = [distinct(lambda r: r["source"]), distinct(lambda r: f"{len(r['tasks'])} tasks")]
+    parts += [distinct(lambda r: r["model"]), distinct(devices), distinct(versions)]
+    return " · ".join(part for part in parts if part)
+
+
+def write_report(runs: Sequence[Run], out: str | Path) -> Path:
+    """Writes four PNGs and report.html, which embeds them, into `out` (created if need be) -> path of the page.
+
+    Runs without a result are listed on the page; with no finished run there are no pictures.
+
+    Raises:
+      UserError: if `out` is a file.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out: {str(out)!r} is a file; allowed: a folder, or a path to make one at")
+    out.mkdir(parents=True, exist_ok=True)
+    groups = group_runs(runs)
+    body = ["<h1>Continual learning runs</h1>"]
+    if groups:
+        body += [f"<p>{html.escape(_about(groups))}</p>", _html_table(groups)]
+        body.append(
+            "<p>Mean ± standard deviation over seeds. Forgetting: best earlier accuracy minus the last (Chaudhry et "
+            "al. 2018). Backward transfer: last accuracy minus the first (Lopez-Paz &amp; Ranzato 2017).</p>"
+        )
+        for name, (draw, title, caption) in _PICTURES.items():
+            png = io.BytesIO()
+            with rc_context(_STYLE):  # restored on leaving: a library does not restyle its caller
+                draw(groups).savefig(png, format="png", dpi=160)
+            (out / f"{name}.png").write_bytes(png.getvalue())
+            source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+            body += [
+                f"<h2>{title}</h2>",
+                f"<p>{caption}</p>",
+                f'<div class="scroll"><img alt="{title}" src="{source}"></div>',
+            ]
+    if problems := _unfinished(runs):
+        items = "".join(f"<li>{html.escape(line)}</li>" for line in problems)
+        body += ["<h2>Runs without a result</h2>", f"<ul>{items}</ul>"]
+    page = out / "report.html"
+    page.write_text(
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>jaxcl report</title><style>{_CSS}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+    return page

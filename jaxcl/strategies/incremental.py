@@ -1,0 +1,5 @@
+"""Plain incremental training on new data only: the lower bound, which forgets."""
+
+from jaxcl.strategies.base import Strategy
+
+strategy = Strategy()

@@ -1,0 +1,152 @@
+"""The configuration of a run: every field with its default, and the checks that need no data and no device."""
+
+import difflib
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from jaxcl.buffer import POLICIES
+from jaxcl.errors import UserError
+from jaxcl.strategies import STRATEGIES
+
+
+def default_config() -> ConfigDict:
+    """All fields of a run; a config file changes what it needs and `--config.FIELD=VALUE` overrides it.
+
+    Sizes are global: they count rows over all devices, so that a config is the same experiment on any number of them.
+    """
+    return ConfigDict(
+        {
+            "name": "run",  # a title for reports
+            "seed": 0,  # of weights, order of rows, augmentation, buffer
+            "strategy": "er",
+            "batch_size": 64,  # new rows a step
+            "epochs": 1,  # passes over a task's data
+            "log_every": 50,  # steps between lines in metrics.jsonl
+            "data": {
+                "source": "digits",  # digits | tfds:NAME | npz:FILE
+                "data_dir": config_dict.placeholder(str),  # of TFDS; its own default where not given
+                "tasks": 5,  # a number of tasks, or the classes of each: ((0, 1), (2, 3))
+                "class_order_seed": config_dict.placeholder(int),  # shuffles the classes; natural order where not given
+                "augment": (),  # crop, flip: on device, afresh at every replay
+                "mean": config_dict.placeholder(tuple),  # per channel of images in 0..1
+                "std": config_dict.placeholder(tuple),
+                "threads": 2,  # that read ahead
+            },
+            "model": {
+                "name": "mlp",
+                "dtype": "float32",  # of the computation: float32 | bfloat16
+                "options": {},  # see jaxcl.models.make_model
+            },
+            "optimizer": {
+                "name": "sgd",  # sgd | adamw
+                "learning_rate": 0.1,
+                "momentum": 0.0,  # of sgd
+                "nesterov": False,  # of sgd
+                "weight_decay": 0.0,  # of sgd: L2 in the gradient; of adamw: decoupled
+                "clip_norm": config_dict.placeholder(float),  # of the global gradient
+                "schedule": "constant",  # constant | cosine | steps; each task begins anew
+                "warmup_epochs": 0.0,
+                "decay_epochs": (),  # of schedule = steps: from these epochs on
+                "decay_factors": (),  # the learning rate is multiplied by these
+            },
+            "buffer": {
+                "capacity": 200,  # rows in the union of all devices' shards
+                "policy": "class_random",
+                "representatives": 64,  # rows drawn a step
+                "candidates": 16,  # of a batch: expected rows stored once a class is full (class_random)
+            },
+            "eval": {"batch_size": 256},
+        }
+    )
+
+
+def check_config(config: ConfigDict, devices: int) -> None:
+    """Checks what can be told without data.
+
+    Raises:
+      UserError: a field is unknown, missing or of another type, or a value is not allowed on `devices` devices.
+    """
+    _check_fields(config, default_config(), "config")
+    _one_of("strategy", config.strategy, tuple(STRATEGIES))
+    _one_of("buffer.policy", config.buffer.policy, POLICIES)
+    _one_of("optimizer.name", config.optimizer.name, ("sgd", "adamw"))
+    _one_of("optimizer.schedule", config.optimizer.schedule, ("constant", "cosine", "steps"))
+    for field in ("batch_size", "epochs", "log_every", "eval.batch_size", "data.threads"):
+        _positive(field, _get(config, field))
+    _positive("optimizer.learning_rate", config.optimizer.learning_rate)
+    for field in ("seed", "optimizer.warmup_epochs", "optimizer.weight_decay", "optimizer.momentum"):
+        if _get(config, field) < 0:
+            raise UserError(f"{field}: {_get(config, field)} is not allowed, give 0 or more")
+    sizes = ["batch_size", "eval.batch_size"]
+    if STRATEGIES[config.strategy].record is not None:
+        for field in ("buffer.capacity", "buffer.representatives", "buffer.candidates"):
+            _positive(field, _get(config, field))
+        if config.buffer.candidates > config.batch_size:
+            raise UserError(
+                f"buffer.candidates: {config.buffer.candidates} is more than a batch holds, "
+                f"give at most batch_size = {config.batch_size}"
+            )
+        sizes.append("buffer.representatives")
+    for field in sizes:
+        if _get(config, field) % devices:
+            raise UserError(f"{field}: {_get(config, field)} rows cannot be shared evenly, give a multiple of {devices} devices")
+    o = config.optimizer
+    if len(o.decay_epochs) != len(o.decay_factors):
+        raise UserError(
+            f"optimizer.decay_factors: {len(o.decay_factors)} values for {len(o.decay_epochs)} decay_epochs, "
+            "give one for each"
+        )
+    if list(o.decay_epochs) != sorted(o.decay_epochs):
+        raise UserError(f"optimizer.decay_epochs: {tuple(o.decay_epochs)} must ascend")
+    if o.schedule == "steps" and not o.decay_epochs:
+        raise UserError("optimizer.decay_epochs: () is not allowed with schedule = steps, give the epochs of the decay")
+    if not o.warmup_epochs < config.epochs and o.warmup_epochs > 0:
+        raise UserError(f"optimizer.warmup_epochs: {o.warmup_epochs} must be less than epochs = {config.epochs}")
+
+
+def unknown_field(name: str, parent: str, allowed: list[str]) -> UserError:
+    """The error for a field that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(sorted(allowed))}"
+    return UserError(f"{parent}.{name}: no such field; {hint}")
+
+
+def _check_fields(config: ConfigDict, default: ConfigDict, path: str) -> None:
+    for name in config:
+        if name not in default:
+            raise unknown_field(name, path, list(default))
+    for name in default:
+        field = f"{path}.{name}"
+        if name not in config:
+            raise UserError(f"{field}: missing; start the config from jaxcl.training.config.default_config()")
+        if isinstance(default[name], ConfigDict):
+            if not isinstance(config[name], ConfigDict):
+                raise UserError(f"{field}: {config[name]!r} is not a group of fields")
+            if field != "config.model.options":
+                _check_fields(config[name], default[name], field)
+        elif field == "config.data.tasks" or config[name] is None:
+            continue
+        elif not isinstance(config[name], (want := _type(default, name))):
+            raise UserError(f"{field}: {config[name]!r} is not allowed, give a value of type {want[-1].__name__}")
+
+
+def _type(default: ConfigDict, name: str) -> tuple[type, ...]:
+    want = default.get_type(name)
+    return {float: (int, float), tuple: (list, tuple), int: (int,)}.get(want, (want,))
+
+
+def _get(config: ConfigDict, path: str) -> Any:
+    for name in path.split("."):
+        config = config[name]
+    return config
+
+
+def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{field}: {value!r} is unknown, choose one of {', '.join(allowed)}")
+
+
+def _positive(field: str, value: float) -> None:
+    if not value > 0:
+        raise UserError(f"{field}: {value} is not allowed, give a positive number")

@@ -1,0 +1,75 @@
+"""Everything a run carries from step to step, as one pytree."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxcl import mesh as mesh_lib
+from jaxcl.buffer import Buffer, Drawn, Shard
+from jaxcl.models import Model
+
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The state of training; donated to every step.
+
+    Attributes:
+      step: int32 scalar, steps taken since the run began.
+      task_step: int32 scalar, steps taken since the task began.
+      steps_per_epoch: int32 scalar of the present task, so that schedules run in epochs without a new trace a task.
+      params: the model's parameters, float32, whole on every device.
+      batch_stats: the norm layers' running statistics, {} without any; whole on every device.
+      opt_state: of the optimiser; whole on every device.
+      buffer: the rehearsal buffer, split over the devices; None without rehearsal.
+      staged: representatives drawn during the last step, which the next one replays; None without rehearsal.
+    """
+
+    step: jax.Array
+    task_step: jax.Array
+    steps_per_epoch: jax.Array
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree
+    buffer: Shard | None
+    staged: Drawn | None
+
+
+def specs() -> TrainState:
+    """How the state lies on the mesh: a prefix of partition specs for `shard_map`."""
+    whole, split = PartitionSpec(), PartitionSpec(mesh_lib.AXIS)
+    return TrainState(whole, whole, whole, whole, whole, whole, split, split)  # type: ignore[arg-type]
+
+
+def fresh_weights(
+    mesh: Mesh, model: Model, optimizer: optax.GradientTransformation, image_shape: tuple[int, int, int], key: jax.Array
+) -> tuple[PyTree, PyTree, PyTree]:
+    """(params, batch_stats, opt_state), newly initialised and the same on every device."""
+
+    def make(key: jax.Array) -> tuple[PyTree, PyTree, PyTree]:
+        variables = model.init(key, image_shape)
+        return variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
+
+    return jax.jit(make, out_shardings=mesh_lib.replicated(mesh))(key)
+
+
+def initial_state(mesh: Mesh, weights: tuple[PyTree, PyTree, PyTree], buffer: Buffer | None) -> TrainState:
+    """The state before the first step."""
+    zero, one = (mesh_lib.replicate(mesh, jnp.int32(i)) for i in (0, 1))
+    params, batch_stats, opt_state = weights
+    return TrainState(
+        step=zero,
+        task_step=jnp.copy(zero),  # donated leaf by leaf: no two may share a buffer
+        steps_per_epoch=one,
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        buffer=None if buffer is None else buffer.init(),
+        staged=None if buffer is None else buffer.no_rows(),
+    )

@@ -1,0 +1,47 @@
+"""What every test shares: eight fake CPU devices, meshes over the first n of them, the data packs."""
+
+import functools
+import os
+import pathlib
+from collections.abc import Callable
+
+# Before jax starts: with as many threads as cores, collectives of several queued steps on fake devices can deadlock.
+os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+# Compilation makes a first example slow, hence no deadline; the same examples every time, so that CI does not flicker.
+hypothesis.settings.register_profile("jaxcl", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("jaxcl")
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def mesh_of() -> Callable[[int], jax.sharding.Mesh]:
+    """`mesh_of(n)`: a mesh over the first n devices with the one axis "data"."""
+
+    @functools.cache
+    def make(n: int) -> jax.sharding.Mesh:
+        from jaxcl.mesh import make_mesh
+
+        devices = jax.devices()
+        if len(devices) < n:
+            pytest.skip(f"needs {n} devices, {jax.default_backend()} has {len(devices)}")
+        return make_mesh(devices[:n])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def packs() -> pathlib.Path:
+    """Folder of the data packs (mnist.npz, cifar10.npz, ...): `JAXCL_PACKS`, else shared/data beside the checkout."""
+    folder = pathlib.Path(os.environ.get("JAXCL_PACKS") or REPO.parent / "shared" / "data")
+    if not (folder / "mnist.npz").is_file():
+        pytest.skip(f"no data packs in {folder}; set JAXCL_PACKS to their folder")
+    return folder

@@ -1,0 +1,317 @@
+"""Sources: the same rows come back, from memory and from disk; every user mistake is one clear line."""
+
+import importlib.util
+import io
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from tensorflow_datasets.core import dataset_metadata
+
+from jaxcl.data import array_source, open_source, sources
+from jaxcl.errors import UserError
+
+
+def _images(n, shape=(6, 5, 3), seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, *shape), np.uint8)
+
+
+def _png(image):
+    out = io.BytesIO()
+    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(out, "PNG")
+    out.seek(0)
+    return out
+
+
+def _prepare(data_dir, splits, features, supervised_keys=None):
+    """Prepares a TFDS set: `splits` maps a name to examples. Its code is unknown to `tfds.builder`, as a stranger's."""
+
+    class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        @classmethod
+        def get_metadata(cls):
+            return dataset_metadata.DatasetMetadata(description="", citation="", tags=[])
+
+        def _info(self):
+            return self.dataset_info_from_configs(
+                features=tfds.features.FeaturesDict(features), supervised_keys=supervised_keys
+            )
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(examples) for split, examples in splits.items()}
+
+        def _generate_examples(self, examples):
+            yield from enumerate(examples)
+
+    Tiny.name = "tiny_set"
+    Tiny(data_dir=data_dir, file_format="array_record").download_and_prepare()
+
+
+def _image_features(shape=(6, 5, 3), num_classes=4):
+    return {
+        "image": tfds.features.Image(shape=shape),
+        "label": tfds.features.ClassLabel(num_classes=num_classes),
+        "id": tfds.features.Text(),
+    }
+
+
+def _examples(images, labels):
+    pairs = enumerate(zip(images, labels, strict=True))
+    return [{"image": _png(x), "label": int(y), "id": f"row {i}"} for i, (x, y) in pairs]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A prepared set of 600 + 7 rows, more than one decoding chunk; label = first pixel modulo 4."""
+    data_dir = str(tmp_path_factory.mktemp("tfds"))
+    images = {"train": _images(600), "test": _images(7, seed=1)}
+    _prepare(data_dir, {s: _examples(x, x[:, 0, 0, 0] % 4) for s, x in images.items()}, _image_features())
+    return data_dir, images
+
+
+# ---- TFDS ----
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 607 * 6 * 5 * 3 - 1, 607 * 6 * 5 * 3])
+def test_tfds_rows_keep_image_and_label_together_cached_or_not(tiny, cache_bytes, monkeypatch):
+    data_dir, images = tiny
+    decoded = []
+    monkeypatch.setattr(sources, "_decode", lambda *a, f=sources._decode: decoded.append(1) or f(*a))
+    for source, split in zip(open_source("tfds:tiny_set", data_dir, cache_bytes), images, strict=True):
+        x = source.read(np.arange(len(source)))
+        assert x.dtype == np.uint8 and x.shape == images[split].shape
+        assert source.labels.dtype == np.int32 and source.num_classes == 4 and source.image_shape == (6, 5, 3)
+        np.testing.assert_array_equal(source.labels, x[:, 0, 0, 0] % 4)
+        assert sorted(map(bytes, x)) == sorted(map(bytes, images[split]))
+        # In the order asked for, repeats included, on any thread, and none at all.
+        asked = np.random.default_rng(0).integers(0, len(source), (8, 20))
+        with ThreadPoolExecutor(4) as pool:
+            for rows, got in zip(asked, pool.map(source.read, asked), strict=True):
+                np.testing.assert_array_equal(got, x[rows])
+        assert source.read(np.zeros(0, np.int64)).shape == (0, 6, 5, 3)
+    in_memory = cache_bytes >= 607 * 6 * 5 * 3
+    assert len(decoded) == 607 if in_memory else len(decoded) > 607
+
+
+def test_labels_of_a_large_set_are_read_without_decoding_images(tiny, monkeypatch):
+    monkeypatch.setattr(sources, "_decode", lambda *_: pytest.fail("decoded an image"))
+    train, _ = open_source("tfds:tiny_set", tiny[0], cache_bytes=0)
+    assert len(np.unique(train.labels)) == 4
+
+
+def test_a_read_does_not_expose_the_cache(tiny):
+    train, _ = open_source("tfds:tiny_set", tiny[0])
+    before = train.read(np.arange(3))
+    train.read(np.arange(3))[:] = 0
+    np.testing.assert_array_equal(train.read(np.arange(3)), before)
+
+
+def test_validation_stands_in_for_a_missing_test_split_and_keys_may_have_other_names(tmp_path):
+    def rows(n):
+        return [{"picture": _png(x), "kind": 1} for x in _images(n, (4, 4, 1))]
+
+    features = {"picture": tfds.features.Image(shape=(4, 4, 1)), "kind": tfds.features.ClassLabel(names=["a", "b"])}
+    splits = {"train": rows(3), "validation": rows(2)}
+    _prepare(str(tmp_path), splits, features, supervised_keys=("picture", "kind"))
+    train, test = open_source("tfds:tiny_set", str(tmp_path))
+    assert (len(train), len(test)) == (3, 2) and test.class_names == ("a", "b")
+
+
+def test_a_grey_file_in_a_colour_set_is_read_as_colour(tmp_path):
+    grey = _images(1, (6, 5))[0]
+    out = io.BytesIO()
+    Image.fromarray(grey).save(out, "PNG")
+    out.seek(0)
+    colour = _examples(_images(1), [0])
+    splits = {"train": [{"image": out, "label": 1, "id": ""}], "test": colour}
+    _prepare(str(tmp_path), splits, _image_features())
+    train, _ = open_source("tfds:tiny_set", str(tmp_path))
+    np.testing.assert_array_equal(train.read(np.arange(1))[0], np.repeat(grey[..., None], 3, -1))
+
+
+def _error(name, data_dir=None):
+    with pytest.raises(UserError) as info:
+        open_source(name, None if data_dir is None else str(data_dir))
+    message = str(info.value)
+    assert "\n" not in message and len(message) < 320
+    assert info.value.__cause__ is None and (info.value.__suppress_context__ or info.value.__context__ is None)
+    return message
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("digts", "digits"),
+        ("mnist", "tfds:mnist"),
+        ("tdfs:mnist", "tfds:mnist"),
+        ("npx:a.npz", "npz:a.npz"),
+        ("a.npz", "npz:a.npz"),
+    ],
+)
+def test_an_unknown_name_lists_what_is_allowed_and_guesses(name, meant):
+    assert _error(name) == (
+        f"dataset '{name}': unknown; allowed are digits, tfds:NAME or npz:FILE (did you mean '{meant}'?)"
+    )
+
+
+@pytest.mark.parametrize("name", ["", "qqqqqq", "tfds:", "npz:", "ftp:qqqqqq"])
+def test_an_unknown_name_without_a_likely_meaning(name):
+    assert _error(name).endswith("allowed are digits, tfds:NAME or npz:FILE")
+
+
+def test_unknown_tfds_sets(tiny):
+    assert "neither a TFDS set nor prepared in" in _error("tfds:qqqqqq", tiny[0])
+    assert "(did you mean 'tfds:cifar10'?)" in _error("tfds:cifa10", tiny[0])
+    assert "(did you mean 'tfds:tiny_set'?)" in _error("tfds:tinyset", tiny[0])
+    assert "BuilderConfig nope not found" in _error("tfds:mnist/nope", tiny[0])
+
+
+def test_a_set_that_is_not_prepared_fails_at_once_without_tensorflow(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = _error("tfds:mnist", tmp_path)
+    assert f"not prepared in {tmp_path}/mnist/3.0.1" in message and "TensorFlow" in message
+
+
+def test_a_failed_download_gives_its_cause_in_the_same_line(tmp_path, monkeypatch):
+    def fail(self, **_):
+        raise ConnectionError("no route to host\n  a page\n  of details") from OSError("unreachable\nand more")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
+    assert _error("tfds:mnist", tmp_path).endswith("mnist/3.0.1 and cannot be downloaded (OSError: unreachable)")
+
+
+def test_images_of_several_sizes_are_refused_before_any_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_download", lambda *_: pytest.fail("downloaded"))
+    message = _error("tfds:imagenet2012", tmp_path)
+    assert message == (
+        "dataset 'tfds:imagenet2012': images have shape (None, None, 3); allowed are sets whose images have one size"
+    )
+
+
+def test_a_set_without_labels_lists_its_features(tmp_path):
+    row = {"image": _png(_images(1)[0])}
+    _prepare(str(tmp_path), {"train": [row], "test": [row]}, {"image": tfds.features.Image(shape=(6, 5, 3))})
+    assert _error("tfds:tiny_set", tmp_path).endswith("has features image; needed are an Image and a ClassLabel")
+
+
+def test_a_set_without_test_rows_lists_its_splits(tmp_path):
+    _prepare(str(tmp_path), {"train": _examples(_images(1), [0])}, _image_features())
+    assert _error("tfds:tiny_set", tmp_path).endswith("has splits train; needed are train and test or validation")
+
+
+def test_unlabelled_rows_are_refused(tmp_path):
+    splits = {"train": _examples(_images(2), [0, 1]), "test": _examples(_images(2), [0, -1])}
+    _prepare(str(tmp_path), splits, _image_features())
+    assert _error("tfds:tiny_set", tmp_path).endswith("split test: labels range over -1..0; allowed are 0..3")
+
+
+# ---- npz ----
+
+
+def _npz(path, **changes):
+    arrays = {"x_train": _images(6), "y_train": np.arange(6) % 3, "x_test": _images(2), "y_test": np.array([2, 0])}
+    np.savez(path, **{key: value for key, value in (arrays | changes).items() if value is not None})
+    return arrays
+
+
+def test_npz_arrays_come_back(tmp_path):
+    arrays = _npz(tmp_path / "a.npz")
+    train, test = open_source(f"npz:{tmp_path}/a.npz")
+    assert train.class_names == ("0", "1", "2") and train.image_shape == (6, 5, 3) and len(test) == 2
+    assert train.labels.dtype == np.int32
+    np.testing.assert_array_equal(train.labels, arrays["y_train"])
+    np.testing.assert_array_equal(train.read(np.array([4, 0, 4])), arrays["x_train"][[4, 0, 4]])
+
+
+def test_npz_images_without_channels_and_class_names(tmp_path):
+    _npz(tmp_path / "a.npz", x_train=_images(6, (6, 5)), x_test=_images(2, (6, 5)), class_names=np.array(list("abcd")))
+    train, _ = open_source(f"npz:{tmp_path}/a.npz")
+    assert train.image_shape == (6, 5, 1) and train.num_classes == 4
+    assert train.read(np.arange(2)).shape == (2, 6, 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_test": None, "y_train": None}, "lacks y_train, x_test; needed are x_train, y_train, x_test, y_test"),
+        ({"x_train": _images(6) / 255}, "x_train is float64; allowed is uint8"),
+        ({"x_test": _images(2, (6,))}, "x_test has shape (2, 6); allowed are [n, H, W] and [n, H, W, C]"),
+        ({"x_test": _images(2, (0, 5))}, "x_test has shape (2, 0, 5); allowed are [n, H, W] and [n, H, W, C]"),
+        ({"x_test": _images(2, (6, 6, 3))}, "images are (6, 5, 3) in x_train and (6, 6, 3) in x_test; they must agree"),
+        ({"y_train": np.zeros(6)}, "y_train is float64 of shape (6,); allowed are integers [n]"),
+        ({"y_train": np.zeros((6, 1), int)}, "y_train is int64 of shape (6, 1); allowed are integers [n]"),
+        ({"y_test": np.zeros(3, int)}, "x_test has 2 rows and y_test 3; they must agree"),
+        ({"y_test": np.array([0, -1])}, "y_test: labels range over -1..0; allowed are 0..2"),
+        ({"y_test": np.array([0, 10**9])}, "y_test: labels range over 0..1000000000; allowed are 0..7"),
+        ({"class_names": np.array(["a", "b"])}, "y_train: labels range over 0..2; allowed are 0..1"),
+        (
+            {"x_test": _images(0), "y_test": np.zeros(0, int)},
+            "y_test: the split is empty; at least one row is needed",
+        ),
+    ],
+)
+def test_npz_mistakes(tmp_path, changes, message):
+    _npz(tmp_path / "a.npz", **changes)
+    assert _error(f"npz:{tmp_path}/a.npz") == f"dataset 'npz:{tmp_path}/a.npz': {message}"
+
+
+def test_npz_files_that_are_none(tmp_path):
+    assert _error(f"npz:{tmp_path}/a.npz").endswith(f"there is no file {tmp_path}/a.npz")
+    assert _error(f"npz:{tmp_path}").endswith("cannot be read (Is a directory)")
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    (tmp_path / "empty.npz").touch()
+    (tmp_path / "text.npz").write_text("hello")
+    _npz(tmp_path / "cut.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:500])
+    _npz(tmp_path / "objects.npz", y_train=np.array([object()] * 6))
+    for file in ("one.npy", "empty.npz", "text.npz", "cut.npz", "objects.npz"):
+        assert "not an npz file of plain arrays (" in _error(f"npz:{tmp_path}/{file}")
+
+
+# ---- the rest ----
+
+
+def test_array_source():
+    images = _images(4)
+    source = array_source(images, np.array([0, 1, 1, 0]), ["a", "b"])
+    assert len(source) == 4 and source.num_classes == 2
+    np.testing.assert_array_equal(source.read(np.array([3, 1])), images[[3, 1]])
+
+
+def test_importing_the_package_does_not_import_tfds():
+    check = "import sys, jaxcl.data; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True).stdout.split()
+    assert "jaxcl.data.sources" in modules
+    assert not {"tensorflow_datasets", "tensorflow", "flax", "sklearn"} & set(modules)
+
+
+@pytest.mark.slow
+def test_the_mnist_pack_reads_as_tfds_mnist(packs, tmp_path):
+    subprocess.run([sys.executable, packs / "prepare.py", "mnist", "--tfds", tmp_path], check=True, capture_output=True)
+    with np.load(packs / "mnist.npz") as file:
+        packed = {split: (file[f"x_{split}"], file[f"y_{split}"]) for split in ("train", "test")}
+    for source, (images, labels) in zip(open_source("tfds:mnist", str(tmp_path)), packed.values(), strict=True):
+        assert source.image_shape == (28, 28, 1) and source.num_classes == 10
+        found = source.read(np.arange(len(source)))
+        rows, expected = (
+            sorted((bytes(x), int(y)) for x, y in zip(*arrays, strict=True))
+            for arrays in ((found, source.labels), (images, labels))
+        )
+        assert rows == expected
+
+
+def test_a_set_without_random_access_names_its_format(tiny, tmp_path):
+    # As a set prepared by TensorFlow would be: the format stands in dataset_info.json.
+    _prepare(str(tmp_path), {s: _examples(_images(1), [0]) for s in ("train", "test")}, _image_features())
+    info = tmp_path / "tiny_set" / "1.0.0" / "dataset_info.json"
+    info.write_text(re.sub("array_record", "tfrecord", info.read_text()))
+    for file in info.parent.glob("*array_record*"):
+        file.rename(str(file).replace("array_record", "tfrecord"))
+    assert "prepared as tfrecord in" in _error("tfds:tiny_set", tmp_path)
