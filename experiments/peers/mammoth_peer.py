@@ -1,13 +1,16 @@
 """Mammoth's `utils.buffer.Buffer` (PyTorch) from a checkout: reservoir sampling, one Python loop turn a row.
 
-The reservoir goes on counting while it is measured, as in a run: the longer it runs, the fewer rows it accepts and the
-cheaper its step gets. That favours Mammoth.
+What a step costs depends on how many of its rows the reservoir accepts, `capacity / rows seen`. So it is measured at
+two moments, the same at every capacity, to which `num_seen_examples` is set back before each step: just full, when nearly
+every row is stored as in the other buffers ("mammoth"), and after a hundred times its capacity, when nearly none is
+("mammoth_late").
 
 `utils.buffer` imports Mammoth's augmentations, hence torchvision and Kornia, for a transform that is not used here.
 Where they are not installed, empty modules stand in for them; the buffer's code is Mammoth's own.
 """
 
 import importlib
+from typing import ClassVar
 
 import numpy as np
 
@@ -24,8 +27,9 @@ def available(path: str | None = None) -> str | None:
 
 class Mammoth(torch_peer.TorchPeer):
     name = "mammoth"
-    note = "one host; stores float32 and int64; reservoir; draws without replacement"
+    note = "one host, float32 and int64; reservoir just full: stores nearly every row; draws without replacement"
     peak = 5.0
+    seen: ClassVar[int] = 1  # rows seen, in capacities
 
     def __init__(self, capacity: int, row_shape: tuple[int, ...], batch: int, devices: int, path: str | None) -> None:
         checkout = torch_peer.enter(path, FILE)
@@ -50,6 +54,7 @@ class Mammoth(torch_peer.TorchPeer):
 
     def step(self, batch: tuple) -> None:
         images, labels = batch
+        self._buffer.num_seen_examples = self.seen * self._capacity
         self._buffer.add_data(images, labels=labels)
         self._buffer.get_data(self._batch)
 
@@ -57,5 +62,11 @@ class Mammoth(torch_peer.TorchPeer):
         return sum(x.nbytes for x in (self._buffer.examples, self._buffer.labels))
 
 
+class MammothLate(Mammoth):
+    name = "mammoth_late"
+    note = "as mammoth, after 100 times its capacity: stores nearly none of the rows"
+    seen = 100
+
+
 if __name__ == "__main__":
-    protocol.main(Mammoth)
+    protocol.main(Mammoth, MammothLate)

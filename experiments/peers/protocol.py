@@ -38,7 +38,8 @@ class Peer(abc.ABC):
     Attributes:
       name: as in the report.
       note: how what it does in a step differs from the others, for the report.
-      peak: memory it needs at its worst, as seen in the process's largest resident size, in units of `capacity * devices` rows as they arrive.
+      peak: memory it needs at its worst, from the largest resident size seen, in units of `capacity * devices` rows as
+        they arrive.
       version: of its package, or commit, and of what it runs on.
       device: where it ran.
     """
@@ -183,8 +184,10 @@ def main(*peer_types: type[Peer]) -> None:
 
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a peer prints while it is imported goes to stderr: stdout is JSON only
-    # Before jax is imported: fewer threads than fake devices can starve collectives. For every peer alike.
-    os.environ.setdefault("NPROC", "16")
+    if args.devices > 1:
+        # Before jax is imported: with fewer threads than fake devices collectives can starve. One device keeps the
+        # default, because more threads than cores make its small steps slower.
+        os.environ.setdefault("NPROC", str(max(2 * args.devices, os.cpu_count() or 1)))
 
     (peer_type,) = [p for p in peer_types if p.name == args.peer]
     expected = args.capacity * args.devices * (math.prod(ROW_SHAPE) + LABEL_BYTES)

@@ -23,10 +23,14 @@ def missing(path: str | None, file: str) -> str | None:
 
 
 def enter(path: str | None, file: str) -> pathlib.Path:
-    """The checkout, once `missing` finds nothing, with its modules importable."""
+    """The checkout, once `missing` finds nothing, with its modules importable and PyTorch ready."""
     if reason := missing(path, file):
         raise Missing(reason)
     assert path is not None
+    import torch
+
+    # Steps of a few rows gain nothing from threads, and lose up to tenfold where cores are few or busy.
+    torch.set_num_threads(1)
     sys.path.insert(0, path)
     return pathlib.Path(path)
 

@@ -150,13 +150,13 @@ def make_buffer(
         counts = {name: np.asarray(value).tolist() for name, value in jitted_count(state).items()}
         return {"rows": sum(counts["rows_per_shard"]), **counts}
 
-    def over_mesh(function, *, keyed: bool):
+    def over_mesh(function: Callable, *, keyed: bool) -> Callable:
         """The function on global arrays: rows and state split over the mesh, the key known to all."""
         if mesh is None:
             return function
         split = PartitionSpec(mesh_lib.AXIS)
 
-        def call(*args):
+        def call(*args: PyTree) -> PyTree:
             specs = (split,) * (len(args) - keyed) + (PartitionSpec(),) * keyed
             return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)(*args)
 

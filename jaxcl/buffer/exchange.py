@@ -84,7 +84,7 @@ def pack(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
                 out.append(lax.bitcast_convert_type(part.reshape(n, *shape), dtype))
             else:
                 out.append(lax.bitcast_convert_type(part.reshape(n, *shape, dtype.itemsize), dtype))
-        return treedef.unflatten(out)
+        return jax.tree.unflatten(treedef, out)
 
     return jnp.concatenate([to_bytes(leaf) for leaf in leaves], axis=1), unpack
 

@@ -154,13 +154,17 @@ def make_policy(
     if name not in POLICIES:
         raise UserError(f"buffer.policy: {name!r} is unknown, choose one of {', '.join(POLICIES)}")
     if capacity < shards:
-        raise UserError(f"buffer.capacity: {capacity} rows cannot be shared by {shards} devices, give at least {shards}")
+        raise UserError(
+            f"buffer.capacity: {capacity} rows cannot be shared by {shards} devices, give at least {shards}"
+        )
     if name == "reservoir":
         return reservoir(capacity, shards)
     if num_classes is None or num_classes < 1:
         raise UserError(f"buffer.policy: {name} needs num_classes, a positive number, got {num_classes}")
     if capacity < num_classes:
-        raise UserError(f"buffer.capacity: {capacity} rows cannot hold {num_classes} classes, give at least {num_classes}")
+        raise UserError(
+            f"buffer.capacity: {capacity} rows cannot hold {num_classes} classes, give at least {num_classes}"
+        )
     if accept is None or not 0.0 < accept <= 1.0:
         raise UserError(f"buffer.policy: {name} needs accept = candidates / batch_size in (0, 1], got {accept}")
     return class_random(capacity, shards, num_classes, accept)

@@ -69,8 +69,7 @@ class Loader:
             raise IndexError(f"batch {t} of {self._steps}")
         epoch, step = divmod(t, self.steps_per_epoch)
         start = step * self._batch_size + self._offset
-        stop = min(start + self._local, (step + 1) * self._batch_size)
-        rows = self._order(epoch)[start:stop]  # short, or empty, at the end of an epoch
+        rows = self._order(epoch)[start : start + self._local]  # short, or empty, at the end of an epoch
         return {
             "image": _pad(self._source.read(rows), self._local, 0),
             "label": _pad(self._source.labels[rows], self._local, 0),

@@ -90,7 +90,9 @@ def check_config(config: ConfigDict, devices: int) -> None:
         sizes.append("buffer.representatives")
     for field in sizes:
         if _get(config, field) % devices:
-            raise UserError(f"{field}: {_get(config, field)} rows cannot be shared evenly, give a multiple of {devices} devices")
+            raise UserError(
+                f"{field}: {_get(config, field)} rows cannot be shared evenly, give a multiple of {devices} devices"
+            )
     o = config.optimizer
     if len(o.decay_epochs) != len(o.decay_factors):
         raise UserError(

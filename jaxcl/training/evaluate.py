@@ -48,7 +48,9 @@ def make_evaluate(
         donate_argnums=2,
     )
 
-    def evaluate(params: PyTree, batch_stats: PyTree, batches: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    def evaluate(
+        params: PyTree, batch_stats: PyTree, batches: Iterable[dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
         zeros = {name: np.zeros(tasks, np.int32) for name in ("rows", "accuracy", "top5")}
         counts = mesh_lib.replicate(mesh, zeros)
         for batch in batches:

@@ -25,7 +25,7 @@ from jaxcl.training import workdir as workdir_lib
 from jaxcl.training.config import check_config
 from jaxcl.training.evaluate import make_evaluate
 from jaxcl.training.optimizer import make_optimizer, make_schedule
-from jaxcl.training.state import TrainState, fresh_weights, initial_state
+from jaxcl.training.state import TrainState, initial_state, make_weights
 from jaxcl.training.step import make_train_step
 
 
@@ -54,8 +54,8 @@ class Experiment:
     test: data.Source
     scenario: data.Scenario
     buffer: Buffer | None
-    new_weights: Callable[[int], Any]
-    train_step: Callable
+    new_weights: Callable[[jax.Array], Any]
+    train_step: Any  # jitted: see make_train_step
     evaluate: Callable
 
 
@@ -98,10 +98,6 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ex
     optimizer = make_optimizer(config.optimizer)
     schedule = make_schedule(config.optimizer, config.epochs)
 
-    def new_weights(task: int) -> Any:
-        key = jax.random.fold_in(jax.random.key(config.seed), task)
-        return fresh_weights(mesh, model, optimizer, train.image_shape, key)
-
     return Experiment(
         mesh=mesh,
         strategy=strategy,
@@ -109,7 +105,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ex
         test=test,
         scenario=scenario,
         buffer=buffer,
-        new_weights=new_weights,
+        new_weights=make_weights(mesh, model, optimizer, train.image_shape),
         train_step=make_train_step(mesh, model, strategy, buffer, optimizer, schedule, augment, config.seed),
         evaluate=make_evaluate(mesh, model, normalize, scenario.task_of_class),
     )
@@ -162,17 +158,21 @@ def train_and_evaluate(
 
 
 def _run_tasks(config: ConfigDict, run: Experiment, log: workdir_lib.Log, phases: Phases, progress: bool) -> dict:
+    def weights_key(task: int) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(config.seed), task)
+
     tasks = run.scenario.tasks
     loaders = [_loader(config, run, t) for t in range(len(tasks))]
     with phases("compile"):
-        state = initial_state(run.mesh, run.new_weights(0), run.buffer)
+        state = initial_state(run.mesh, run.new_weights(weights_key(0)), run.buffer)
         first = mesh_lib.shard_rows(run.mesh, loaders[0][0])
         step = run.train_step.lower(state, first).compile()  # every later shape but this one is refused: no retrace
-    images, matrices = 0, {"accuracy": [], "top5": []}
+    images = 0
+    matrices: dict[str, list[list[float]]] = {"accuracy": [], "top5": []}
     bar = tqdm(total=sum(map(len, loaders)), desc=config.strategy, unit="step", disable=not progress)
     for task, loader in zip(tasks, loaders, strict=True):
         if run.strategy.fresh and task.index:
-            params, batch_stats, opt_state = run.new_weights(task.index)
+            params, batch_stats, opt_state = run.new_weights(weights_key(task.index))
             state = dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state)
         state = _begin_task(run.mesh, state, loader.steps_per_epoch)
         bar.set_description(f"{config.strategy}, task {task.index + 1} of {len(tasks)}")
@@ -210,7 +210,17 @@ def _run_tasks(config: ConfigDict, run: Experiment, log: workdir_lib.Log, phases
     }
 
 
-def _train_task(mesh, step, state, loader, task, log_every, log, phases, bar) -> TrainState:
+def _train_task(
+    mesh: jax.sharding.Mesh,
+    step: Callable,
+    state: TrainState,
+    loader: data.Loader,
+    task: int,
+    log_every: int,
+    log: workdir_lib.Log,
+    phases: Phases,
+    bar: tqdm,
+) -> TrainState:
     """All steps of one task. Metrics are fetched a logging interval late, so that the devices never wait for them."""
     pending: tuple[int, int, dict] | None = None
 
@@ -281,6 +291,6 @@ def _top5(matrix: list[list[float]], num_classes: int) -> dict[str, Any]:
 
 
 def _buffer_report(buffer: Buffer | None, state: TrainState) -> dict[str, Any] | None:
-    if buffer is None:
+    if buffer is None or state.buffer is None:
         return None
     return {"capacity": buffer.capacity, "bytes": buffer.num_bytes, **buffer.stats(state.buffer)}

@@ -1,6 +1,7 @@
 """Everything a run carries from step to step, as one pytree."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,16 +48,16 @@ def specs() -> TrainState:
     return TrainState(whole, whole, whole, whole, whole, whole, split, split)  # type: ignore[arg-type]
 
 
-def fresh_weights(
-    mesh: Mesh, model: Model, optimizer: optax.GradientTransformation, image_shape: tuple[int, int, int], key: jax.Array
-) -> tuple[PyTree, PyTree, PyTree]:
-    """(params, batch_stats, opt_state), newly initialised and the same on every device."""
+def make_weights(
+    mesh: Mesh, model: Model, optimizer: optax.GradientTransformation, image_shape: tuple[int, int, int]
+) -> Callable[[jax.Array], tuple[PyTree, PyTree, PyTree]]:
+    """`new_weights(key) -> (params, batch_stats, opt_state)`: newly initialised, the same on every device."""
 
     def make(key: jax.Array) -> tuple[PyTree, PyTree, PyTree]:
         variables = model.init(key, image_shape)
         return variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
 
-    return jax.jit(make, out_shardings=mesh_lib.replicated(mesh))(key)
+    return jax.jit(make, out_shardings=mesh_lib.replicated(mesh))
 
 
 def initial_state(mesh: Mesh, weights: tuple[PyTree, PyTree, PyTree], buffer: Buffer | None) -> TrainState:

@@ -49,7 +49,7 @@ def make_train_step(
     learning_rate, rows (valid new rows), replayed (valid representatives).
     """
 
-    def loss_sum(params: PyTree, batch_stats: PyTree, images: jax.Array, label: jax.Array, valid: jax.Array):
+    def loss_sum(params: PyTree, batch_stats: PyTree, images: jax.Array, label: jax.Array, valid: jax.Array) -> Any:
         outputs, batch_stats = model.apply(params, batch_stats, images, train=True, mask=valid)
         row_loss = losses.cross_entropy(outputs["logits"], label)
         correct = losses.topk_correct(outputs["logits"], label) & valid
@@ -88,7 +88,7 @@ def make_train_step(
             batch_stats=batch_stats,
             opt_state=opt_state,
         )
-        if buffer is not None and strategy.record is not None:
+        if buffer is not None and strategy.record is not None and state.buffer is not None:
             candidates = Rows(strategy.record(batch), batch["label"], batch["id"], batch["valid"])
             stored = buffer.local.insert(state.buffer, candidates, insert_key)
             state = dataclasses.replace(state, buffer=stored, staged=buffer.local.draw(stored, draw_key))
@@ -113,6 +113,6 @@ def make_train_step(
 def _positions(new: int, replayed: int) -> jax.Array:
     """Numbers of this device's rows in the global augmented batch, new rows first; they seed the rows' augmentation."""
     me, devices = lax.axis_index(AXIS), lax.axis_size(AXIS)
-    return jnp.concatenate(
-        [me * new + jnp.arange(new), devices * new + me * replayed + jnp.arange(replayed)]
-    ).astype(jnp.int32)
+    return jnp.concatenate([me * new + jnp.arange(new), devices * new + me * replayed + jnp.arange(replayed)]).astype(
+        jnp.int32
+    )

@@ -1,0 +1,45 @@
+"""Trains several strategies on the same tasks, prints a table and writes pictures and a page.
+
+    python -m experiments.compare --config=configs/digits.py --workdir=DIR --strategies=from_scratch,incremental,er
+        [--seeds=3] [--devices=8] [--config.epochs=5 ...]
+
+Each run has its own folder, DIR/STRATEGY/SEED; those that are finished are not run again.
+"""
+
+import pathlib
+
+from absl import flags
+
+from experiments import main as common
+from jaxcl import report
+from jaxcl.errors import UserError
+from jaxcl.strategies import make_strategy
+from jaxcl.training import workdir as workdir_lib
+from jaxcl.training.loop import train_and_evaluate
+
+STRATEGIES = flags.DEFINE_list("strategies", ["from_scratch", "incremental", "er"], "strategies to compare")
+SEEDS = flags.DEFINE_integer("seeds", 1, "runs of each strategy, with seeds from config.seed upwards")
+
+
+def main() -> None:
+    config, workdir = common.required(common.CONFIG), pathlib.Path(common.required(common.WORKDIR))
+    if SEEDS.value < 1:
+        raise UserError(f"--seeds: {SEEDS.value} is not allowed, give at least 1")
+    runs = []
+    for strategy in STRATEGIES.value:
+        make_strategy(strategy)
+        for seed in range(config.seed, config.seed + SEEDS.value):
+            one = config.copy_and_resolve_references()
+            one.strategy, one.seed = strategy, seed
+            runs.append((one, workdir / strategy / f"seed_{seed}"))
+    for one, folder in runs:
+        if common.OVERWRITE.value:
+            workdir_lib.clear(folder)
+        train_and_evaluate(one, folder)
+    found = report.load_runs([folder for _, folder in runs])
+    print(report.table(found))
+    print(f"pictures and page: {report.write_report(found, workdir)}")
+
+
+if __name__ == "__main__":
+    common.run(main)
