@@ -52,7 +52,7 @@ def _parse(argv: list[str]) -> list[str]:
     """absl's parser; a flag or a config field that does not exist, and a config file that is not there, cost one line."""
     for argument in argv:
         name, _, path = argument.partition("=")
-        if name.lstrip("-") == "config" and not os.path.isfile(path):
+        if name.lstrip("-") == "config" and not os.path.isfile(path.partition(":")[0]):
             sys.exit(_say(UserError(f"--config: there is no file {path}")))
     try:
         return flags.FLAGS(argv)

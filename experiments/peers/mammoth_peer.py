@@ -1,9 +1,8 @@
 """Mammoth's `utils.buffer.Buffer` (PyTorch) from a checkout: reservoir sampling, one Python loop turn a row.
 
 What a step costs depends on how many of its rows the reservoir accepts, `capacity / rows seen`. So it is measured at
-two moments, the same at every capacity, to which `num_seen_examples` is set back before each step: just full, when nearly
-every row is stored as in the other buffers ("mammoth"), and after a hundred times its capacity, when nearly none is
-("mammoth_late").
+two moments, to which `num_seen_examples` is set back before each step: just full, when nearly every row is stored as in
+the other buffers ("mammoth"), and after a hundred times its capacity, when nearly none is ("mammoth_late").
 
 `utils.buffer` imports Mammoth's augmentations, hence torchvision and Kornia, for a transform that is not used here.
 Where they are not installed, empty modules stand in for them; the buffer's code is Mammoth's own.

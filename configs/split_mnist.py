@@ -1,0 +1,28 @@
+"""Split-MNIST, class-incremental: 5 tasks of 2 classes, one pass over the data, an MLP of 2 x 100.
+
+    python -m experiments.compare --config=configs/split_mnist.py --config.data.data_dir=TFDS_DIR --workdir=runs/split_mnist
+
+Data: `tfds:mnist`, prepared in TFDS_DIR (TFDS's default folder if not given), or `--config.data.source=npz:FILE`.
+PLACEHOLDER
+"""
+
+from ml_collections import ConfigDict
+
+from jaxcl.training.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.name = "Split-MNIST, 5 x 2 classes"
+    config.batch_size = 32
+    config.epochs = 1
+    config.data.source = "tfds:mnist"
+    config.data.tasks = 5
+    config.model.name = "mlp"
+    config.model.options = {"hidden": (100, 100)}
+    config.optimizer.learning_rate = 0.1
+    config.buffer.capacity = 1000
+    config.buffer.policy = "class_random"
+    config.buffer.representatives = 32
+    config.buffer.candidates = 8
+    return config
