@@ -1,4 +1,4 @@
-"""What every test shares: eight fake CPU devices, meshes over the first n of them, the data packs."""
+"""What every test shares: sixteen fake CPU devices, meshes over the first n of them, the data packs."""
 
 import functools
 import os
@@ -6,14 +6,14 @@ import pathlib
 from collections.abc import Callable
 
 # Before jax starts: with as many threads as cores, collectives of several queued steps on fake devices can deadlock.
-os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
 import jax
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_num_cpu_devices", 16)
 
 # Compilation makes a first example slow, hence no deadline; the same examples every time, so that CI does not flicker.
 hypothesis.settings.register_profile("jaxcl", deadline=None, derandomize=True, print_blob=True)

@@ -25,7 +25,7 @@ ALPHA = 1e-4
 
 
 @functools.cache
-def setup(devices, policy, capacity, representatives, accept=0.4, mesh_devices=None):
+def setup(devices, policy, capacity, representatives, accept=0.4, **options):
     """A buffer on `devices` devices (0: without a mesh) and its compiled functions, shared by all tests."""
     mesh = mesh_lib.make_mesh(jax.devices()[:devices]) if devices else None
     buffer = make_buffer(
@@ -36,6 +36,7 @@ def setup(devices, policy, capacity, representatives, accept=0.4, mesh_devices=N
         num_classes=K,
         accept=accept,
         mesh=mesh,
+        **options,
     )
     place = (lambda rows: mesh_lib.shard_rows(mesh, rows)) if mesh else (lambda rows: jax.tree.map(jnp.asarray, rows))
     return buffer, jax.jit(buffer.insert, donate_argnums=0), jax.jit(buffer.draw), place
@@ -184,20 +185,25 @@ def test_rows_are_dealt_as_planned(counts):
         check_draw(drawn, stores, representatives)
 
 
-def test_both_branches_deliver():
-    """8 rows a device on 8 devices: the compact branch holds 4 a pair; rows from one shard alone need the other one."""
+@pytest.mark.parametrize("kind", ["mix", "balance"])
+def test_both_branches_deliver(kind):
+    """8 rows a device on 8 devices: equal shards fit the compact route, rows from one shard alone need the full one."""
     devices, representatives = 8, 64
-    assert exchange.pair_capacity(8, 8) < 8
-    buffer, insert, sample, place = setup(devices, "reservoir", 800, representatives)
-    for counts in ([100] * 8, [0, 100, 0, 0, 0, 0, 0, 0], [90, 0, 0, 3, 0, 0, 0, 0]):
+    compact, full = exchange.make_routes(kind, 8, 8, "data")
+    buffer, insert, sample, place = setup(devices, "reservoir", 800, representatives, exchange=kind)
+    for counts in ([100] * 8, [0, 100, 0, 0, 0, 0, 0, 0], [90, 0, 0, 3, 0, 0, 0, 0], [3, 0, 9, 1, 0, 0, 5, 0]):
         state = fill(insert, place, buffer.init(), counts, devices)
         stores = stored_ids(state, devices)
-        needed = set()
+        fitted = set()
         for seed in range(10):
             check_draw(sample(state, jax.random.key(seed)), stores, representatives)
             plan = plan_of(jax.random.key(seed), jnp.array(counts, jnp.int32), representatives)
-            needed.add(-(-int(np.diff(plan.first).max()) // devices) > exchange.pair_capacity(8, 8))
-        assert needed == {counts[0] != 100}
+            fitted.add(bool(compact.fits(plan)))
+            assert bool(full.fits(plan))
+        if counts[0] == 100:
+            assert fitted == {True}
+        if max(counts) == sum(counts):
+            assert fitted == {False}
 
 
 def chi_square(observed: np.ndarray) -> float:

@@ -117,7 +117,7 @@ def test_rehearsal_closes_the_gap(tmp_path):
     for strategy in ("from_scratch", "incremental", "er"):
         config = importlib.import_module("configs.digits").get_config()
         config.strategy = strategy
-        result = train_and_evaluate(config, tmp_path / strategy, progress=False)
+        result = train_and_evaluate(config, tmp_path / strategy, devices=jax.devices()[:8], progress=False)
         accuracy[strategy] = result["average_accuracy"]
     assert accuracy["er"] - accuracy["incremental"] > 4 * (accuracy["from_scratch"] - accuracy["er"])
 

@@ -1,8 +1,8 @@
-"""Which rows are drawn: a simple random sample of the union, planned alike on every device.
+"""Which rows are drawn: a sample of the union without replacement, planned alike on every device.
 
 All devices share the key and the N shard sizes, so each computes the same plan and no coordination is needed. Row numbers
-("ranks") of the union run through shard 0's rows first, then shard 1's, and so on. Cost O(R log R), R = rows drawn,
-whatever the capacity.
+("ranks") of the union run through shard 0's rows first, then shard 1's, and so on. The cost depends on R, the rows drawn,
+never on the capacity.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class Plan:
       rank: int32 `[R]`, the drawn ranks of the union in ascending order, `NONE` behind them.
       first: int32 `[N + 1]`; shard s supplies the plan's positions first[s]..first[s+1]-1.
       base: int32 `[N]`, the rank of each shard's first row.
-      offset: int32 scalar in [0, N): position p goes to device (p + offset) mod N.
+      offset: int32 scalar in [0, N), uniform: where dealing the rows to devices begins.
     """
 
     rank: jax.Array
@@ -33,14 +33,59 @@ class Plan:
     offset: jax.Array
 
 
+def make_plan(key: jax.Array, sizes: jax.Array, count: int) -> Plan:
+    """Plans a simple random sample of `count` rows from shards that hold `sizes` rows (int32 `[N]`)."""
+    rank_key, offset_key = jax.random.split(key)
+    return _plan(sample_ranks(rank_key, jnp.sum(sizes, dtype=jnp.int32), count), sizes, offset_key)
+
+
+def make_balanced_plan(key: jax.Array, class_sizes: jax.Array, count: int) -> Plan:
+    """Plans a draw of `count` rows in which every class held by the union has the same number of rows, or all it has.
+
+    Which classes get one row more is random where the numbers do not divide; within a class every subset of rows is equally
+    likely. Needs a policy that orders the ranks of a shard class by class.
+
+    Args:
+      key: shared by all devices.
+      class_sizes: int32 `[N, K]`, rows of each class in each shard.
+      count: R.
+    """
+    share_key, row_key, offset_key = jax.random.split(key, 3)
+    share = fair_shares(share_key, jnp.sum(class_sizes, axis=0, dtype=jnp.int32), count)
+    until = jnp.cumsum(share)
+    position = jnp.arange(count, dtype=jnp.int32)
+    label = jnp.searchsorted(until, position, side="right", method="scan_unrolled").astype(jnp.int32)
+    real = position < until[-1]
+    label = jnp.where(real, label, 0)
+    number = _distinct_within(row_key, label, real, jnp.sum(class_sizes, axis=0)[label])
+    # From "row `number` of its class" to the shard that holds it, then to its rank in the union.
+    until_shard = jnp.cumsum(class_sizes, axis=0)[:, label]
+    holder = jnp.sum(until_shard <= number[None, :], axis=0, dtype=jnp.int32)
+    holder = jnp.minimum(holder, class_sizes.shape[0] - 1)
+    within = number - (until_shard[holder, position] - class_sizes[holder, label])
+    before_class = jnp.cumsum(class_sizes, axis=1)[holder, label] - class_sizes[holder, label]
+    sizes = jnp.sum(class_sizes, axis=1, dtype=jnp.int32)
+    rank = (jnp.cumsum(sizes) - sizes)[holder] + before_class + within
+    return _plan(jnp.sort(jnp.where(real, rank, NONE)), sizes, offset_key)
+
+
+def _plan(rank: jax.Array, sizes: jax.Array, offset_key: jax.Array) -> Plan:
+    until = jnp.cumsum(sizes, dtype=jnp.int32)
+    bounds = jnp.concatenate([jnp.zeros((1,), jnp.int32), until])
+    first = jnp.searchsorted(rank, bounds, method="scan_unrolled").astype(jnp.int32)
+    return Plan(
+        rank=rank, first=first, base=until - sizes, offset=jax.random.randint(offset_key, (), 0, sizes.shape[0])
+    )
+
+
 def sample_ranks(key: jax.Array, total: jax.Array, count: int) -> jax.Array:
-    """`count` distinct integers, uniform over the subsets of [0, total), ascending.
+    """`count` distinct integers, uniform over the subsets of [0, total), ascending; int32 `[count]`.
 
     With fewer than `count` integers all are returned, followed by `NONE`.
 
-    Above 4 * count integers, 2 * count are drawn with replacement and the first `count` distinct ones kept; in the rare case
-    of fewer distinct ones all are drawn again, which keeps the law: every step treats all integers alike. Below, the
-    4 * count integers are permuted. Neither depends on `total` in cost.
+    From 4 * count integers upwards, 2 * count are drawn with replacement and the first `count` distinct ones kept; in the
+    rare case of fewer distinct ones all are drawn again, which keeps the law: every step treats all integers alike. Below,
+    the 4 * count integers are permuted.
     """
     return lax.cond(
         total < 4 * count,
@@ -51,46 +96,68 @@ def sample_ranks(key: jax.Array, total: jax.Array, count: int) -> jax.Array:
 
 def _by_permutation(key: jax.Array, total: jax.Array, count: int) -> jax.Array:
     integer = jnp.arange(4 * count, dtype=jnp.int32)
-    # 64 random bits each: ties, which would favour small integers, have probability below 1e-13.
+    # 64 random bits each: ties, which would favour small integers, have probability below 1e-12 at count = 1024.
     high, low = jax.random.bits(key, (2, 4 * count), jnp.uint32)
-    outside = integer >= total
-    outside, _, _, integer = lax.sort((outside, high, low, integer), num_keys=3)
+    outside, _, _, integer = lax.sort((integer >= total, high, low, integer), num_keys=3)
     return jnp.sort(jnp.where(outside, NONE, integer)[:count])
 
 
 def _by_rejection(key: jax.Array, total: jax.Array, count: int) -> jax.Array:
     n = 2 * count
 
-    def attempt(key):
+    def attempt(key: jax.Array) -> jax.Array:
         value = jax.random.randint(key, (n,), 0, total)
         value, position = lax.sort((value, jnp.arange(n, dtype=jnp.int32)), num_keys=2)
-        repeat = jnp.concatenate([jnp.zeros((1,), bool), value[1:] == value[:-1]])
-        # Back to the order of drawing, which ends by marking where the count-th distinct value appeared.
-        _, fresh = lax.sort((position, ~repeat), num_keys=1)
-        nth = jnp.sum(jnp.cumsum(fresh) < count)
-        kept = ~repeat & (position <= nth)
-        return jnp.sort(jnp.where(kept, value, NONE))[:count]
+        fresh = jnp.concatenate([jnp.ones((1,), bool), value[1:] != value[:-1]])
+        # In the order of drawing: the position at which the count-th distinct value appeared.
+        last = jnp.sort(jnp.where(fresh, position, n))[count - 1]
+        return jnp.sort(jnp.where(fresh & (position <= last), value, NONE))[:count]
 
-    def incomplete(carry):
-        _, rank = carry
-        return rank[-1] == NONE
+    def incomplete(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return carry[1][-1] == NONE
 
-    def again(carry):
-        key, _ = carry
-        key, now = jax.random.split(key)
+    def again(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        key, now = jax.random.split(carry[0])
         return key, attempt(now)
 
-    _, rank = lax.while_loop(incomplete, again, (key, jnp.full((count,), NONE, jnp.int32)))
-    return rank
+    return lax.while_loop(incomplete, again, (key, jnp.full((count,), NONE, jnp.int32)))[1]
 
 
-def make_plan(key: jax.Array, sizes: jax.Array, count: int) -> Plan:
-    """Plans a draw of `count` rows from shards that hold `sizes` rows (int32 `[N]`)."""
-    shards = sizes.shape[0]
-    rank_key, offset_key = jax.random.split(key)
-    until = jnp.cumsum(sizes, dtype=jnp.int32)
-    rank = sample_ranks(rank_key, until[-1], count)
-    bounds = jnp.concatenate([jnp.zeros((1,), jnp.int32), until])
-    first = jnp.searchsorted(rank, bounds, method="scan_unrolled").astype(jnp.int32)
-    offset = jax.random.randint(offset_key, (), 0, shards)
-    return Plan(rank=rank, first=first, base=until - sizes, offset=offset)
+def fair_shares(key: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
+    """Deals `count` rows to classes that have `sizes` rows (int32 `[K]`), as evenly as their sizes allow; int32 `[K]`.
+
+    Water-filling: every class gets min(size, level), and of the classes that have more, random ones get one row extra.
+    """
+    ascending = jnp.sort(sizes)
+    k = sizes.shape[0]
+    before = jnp.cumsum(ascending) - ascending
+    # With the i smallest classes exhausted the others can be filled to level[i]; the first class it does not exhaust decides.
+    level = (count - before) // (k - jnp.arange(k))
+    stops = level < ascending
+    level = jnp.where(jnp.any(stops), level[jnp.argmax(stops)], NONE)
+    share = jnp.minimum(sizes, level)
+    spare = jnp.where(level == NONE, 0, count - jnp.sum(share))
+    # A stable order of the classes that can take one more, random among themselves.
+    order = jnp.argsort(jnp.where(sizes > level, jax.random.uniform(key, (k,)), jnp.inf))
+    return share.at[order].add((jnp.arange(k) < spare).astype(share.dtype))
+
+
+def _distinct_within(key: jax.Array, label: jax.Array, real: jax.Array, total: jax.Array) -> jax.Array:
+    """Distinct integers for the positions of each label, uniform over the subsets of [0, total); int32 `[R]`.
+
+    Floyd's algorithm (Bentley and Floyd 1987) runs over all labels at once: the m positions of a label, `total` its rows,
+    take t uniform in [0, j] for j = total - m .. total - 1, or j itself if t is taken. It never draws again, so the last row
+    of a small class costs what the first costs.
+    """
+    count = label.shape[0]
+    position = jnp.arange(count, dtype=jnp.int32)
+    same = (label[:, None] == label[None, :]) & real[None, :]
+    ahead = jnp.sum(same & (position[None, :] < position[:, None]), axis=1)
+    j = jnp.where(real, total - jnp.sum(same, axis=1) + ahead, 0).astype(jnp.int32)
+    t = jax.random.randint(key, (count,), 0, j + 1)
+
+    def take(i: jax.Array, taken: jax.Array) -> jax.Array:
+        again = jnp.any(same[i] & (position < i) & (taken == t[i]))
+        return taken.at[i].set(jnp.where(again, j[i], t[i]))
+
+    return lax.fori_loop(0, count, take, jnp.full((count,), -1, jnp.int32))

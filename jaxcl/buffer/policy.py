@@ -47,6 +47,8 @@ class Policy(NamedTuple):
       locate: `(meta, shard, rank) -> slot`: where the stored rows number `rank` (int32 `[n]`, 0..size-1) lie.
       size: `(meta, shard) -> int32 scalar`, rows stored in this shard.
       slots: rows a shard has memory for.
+      class_sizes: `(meta) -> int32 [K]`, rows of each class in this shard, for policies whose ranks run class by class; else
+        None.
     """
 
     init: Callable[[jax.Array], PyTree]
@@ -54,6 +56,7 @@ class Policy(NamedTuple):
     locate: Callable[[PyTree, jax.Array, jax.Array], jax.Array]
     size: Callable[[PyTree, jax.Array], jax.Array]
     slots: int
+    class_sizes: Callable[[PyTree], jax.Array] | None = None
 
 
 def share(shard: jax.Array, capacity: jax.Array | int, shards: int) -> jax.Array:
@@ -140,7 +143,7 @@ def class_random(capacity: int, shards: int, num_classes: int, accept: float) ->
     def size(meta, shard):
         return jnp.sum(meta["fill"])
 
-    return Policy(init, choose, locate, size, slots)
+    return Policy(init, choose, locate, size, slots, class_sizes=lambda meta: meta["fill"][0])
 
 
 def make_policy(
