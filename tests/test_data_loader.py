@@ -177,3 +177,18 @@ def test_mistakes(changes, message):
     with pytest.raises(UserError) as info:
         train_batches(SOURCE, **arguments)
     assert str(info.value) == message
+
+
+def test_by_class_hands_out_the_same_batches_sorted():
+    """The global batch is the same set of rows; its slices are what each process gets of it in order of class."""
+    rng = np.random.default_rng(0)
+    source = array_source(rng.integers(0, 255, (50, 2, 2, 1), np.uint8), rng.integers(0, 5, 50), list("abcde"))
+    arguments = {"batch_size": 16, "epochs": 2, "seed": (3,), "num_threads": 0}
+    plain = train_batches(source, np.arange(50), **arguments)
+    for p in range(2):
+        part = train_batches(source, np.arange(50), by_class=True, process_index=p, process_count=2, **arguments)
+        for t in range(len(plain)):
+            whole, rows = plain[t], plain[t]["id"][plain[t]["valid"]]
+            expected = rows[np.argsort(source.labels[rows], kind="stable")][8 * p : 8 * p + 8]
+            assert part[t]["id"][part[t]["valid"]].tolist() == expected.tolist()
+            assert whole["id"].shape == (16,)

@@ -39,6 +39,7 @@ class Loader:
         process_index: int,
         process_count: int,
         num_threads: int,
+        by_class: bool = False,
     ):
         for field, value, low in (
             ("batch_size", batch_size, 1),
@@ -57,7 +58,7 @@ class Loader:
         self._source, self._order = source, order
         self._batch_size, self._local = batch_size, batch_size // process_count
         self._offset = process_index * self._local
-        self._num_threads = num_threads
+        self._num_threads, self._by_class = num_threads, by_class
         self.steps_per_epoch = -(-num_rows // batch_size)
         self._steps = epochs * self.steps_per_epoch
 
@@ -68,8 +69,10 @@ class Loader:
         if not 0 <= t < self._steps:
             raise IndexError(f"batch {t} of {self._steps}")
         epoch, step = divmod(t, self.steps_per_epoch)
-        start = step * self._batch_size + self._offset
-        rows = self._order(epoch)[start : start + self._local]  # short, or empty, at the end of an epoch
+        rows = self._order(epoch)[step * self._batch_size : (step + 1) * self._batch_size]
+        if self._by_class:
+            rows = rows[np.argsort(self._source.labels[rows], kind="stable")]
+        rows = rows[self._offset : self._offset + self._local]  # short, or empty, at the end of an epoch
         return {
             "image": _pad(self._source.read(rows), self._local, 0),
             "label": _pad(self._source.labels[rows], self._local, 0),
@@ -92,6 +95,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 2,
+    by_class: bool = False,
 ) -> Loader:
     """Batches for training: every epoch visits every row once, in a new order.
 
@@ -103,6 +107,8 @@ def train_batches(
       seed: integers >= 0, such as (seed, task): with the epoch they determine the order.
       process_index, process_count: which slice of every global batch this process reads.
       num_threads: threads that read ahead, two batches each; 0 reads in the caller's thread.
+      by_class: sorts the rows of every global batch by class, so that each device sees few classes: the same batches, but
+        the shards of a sharded memory differ as much as they can.
 
     Raises:
       UserError: a size is out of range, or batch_size is no multiple of process_count.
@@ -118,6 +124,7 @@ def train_batches(
         process_index=process_index,
         process_count=process_count,
         num_threads=num_threads,
+        by_class=by_class,
     )
 
 

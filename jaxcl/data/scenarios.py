@@ -46,6 +46,14 @@ class Scenario:
             task_of[list(task.classes)] = task.index
         return task_of
 
+    @functools.cached_property
+    def class_table(self) -> np.ndarray:
+        """bool [T, K]: the classes that appear in each task."""
+        table = np.zeros((len(self.tasks), self.num_classes), bool)
+        for task in self.tasks:
+            table[task.index, list(task.classes)] = True
+        return table
+
     def seen(self, t: int) -> np.ndarray:
         """int64 [n]: the train rows of tasks 0..t, what training from scratch after task t uses."""
         if not 0 <= t < len(self.tasks):
