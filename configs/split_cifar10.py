@@ -1,10 +1,11 @@
 """Split-CIFAR-10, class-incremental: 5 tasks of 2 classes, ResNet-18; on a CPU a small convolutional net and fewer epochs.
 
-    python -m experiments.compare --config=configs/split_cifar10.py --config.data.data_dir=TFDS_DIR --workdir=DIR
-    python -m experiments.compare --config=configs/split_cifar10.py:cpu --config.data.data_dir=TFDS_DIR --workdir=DIR --devices=8
+    python -m experiments.compare --config=configs/split_cifar10.py --workdir=DIR
+    python -m experiments.compare --config=configs/split_cifar10.py:cpu --workdir=DIR --devices=8
 
-Data: `tfds:cifar10`, prepared in TFDS_DIR (TFDS's default folder if not given), or `--config.data.source=npz:FILE`.
-PLACEHOLDER
+Data: `tfds:cifar10`, prepared in TFDS's default folder or in `--config.data.data_dir`, or `--config.data.source=npz:FILE`.
+Expected: on a GPU not run yet. CPU size, one seed, 2 cores and 8 fake devices, with the images as JPEG: average accuracy 54 %
+from scratch, 17 % incremental, 46 % with rehearsal, in about 9 minutes for the three.
 """
 
 from ml_collections import ConfigDict

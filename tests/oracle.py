@@ -1,5 +1,6 @@
 """Plain NumPy and Python statements of what the buffer must do, one row at a time."""
 
+import jax
 import numpy as np
 
 ROW_SHAPE = (3, 2)
@@ -65,6 +66,126 @@ class ClassRandom:
                 self.fill[k] += 1
             elif accepted[j]:
                 self.slots[self.begin[k] + int(anywhere[j])] = int(ident)
+
+
+class ClassBalanced:
+    """One shard of class-balancing reservoir sampling, with a list of slots a class, the free slots as the last one.
+
+    A slot goes from one class to another past those in between: each of them hands its nearest slot on to its other end.
+    """
+
+    def __init__(self, shard: int, capacity: int, shards: int, num_classes: int):
+        self.slots, self.seen = {}, [0] * num_classes
+        self.lists = [[] for _ in range(num_classes)] + [list(range(share(shard, capacity, shards)))]
+
+    def insert(self, ids, labels, valid, drawn, evict):
+        """`drawn[j]` in [0, rows of the class so far, row j included); `evict(j, bound)` in [0, bound)."""
+        *classes, free = self.lists
+        for j, ident in enumerate(ids):
+            c = labels[j]
+            if not valid[j]:
+                continue
+            top = max(map(len, classes))
+            if free:
+                slot = self.move(len(classes), 0, c)
+            elif len(classes[c]) == self.seen[c] and len(classes[c]) < top:
+                largest = [k for k, rows in enumerate(classes) if len(rows) == top]
+                which, rank = divmod(evict(j, len(largest) * top), top)
+                slot = self.move(largest[which], rank, c)
+            else:
+                slot = classes[c][drawn[j]] if drawn[j] < len(classes[c]) else None
+            if slot is not None:
+                self.slots[slot] = int(ident)
+            self.seen[c] += 1
+
+    def move(self, victim, rank, c):
+        source, slot = self.lists[victim], self.lists[victim][rank]
+        if victim > c:
+            source[rank] = source[0]
+            source.pop(0)
+            for k in range(c + 1, victim):
+                self.lists[k] += self.lists[k][:1]
+                del self.lists[k][:1]
+            self.lists[c].append(slot)
+        else:
+            source[rank] = source[-1]
+            source.pop()
+            for k in range(victim + 1, c):
+                self.lists[k][:0] = self.lists[k][-1:]
+                del self.lists[k][len(self.lists[k]) - 1 :]
+            self.lists[c].insert(0, slot)
+        return slot
+
+
+class Fifo:
+    """One shard of a memory bank: slot number of arrival modulo the shard's share."""
+
+    def __init__(self, shard: int, capacity: int, shards: int):
+        self.room, self.arrived, self.slots = share(shard, capacity, shards), 0, {}
+
+    def insert(self, ids, valid):
+        for ident in np.asarray(ids)[valid]:
+            self.slots[self.arrived % self.room] = int(ident)
+            self.arrived += 1
+
+
+class Herding:
+    """One shard of ranked exemplars: a list of slots a class, best first; the largest gives up its last."""
+
+    def __init__(self, shard: int, capacity: int, shards: int, num_classes: int):
+        self.shard, self.room, self.slots = shard, share(shard, capacity, shards), {}
+        self.lists = [[] for _ in range(num_classes)]
+
+    def insert(self, ids, labels, valid):
+        for j, ident in enumerate(ids):
+            if not valid[j]:
+                continue
+            mine, top = self.lists[labels[j]], max(map(len, self.lists))
+            if len(self.slots) < self.room:
+                slot = len(self.slots)
+            elif len(mine) + 1 < top:
+                turn = {(k + self.shard) % len(self.lists): k for k, rows in enumerate(self.lists) if len(rows) == top}
+                slot = self.lists[turn[max(turn)]].pop()
+            else:
+                continue
+            mine.append(slot)
+            self.slots[slot] = int(ident)
+
+
+def make(policy: str, shard: int, capacity: int, shards: int, num_classes: int):
+    """The oracle of a policy."""
+    if policy in ("reservoir", "fifo"):
+        return {"reservoir": Reservoir, "fifo": Fifo}[policy](shard, capacity, shards)
+    by_class = {"class_random": ClassRandom, "class_balanced": ClassBalanced, "herding": Herding}
+    return by_class[policy](shard, capacity, shards, num_classes)
+
+
+def insert(one, ids, labels, valid, key, accept):
+    """Gives rows to an oracle, with the random numbers that the policy draws from `key`."""
+
+    def integers(words, bound):
+        """The integers in [0, bound) that 64 random bits each stand for, as fractions of 2**64."""
+        high, low = words.astype(object)
+        return np.array((high * 2**32 + low) * np.broadcast_to(bound, high.shape).astype(object) >> 64, np.int64)
+
+    n = len(ids)
+    earlier = np.array([sum((labels[:j] == label) & valid[:j]) for j, label in enumerate(labels)], np.int32)
+    one_each, two_each = (np.asarray(jax.random.bits(key, (2, width), np.uint32)) for width in (n, 2 * n))
+    first, second = two_each[:, :n], two_each[:, n:]
+    match one:
+        case Reservoir():
+            one.insert(ids, valid, integers(one_each, one.seen + np.cumsum(valid) - valid + 1))
+        case ClassRandom():
+            accepted = (first[0] >> 8) / 2**24 < np.float32(accept)
+            anywhere = integers(second, np.maximum(np.asarray(one.room)[labels], 1))
+            one.insert(ids, labels, valid, accepted, anywhere)
+        case ClassBalanced():
+            drawn = integers(first, np.asarray(one.seen)[labels] + earlier + 1)
+            one.insert(ids, labels, valid, drawn, lambda j, bound: int(integers(second[:, j : j + 1], bound)[0]))
+        case Fifo():
+            one.insert(ids, valid)
+        case Herding():
+            one.insert(ids, labels, valid)
 
 
 def dealt(ranks: list[int], offset: int, shards: int, per_device: int) -> list[set[int]]:

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxcl.buffer import draw, exchange
+from jaxcl.buffer import draw, exchange, random
 from jaxcl.mesh import AXIS, make_mesh
 from tests.test_buffer_laws import ALPHA, K, check_draw, chi_square, fill, rows_of, setup, stored_ids
 
@@ -178,7 +178,7 @@ def test_class_balanced_draws(devices):
     assert chi_square(counts[2::4]) > ALPHA
 
 
-fair = jax.jit(draw.fair_shares)
+fair = jax.jit(lambda key, sizes, count: draw.fair_shares(jax.random.bits(key, sizes.shape), sizes, count))
 
 
 def test_fair_shares_are_as_even_as_sizes_allow():
@@ -228,3 +228,18 @@ def test_records_travel_in_their_own_types():
     for name, leaf in tree.items():
         assert back[name].dtype == leaf.dtype
         np.testing.assert_array_equal(np.asarray(back[name]), np.asarray(leaf))
+
+
+def test_integers_below_a_bound_are_exact():
+    """Against Python's integers, at the ends of the words and of the spans; and uniform."""
+    edge = np.array([0, 1, 2**16 - 1, 2**16, 2**31, 2**32 - 2, 2**32 - 1], np.uint32)
+    rng = np.random.default_rng(0)
+    high, low = (
+        np.concatenate([rng.permutation(np.repeat(edge, 7)), rng.integers(0, 2**32, 500, np.uint32)]) for _ in "hl"
+    )
+    for span in (1, 2, 3, 10, 2**16 - 1, 2**16 + 1, 1_000_003, 2**31 - 1):
+        found = np.asarray(random.below(jnp.stack([high, low]), jnp.full(high.shape, span, jnp.int32)))
+        exact = [(int(h) * 2**32 + int(w)) * span >> 64 for h, w in zip(high, low, strict=True)]
+        assert found.tolist() == exact
+    values = random.below(random.words(jax.random.key(0), 60_000), 37)
+    assert chi_square(np.bincount(np.asarray(values), minlength=37)) > ALPHA

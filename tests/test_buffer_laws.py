@@ -101,10 +101,7 @@ def test_insert_is_the_loop_over_rows(policy, devices):
     capacity, shards = 21, max(devices, 1)
     _, insert, _, place = setup(devices, policy, capacity, 16)
     buffer = setup(devices, policy, capacity, 16)[0]
-    if policy == "reservoir":
-        shadow = [oracle.Reservoir(s, capacity, shards) for s in range(shards)]
-    else:
-        shadow = [oracle.ClassRandom(s, capacity, shards, K) for s in range(shards)]
+    shadow = [oracle.make(policy, s, capacity, shards, K) for s in range(shards)]
     state, rng = buffer.init(), np.random.default_rng(devices)
     for step in range(12):
         ids = step * 100 + rng.permutation(100)[: shards * PER_DEVICE]
@@ -113,16 +110,7 @@ def test_insert_is_the_loop_over_rows(policy, devices):
         state = insert(state, place(rows_of(ids, valid)), key)
         for s, one in enumerate(shadow):
             mine = slice(s * PER_DEVICE, (s + 1) * PER_DEVICE)
-            mine_ids, mine_valid, k = ids[mine], valid[mine], jax.random.fold_in(key, s)
-            if policy == "reservoir":
-                seen = one.seen + np.cumsum(mine_valid) - mine_valid
-                one.insert(mine_ids, mine_valid, np.asarray(jax.random.randint(k, (PER_DEVICE,), 0, seen + 1)))
-            else:
-                coin, place_key = jax.random.split(k)
-                accepted = np.asarray(jax.random.uniform(coin, (PER_DEVICE,)) < 0.4)
-                room = np.maximum(np.asarray(one.room)[mine_ids % K], 1)
-                anywhere = np.asarray(jax.random.randint(place_key, (PER_DEVICE,), 0, room))
-                one.insert(mine_ids, mine_ids % K, mine_valid, accepted, anywhere)
+            oracle.insert(one, ids[mine], ids[mine] % K, valid[mine], jax.random.fold_in(key, s), accept=0.4)
         assert stored_ids(state, devices) == [one.slots for one in shadow]
         written = np.asarray(state.id) >= 0
         oracle.assert_whole(
@@ -352,9 +340,10 @@ def test_a_draw_is_one_gather_of_sizes_and_one_exchange():
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_replayable(devices):
+@pytest.mark.parametrize("policy", POLICIES)
+def test_replayable(policy, devices):
     """Law 7: state and seed determine everything; a copy of the state taken midway continues identically."""
-    buffer, insert, sample, place = setup(devices, "class_random", 40, 8)
+    buffer, insert, sample, place = setup(devices, policy, 40, 8)
 
     def run(state, steps):
         for step in steps:

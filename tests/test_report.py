@@ -103,7 +103,7 @@ def test_malformed_results_are_named_in_one_line(tmp_path, changes, problem):
 def test_no_runs(tmp_path):
     with pytest.raises(UserError, match="no run below"):
         report.load_runs([tmp_path])
-    with pytest.raises(UserError, match="'.*nowhere' is not a folder"):
+    with pytest.raises(UserError, match=r"'.*nowhere' is not a folder"):
         report.load_runs([tmp_path / "nowhere"])
 
 
@@ -151,7 +151,7 @@ def test_page_is_self_contained(folder):
     assert 'name="viewport"' in text
     assert "<b>" not in text and "&lt;b&gt;mnist&lt;/b&gt;" in text
     assert "half: unfinished" in text and "malformed result.json" in text
-    with pytest.raises(UserError, match="out: .* is a file"):
+    with pytest.raises(UserError, match=r"out: .* is a file"):
         report.write_report([], page)
 
 

@@ -22,14 +22,28 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl.buffer import draw as draw_lib
 from jaxcl.buffer import exchange as exchange_lib
+from jaxcl.buffer import repeats as repeats_lib
 from jaxcl.buffer import shard as shard_lib
 from jaxcl.buffer.exchange import EXCHANGES
 from jaxcl.buffer.policy import POLICIES, make_policy
+from jaxcl.buffer.repeats import REPEATS
 from jaxcl.buffer.shard import Drawn, Rows, Shard
 from jaxcl.errors import UserError
 from jaxcl.mesh import AXIS
 
-__all__ = ["DRAWS", "EXCHANGES", "MEMORIES", "POLICIES", "Buffer", "Drawn", "Local", "Rows", "Shard", "make_buffer"]
+__all__ = [
+    "DRAWS",
+    "EXCHANGES",
+    "MEMORIES",
+    "POLICIES",
+    "REPEATS",
+    "Buffer",
+    "Drawn",
+    "Local",
+    "Rows",
+    "Shard",
+    "make_buffer",
+]
 
 PyTree = Any
 MEMORIES = ("sharded", "replicated", "independent")
@@ -59,6 +73,7 @@ class Buffer:
       local: insert and draw for use inside `shard_map`.
       capacity: rows in the union of all shards; with `memory` "replicated" or "independent", rows on each device.
       representatives: rows of one draw over all devices.
+      repeats: as given; a training step offers no row after a task's first epoch if it is "first_epoch".
       num_bytes: bytes of the whole state over all devices.
       traffic: rows and bytes that a device puts into collectives for one draw, padding included, and what r rows weigh.
     """
@@ -71,6 +86,7 @@ class Buffer:
     local: Local
     capacity: int
     representatives: int
+    repeats: str
     num_bytes: int
     traffic: dict[str, int]
 
@@ -87,6 +103,8 @@ def make_buffer(
     memory: str = "sharded",
     exchange: str = "mix",
     sampling: str = "uniform",
+    repeats: str = "all",
+    num_ids: int | None = None,
 ) -> Buffer:
     """A rehearsal buffer.
 
@@ -108,6 +126,10 @@ def make_buffer(
       sampling: "uniform": every stored row is equally likely. "class_balanced": every stored class has the same number of
         rows in a draw as far as it holds that many, and within a class every row is equally likely; needs a policy that
         keeps classes apart.
+      repeats: "all": a row that comes again may be stored again. "distinct": a row whose id is stored is not stored again
+        and not counted by the policy, so that the memory holds at most one copy of an id (an "independent" memory: one on
+        each device); int32 a device and id. "first_epoch" is the training step's business and means "all" here.
+      num_ids: of "distinct", a static bound on the ids: they lie in [0, num_ids).
 
     Raises:
       UserError: a size or name that is not allowed.
@@ -116,9 +138,12 @@ def make_buffer(
         ("memory", memory, MEMORIES),
         ("exchange", exchange, EXCHANGES),
         ("sampling", sampling, DRAWS),
+        ("repeats", repeats, REPEATS),
     ):
         if value not in allowed:
             raise UserError(f"buffer.{field}: {value!r} is unknown, choose one of {', '.join(allowed)}")
+    if repeats == "distinct" and (num_ids is None or num_ids < 1):
+        raise UserError(f"buffer.repeats: distinct needs num_ids, a positive number, got {num_ids}")
     shards = 1 if mesh is None else mesh.shape[AXIS]
     axis = None if mesh is None else AXIS
     if representatives < 1 or representatives % shards:
@@ -142,7 +167,10 @@ def make_buffer(
         return device() if parts > 1 else jnp.int32(0)
 
     def init() -> Shard:
-        return shard_lib.empty(spec, rule.slots, rule.init(part()))
+        state = shard_lib.empty(spec, rule.slots, rule.init(part()))
+        if repeats != "distinct":
+            return state
+        return dataclasses.replace(state, slot_of=jnp.zeros((num_ids or 0,), jnp.int32))
 
     def insert(state: Shard, rows: Rows, key: jax.Array) -> Shard:
         if axis is not None and memory != "sharded":
@@ -150,8 +178,14 @@ def make_buffer(
             rows = unpack(lax.all_gather(packed, axis, tiled=True))
         # Devices that choose apart have keys apart; those that hold the same rows make the same choice.
         key = jax.random.fold_in(key, device() if memory == "independent" else part())
+        if repeats == "distinct":
+            rows = repeats_lib.distinct(state, rows, axis if memory == "sharded" else None)
         slot, meta = rule.choose(state.meta, key, part(), rows.label, rows.valid)
-        return shard_lib.write(state, rows, shard_lib.keep_last(slot, rule.slots), meta)
+        slot = shard_lib.keep_last(slot, rule.slots)
+        state = shard_lib.write(state, rows, slot, meta)
+        if state.slot_of is None:
+            return state
+        return dataclasses.replace(state, slot_of=repeats_lib.remember(state.slot_of, rows.id, slot, rule.slots))
 
     def plan_draw(state: Shard, key: jax.Array, holders: str | None, count: int) -> draw_lib.Plan:
         """A plan over the shards along the axis `holders`, or over this device's rows alone."""
@@ -219,6 +253,7 @@ def make_buffer(
         local=Local(insert=insert, draw=draw),
         capacity=capacity,
         representatives=representatives,
+        repeats=repeats,
         num_bytes=state_bytes,
         traffic={
             "rows_needed": per_device,

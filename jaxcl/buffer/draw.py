@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxcl.buffer import random
+
 NONE = np.iinfo(np.int32).max  # the rank of "no row": sorts behind every real one
 
 
@@ -35,8 +37,9 @@ class Plan:
 
 def make_plan(key: jax.Array, sizes: jax.Array, count: int) -> Plan:
     """Plans a simple random sample of `count` rows from shards that hold `sizes` rows (int32 `[N]`)."""
-    rank_key, offset_key = jax.random.split(key)
-    return _plan(sample_ranks(rank_key, jnp.sum(sizes, dtype=jnp.int32), count), sizes, offset_key)
+    words = random.words(key, 4 * count + 1)
+    rank = sample_ranks(key, words[:, 1:], jnp.sum(sizes, dtype=jnp.int32), count)
+    return _plan(rank, sizes, words[:, :1])
 
 
 def make_balanced_plan(key: jax.Array, class_sizes: jax.Array, count: int) -> Plan:
@@ -50,14 +53,15 @@ def make_balanced_plan(key: jax.Array, class_sizes: jax.Array, count: int) -> Pl
       class_sizes: int32 `[N, K]`, rows of each class in each shard.
       count: R.
     """
-    share_key, row_key, offset_key = jax.random.split(key, 3)
-    share = fair_shares(share_key, jnp.sum(class_sizes, axis=0, dtype=jnp.int32), count)
+    classes = class_sizes.shape[1]
+    words = random.words(key, 1 + classes + count)
+    share = fair_shares(words[0, 1 : 1 + classes], jnp.sum(class_sizes, axis=0, dtype=jnp.int32), count)
     until = jnp.cumsum(share)
     position = jnp.arange(count, dtype=jnp.int32)
     label = jnp.searchsorted(until, position, side="right", method="scan_unrolled").astype(jnp.int32)
     real = position < until[-1]
     label = jnp.where(real, label, 0)
-    number = _distinct_within(row_key, label, real, jnp.sum(class_sizes, axis=0)[label])
+    number = _distinct_within(words[:, 1 + classes :], label, real, jnp.sum(class_sizes, axis=0)[label])
     # From "row `number` of its class" to the shard that holds it, then to its rank in the union.
     until_shard = jnp.cumsum(class_sizes, axis=0)[:, label]
     holder = jnp.sum(until_shard <= number[None, :], axis=0, dtype=jnp.int32)
@@ -66,19 +70,17 @@ def make_balanced_plan(key: jax.Array, class_sizes: jax.Array, count: int) -> Pl
     before_class = jnp.cumsum(class_sizes, axis=1)[holder, label] - class_sizes[holder, label]
     sizes = jnp.sum(class_sizes, axis=1, dtype=jnp.int32)
     rank = (jnp.cumsum(sizes) - sizes)[holder] + before_class + within
-    return _plan(jnp.sort(jnp.where(real, rank, NONE)), sizes, offset_key)
+    return _plan(jnp.sort(jnp.where(real, rank, NONE)), sizes, words[:, :1])
 
 
-def _plan(rank: jax.Array, sizes: jax.Array, offset_key: jax.Array) -> Plan:
+def _plan(rank: jax.Array, sizes: jax.Array, words: jax.Array) -> Plan:
     until = jnp.cumsum(sizes, dtype=jnp.int32)
     bounds = jnp.concatenate([jnp.zeros((1,), jnp.int32), until])
     first = jnp.searchsorted(rank, bounds, method="scan_unrolled").astype(jnp.int32)
-    return Plan(
-        rank=rank, first=first, base=until - sizes, offset=jax.random.randint(offset_key, (), 0, sizes.shape[0])
-    )
+    return Plan(rank=rank, first=first, base=until - sizes, offset=random.below(words, jnp.int32(sizes.shape[0]))[0])
 
 
-def sample_ranks(key: jax.Array, total: jax.Array, count: int) -> jax.Array:
+def sample_ranks(key: jax.Array, words: jax.Array, total: jax.Array, count: int) -> jax.Array:
     """`count` distinct integers, uniform over the subsets of [0, total), ascending; int32 `[count]`.
 
     With fewer than `count` integers all are returned, followed by `NONE`.
@@ -86,28 +88,32 @@ def sample_ranks(key: jax.Array, total: jax.Array, count: int) -> jax.Array:
     From 4 * count integers upwards, 2 * count are drawn with replacement and the first `count` distinct ones kept; in the
     rare case of fewer distinct ones all are drawn again, which keeps the law: every step treats all integers alike. Below,
     the 4 * count integers are permuted.
+
+    Args:
+      key: for drawing again.
+      words: uint32 `[2, 4 * count]`, random.
+      total: int32 scalar.
+      count: how many.
     """
     return lax.cond(
         total < 4 * count,
-        lambda: _by_permutation(key, total, count),
-        lambda: _by_rejection(key, total, count),
+        lambda: _by_permutation(words, total, count),
+        lambda: _by_rejection(key, words, total, count),
     )
 
 
-def _by_permutation(key: jax.Array, total: jax.Array, count: int) -> jax.Array:
+def _by_permutation(words: jax.Array, total: jax.Array, count: int) -> jax.Array:
     integer = jnp.arange(4 * count, dtype=jnp.int32)
     # 64 random bits each: ties, which would favour small integers, have probability below 1e-12 at count = 1024.
-    high, low = jax.random.bits(key, (2, 4 * count), jnp.uint32)
-    outside, _, _, integer = lax.sort((integer >= total, high, low, integer), num_keys=3)
+    outside, _, _, integer = lax.sort((integer >= total, words[0], words[1], integer), num_keys=3)
     return jnp.sort(jnp.where(outside, NONE, integer)[:count])
 
 
-def _by_rejection(key: jax.Array, total: jax.Array, count: int) -> jax.Array:
+def _by_rejection(key: jax.Array, words: jax.Array, total: jax.Array, count: int) -> jax.Array:
     n = 2 * count
 
-    def attempt(key: jax.Array) -> jax.Array:
-        value = jax.random.randint(key, (n,), 0, total)
-        value, position = lax.sort((value, jnp.arange(n, dtype=jnp.int32)), num_keys=2)
+    def attempt(words: jax.Array) -> jax.Array:
+        value, position = lax.sort((random.below(words, total), jnp.arange(n, dtype=jnp.int32)), num_keys=2)
         fresh = jnp.concatenate([jnp.ones((1,), bool), value[1:] != value[:-1]])
         # In the order of drawing: the position at which the count-th distinct value appeared.
         last = jnp.sort(jnp.where(fresh, position, n))[count - 1]
@@ -117,16 +123,17 @@ def _by_rejection(key: jax.Array, total: jax.Array, count: int) -> jax.Array:
         return carry[1][-1] == NONE
 
     def again(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        key, now = jax.random.split(carry[0])
-        return key, attempt(now)
+        key = jax.random.fold_in(carry[0], 1)
+        return key, attempt(random.words(key, n))
 
-    return lax.while_loop(incomplete, again, (key, jnp.full((count,), NONE, jnp.int32)))[1]
+    return lax.while_loop(incomplete, again, (key, attempt(words[:, :n])))[1]
 
 
-def fair_shares(key: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
+def fair_shares(words: jax.Array, sizes: jax.Array, count: jax.Array | int) -> jax.Array:
     """Deals `count` rows to classes that have `sizes` rows (int32 `[K]`), as evenly as their sizes allow; int32 `[K]`.
 
-    Water-filling: every class gets min(size, level), and of the classes that have more, random ones get one row extra.
+    Water-filling: every class gets min(size, level), and of the classes that have more, random ones get one row extra, by
+    `words`, uint32 `[K]`.
     """
     ascending = jnp.sort(sizes)
     k = sizes.shape[0]
@@ -138,11 +145,11 @@ def fair_shares(key: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
     share = jnp.minimum(sizes, level)
     spare = jnp.where(level == NONE, 0, count - jnp.sum(share))
     # A stable order of the classes that can take one more, random among themselves.
-    order = jnp.argsort(jnp.where(sizes > level, jax.random.uniform(key, (k,)), jnp.inf))
+    order = jnp.argsort(jnp.where(sizes > level, words >> 1, jnp.uint32(2**31)))
     return share.at[order].add((jnp.arange(k) < spare).astype(share.dtype))
 
 
-def _distinct_within(key: jax.Array, label: jax.Array, real: jax.Array, total: jax.Array) -> jax.Array:
+def _distinct_within(words: jax.Array, label: jax.Array, real: jax.Array, total: jax.Array) -> jax.Array:
     """Distinct integers for the positions of each label, uniform over the subsets of [0, total); int32 `[R]`.
 
     Floyd's algorithm (Bentley and Floyd 1987) runs over all labels at once: the m positions of a label, `total` its rows,
@@ -154,7 +161,7 @@ def _distinct_within(key: jax.Array, label: jax.Array, real: jax.Array, total: j
     same = (label[:, None] == label[None, :]) & real[None, :]
     ahead = jnp.sum(same & (position[None, :] < position[:, None]), axis=1)
     j = jnp.where(real, total - jnp.sum(same, axis=1) + ahead, 0).astype(jnp.int32)
-    t = jax.random.randint(key, (count,), 0, j + 1)
+    t = random.below(words, j + 1)
 
     def take(i: jax.Array, taken: jax.Array) -> jax.Array:
         again = jnp.any(same[i] & (position < i) & (taken == t[i]))

@@ -61,12 +61,14 @@ class Shard:
       label: int32 `[slots]`.
       id: int32 `[slots]`, -1 where nothing was written yet.
       meta: the policy's metadata, leaves `[1, ...]`.
+      slot_of: int32 `[num_ids]`, the slot at which each id was last stored here, 0 before; None unless copies are refused.
     """
 
     record: PyTree
     label: jax.Array
     id: jax.Array
     meta: PyTree
+    slot_of: jax.Array | None = None
 
 
 def empty(record: PyTree, slots: int, meta: PyTree) -> Shard:
@@ -103,6 +105,7 @@ def write(shard: Shard, rows: Rows, slot: jax.Array, meta: PyTree) -> Shard:
         label=put(shard.label, rows.label),
         id=put(shard.id, rows.id),
         meta=meta,
+        slot_of=shard.slot_of,
     )
 
 

@@ -1,0 +1,224 @@
+"""Rehearsal overhead: the time of a step with b new and r drawn rows over a plain step on b + r new rows.
+
+    python -m experiments.bench_step --json=runs/bench_step.json --devices=8 [--models=mlp,resnet18]
+
+Same model, optimiser and process, the two kinds of step in turn, each run of a few steps ended by blocking; the ratio is
+taken run by run, so that what else the machine does hits both. The plain step trains on as many rows; it differs in nothing
+but insert, draw and exchange. Beside the ratio: images a second, and the time of insert and draw compiled alone. On a GPU
+give --dtype=bfloat16 and larger sizes; the goal is a ratio of 1.02.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import flags
+
+from experiments import main as common
+from experiments.environment import environment
+from jaxcl import data
+from jaxcl import mesh as mesh_lib
+from jaxcl.buffer import Buffer, Rows, make_buffer
+from jaxcl.mesh import AXIS
+from jaxcl.models import make_model
+from jaxcl.strategies import make_strategy
+from jaxcl.training.state import TrainState, initial_state, make_weights
+from jaxcl.training.step import make_train_step
+
+JSON = flags.DEFINE_string("json", None, "file to write, and beside it a plot; default: print only")
+MODELS = flags.DEFINE_list("models", ["mlp", "convnet", "resnet18"], "models to time")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the computation")
+WIDTH = flags.DEFINE_integer("width", 16, "of the convolutional models")
+NEW = flags.DEFINE_integer("new", 8, "b: new rows a device")
+DRAWN = flags.DEFINE_integer("drawn", 8, "r: representatives a device")
+CAPACITY = flags.DEFINE_integer("capacity", 1000, "rows of the buffer a device")
+RUNS = flags.DEFINE_integer("runs", 30, "timed runs of each kind")
+STEPS = flags.DEFINE_integer("steps", 5, "steps in a run")
+
+CLASSES, SHAPE = 100, (32, 32, 3)
+
+
+@dataclasses.dataclass
+class Contender:
+    """A compiled step, its state and the batch it is fed."""
+
+    step: Any
+    state: TrainState
+    batch: dict[str, jax.Array]
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    def run(self, steps: int) -> float:
+        """Seconds a step, over `steps` of them dispatched without waiting."""
+        begin = time.perf_counter()
+        for _ in range(steps):
+            self.state, _ = self.step(self.state, self.batch)
+        jax.block_until_ready(self.state)
+        return (time.perf_counter() - begin) / steps
+
+
+def batch_of(mesh: jax.sharding.Mesh, rows: int) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 255, (rows, *SHAPE), np.uint8),
+        "label": rng.integers(0, CLASSES, rows).astype(np.int32),
+        "id": np.arange(rows, dtype=np.int32),
+        "valid": np.ones(rows, bool),
+    }
+    return mesh_lib.shard_rows(mesh, batch)
+
+
+def full(buffer: Buffer, mesh: jax.sharding.Mesh) -> Any:
+    """A buffer whose every slot is filled."""
+    insert = jax.jit(buffer.insert, donate_argnums=0)
+    state, batch = buffer.init(), batch_of(mesh, 64 * mesh.size)
+    rows = Rows({"image": batch["image"]}, batch["label"], batch["id"], batch["valid"])
+    for i in range(-(-buffer.capacity // (64 * mesh.size)) + 1):
+        state = insert(state, rows, jax.random.key(i))
+    return state
+
+
+def contender(
+    mesh: jax.sharding.Mesh, model_name: str, strategy_name: str, new: int, buffer: Buffer | None
+) -> Contender:
+    options: dict[str, Any] = {"hidden": (100, 100)} if model_name == "mlp" else {"width": WIDTH.value}
+    model = make_model(model_name, CLASSES, options=options, dtype=DTYPE.value, axis_name=AXIS)
+    optimizer = optax.trace(0.9)
+    strategy = make_strategy(strategy_name)
+    step: Any = make_train_step(
+        mesh,
+        model,
+        strategy,
+        buffer,
+        optimizer,
+        optax.constant_schedule(0.01),
+        data.make_augment((), SHAPE),
+        0,
+        np.ones((1, CLASSES), bool),
+    )
+    weights = make_weights(mesh, model, optimizer, SHAPE)(jax.random.key(0))
+    state = initial_state(mesh, weights, buffer, strategy)
+    if buffer is not None:
+        state = dataclasses.replace(state, buffer=full(buffer, mesh))
+    batch = batch_of(mesh, new * mesh.size)
+    return Contender(step.lower(state, batch).compile(), state, batch)
+
+
+def median_of(function: Callable[[], Any], runs: int) -> float:
+    jax.block_until_ready(function())
+    seconds = []
+    for _ in range(runs):
+        begin = time.perf_counter()
+        jax.block_until_ready(function())
+        seconds.append(time.perf_counter() - begin)
+    return float(np.median(seconds))
+
+
+def measure(mesh: jax.sharding.Mesh, model: str) -> dict[str, Any]:
+    """One model: the two contenders in turn."""
+    b, r, n = NEW.value, DRAWN.value, mesh.size
+    buffer = make_buffer(
+        {"image": jax.ShapeDtypeStruct(SHAPE, np.uint8)},
+        capacity=CAPACITY.value * n,
+        representatives=r * n,
+        policy="class_random",
+        num_classes=CLASSES,
+        accept=0.25,
+        mesh=mesh,
+    )
+    rehearsal, plain = contender(mesh, model, "er", b, buffer), contender(mesh, model, "incremental", b + r, None)
+    for one in (rehearsal, plain):
+        one.run(STEPS.value)
+    for i in range(RUNS.value):
+        for one in (rehearsal, plain) if i % 2 else (plain, rehearsal):
+            one.seconds.append(one.run(STEPS.value))
+    ratio = np.array(rehearsal.seconds) / np.array(plain.seconds)
+
+    stored, batch = full(buffer, mesh), batch_of(mesh, b * n)
+    draw, key = jax.jit(buffer.draw), jax.random.key(0)
+    insert = jax.jit(buffer.insert, donate_argnums=0)
+    rows = Rows({"image": batch["image"]}, batch["label"], batch["id"], batch["valid"])
+    draw_seconds = median_of(lambda: draw(stored, key), RUNS.value)
+    holder = [stored]
+
+    def put() -> Any:
+        holder[0] = insert(holder[0], rows, key)
+        return holder[0].id
+
+    insert_seconds = median_of(put, RUNS.value)
+    memory = rehearsal.step.memory_analysis()
+    return {
+        "model": model,
+        "dtype": DTYPE.value,
+        "new": b,
+        "drawn": r,
+        "step_ms": {"rehearsal": spread(rehearsal.seconds), "plain": spread(plain.seconds)},
+        "overhead": {"median": float(np.median(ratio)), **quantiles(ratio)},
+        "images_per_second": {
+            "rehearsal": float((b + r) * n / np.median(rehearsal.seconds)),
+            "plain": float((b + r) * n / np.median(plain.seconds)),
+        },
+        "alone_ms": {"insert": 1e3 * insert_seconds, "draw_and_exchange": 1e3 * draw_seconds},
+        "temp_bytes": {
+            "rehearsal": memory.temp_size_in_bytes,
+            "plain": plain.step.memory_analysis().temp_size_in_bytes,
+        },
+        "buffer_bytes": buffer.num_bytes,
+    }
+
+
+def quantiles(values: Any) -> dict[str, float]:
+    return {"p10": float(np.quantile(values, 0.1)), "p90": float(np.quantile(values, 0.9)), "n": len(values)}
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    ms = 1e3 * np.array(seconds)
+    return {"median": float(np.median(ms)), **quantiles(ms)}
+
+
+def plot(found: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """The ratio of each model with its spread, and the goal."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    for i, one in enumerate(found):
+        o = one["overhead"]
+        axes.errorbar(
+            i, o["median"], [[o["median"] - o["p10"]], [o["p90"] - o["median"]]], fmt="o", color="#0072B2", capsize=4
+        )
+        axes.annotate(f"{o['median']:.2f}", (i, o["median"]), xytext=(8, 0), textcoords="offset points", va="center")
+    axes.axhline(1.02, color="0.5", linestyle=":", label="goal, 1.02")
+    axes.set_xticks(range(len(found)), [one["model"] for one in found])
+    axes.set_xlim(-0.5, len(found) - 0.3)
+    axes.set_ylabel("step with b + r rows\nover plain step on b + r")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    mesh = mesh_lib.make_mesh()
+    found = []
+    for model in MODELS.value:
+        one = measure(mesh, model)
+        found.append(one)
+        print(
+            f"{model}: {one['step_ms']['rehearsal']['median']:.2f} ms with rehearsal,"
+            f" {one['step_ms']['plain']['median']:.2f} ms plain, ratio {one['overhead']['median']:.3f}"
+            f" ({one['overhead']['p10']:.3f}..{one['overhead']['p90']:.3f}); alone: insert {one['alone_ms']['insert']:.2f} ms,"
+            f" draw and exchange {one['alone_ms']['draw_and_exchange']:.2f} ms",
+            flush=True,
+        )
+    if JSON.value:
+        path = pathlib.Path(JSON.value)
+        path.write_text(json.dumps({"models": found, **environment()}, indent=1) + "\n")
+        plot(found, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    common.run(main)

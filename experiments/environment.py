@@ -1,0 +1,25 @@
+"""Where a figure was measured: what every result file says beside its numbers."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+from typing import Any
+
+import jax
+
+
+def environment(packages: tuple[str, ...] = ("jax", "jaxlib", "flax", "optax", "numpy")) -> dict[str, Any]:
+    """Versions, devices and machine of this process, and the command that started it."""
+    device = jax.devices()[0]
+    return {
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "devices": {"count": jax.device_count(), "kind": device.device_kind, "platform": device.platform},
+        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "command": " ".join(["python -m", *_module(), *sys.argv[1:]]),
+    }
+
+
+def _module() -> list[str]:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return [spec.name if spec else sys.argv[0]]
