@@ -3,18 +3,18 @@
     python -m experiments.compare --config=configs/digits.py --workdir=DIR --strategies=from_scratch,incremental,er
         [--seeds=3] [--devices=8] [--config.epochs=5 ...]
 
-Each run has its own folder, DIR/STRATEGY/SEED; those that are finished are not run again.
+Each run has its own folder, DIR/STRATEGY/SEED; those that are finished are not run again, an unfinished one is continued.
 """
 
 import pathlib
 
+import jax
 from absl import flags
 
 from experiments import main as common
 from jaxcl import report
 from jaxcl.errors import UserError
 from jaxcl.strategies import make_strategy
-from jaxcl.training import workdir as workdir_lib
 from jaxcl.training.loop import train_and_evaluate
 
 STRATEGIES = flags.DEFINE_list("strategies", ["from_scratch", "incremental", "er"], "strategies to compare")
@@ -33,9 +33,9 @@ def main() -> None:
             one.strategy, one.seed = strategy, seed
             runs.append((one, workdir / strategy / f"seed_{seed}"))
     for one, folder in runs:
-        if common.OVERWRITE.value:
-            workdir_lib.clear(folder)
-        train_and_evaluate(one, folder)
+        train_and_evaluate(one, folder, overwrite=common.OVERWRITE.value, stall_seconds=common.STALL.value)
+    if jax.process_index() > 0:
+        return
     found = report.load_runs([folder for _, folder in runs])
     print(report.table(found))
     print(f"pictures and page: {report.write_report(found, workdir)}")

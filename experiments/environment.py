@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 from typing import Any
 
@@ -16,8 +17,15 @@ def environment(packages: tuple[str, ...] = ("jax", "jaxlib", "flax", "optax", "
         "versions": {package: importlib.metadata.version(package) for package in packages},
         "devices": {"count": jax.device_count(), "kind": device.device_kind, "platform": device.platform},
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "command": " ".join(["python -m", *_module(), *sys.argv[1:]]),
+        "command": " ".join(["python -m", *_module(), *map(_without_place, sys.argv[1:])]),
     }
+
+
+def _without_place(argument: str) -> str:
+    """`--workdir=/somewhere/x` -> `--workdir=WORKDIR`: where files lay says nothing about the figures."""
+    return re.sub(
+        r"^--(?:\w+\.)*(\w+)=(npz:)?[/~].*", lambda m: f"{m[0].partition('=')[0]}={m[2] or ''}{m[1].upper()}", argument
+    )
 
 
 def _module() -> list[str]:

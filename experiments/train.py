@@ -1,22 +1,26 @@
 """Trains one strategy over a sequence of tasks.
 
 python -m experiments.train --config=configs/digits.py --workdir=DIR [--devices=8] [--config.buffer.capacity=400 ...]
+
+An unfinished run in DIR is continued from its last checkpoint, on any number of devices. Several processes, on one host or
+many: the same command for each, with --distributed or with --coordinator=HOST:PORT --num_processes=N --process_id=I; see
+docs/distributed.md.
 """
 
 import pathlib
 
+import jax
+
 from experiments import main as common
 from jaxcl import report
-from jaxcl.training import workdir as workdir_lib
 from jaxcl.training.loop import train_and_evaluate
 
 
 def main() -> None:
     config, workdir = common.required(common.CONFIG), pathlib.Path(common.required(common.WORKDIR))
-    if common.OVERWRITE.value:
-        workdir_lib.clear(workdir)
-    train_and_evaluate(config, workdir)
-    print(report.table(report.load_runs([workdir])))
+    train_and_evaluate(config, workdir, overwrite=common.OVERWRITE.value, stall_seconds=common.STALL.value)
+    if jax.process_index() == 0:
+        print(report.table(report.load_runs([workdir])))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,34 @@
-"""The one exception of user mistakes: its message is a single line fit for a terminal."""
+"""The exceptions that end a program with one line on standard error instead of a traceback, and their exit statuses."""
 
 
 class UserError(ValueError):
     """Wrong input: names the field, the value and what is allowed. Raised before anything expensive starts."""
+
+    status = 2
+
+
+class RunError(RuntimeError):
+    """What ends a run whose input was right. Statuses are those of sysexits.h, so that a scheduler can tell them apart."""
+
+    status = 1
+
+
+class Preempted(RunError):
+    """SIGTERM came and the run was saved: start it again to continue."""
+
+    status = 75  # EX_TEMPFAIL
+
+
+class Diverged(RunError, FloatingPointError):
+    """The loss or a parameter is not finite. What was saved before stays."""
+
+    status = 65  # EX_DATAERR
+
+
+class StorageError(RunError):
+    """The workdir cannot be written, for instance because the disk is full. What was saved before stays."""
+
+    status = 74  # EX_IOERR
+
+
+PEER_LOST = 69  # EX_UNAVAILABLE: another process of the run died or hangs; start it again to continue

@@ -56,3 +56,20 @@ def topk_correct(logits: jax.Array, labels: jax.Array, k: int = 1, class_mask: j
     scores = logits.astype(jnp.float32)
     ahead = allowed & ~(scores < _at(scores, labels))  # the label itself, and all that it does not strictly beat
     return (ahead.sum(-1) <= k) & _at(allowed, labels)[:, 0]
+
+
+def distillation(
+    logits: jax.Array, teacher: jax.Array, temperature: float = 1.0, class_mask: jax.Array | None = None
+) -> jax.Array:
+    """T^2 KL(softmax(teacher / T) || softmax(logits / T)) of each row. Hinton et al. 2015, Distilling the knowledge.
+
+    Args:
+      logits, teacher: [n, K] floats.
+      temperature: T; the factor T^2 keeps the gradient's scale.
+      class_mask: bool [K] or [n, K], False where a class takes no part; None for all classes.
+
+    Returns:
+      [n] float32, in nats; 0 where the mask allows at most one class.
+    """
+    log_p, log_q = (jax.nn.log_softmax(_allowed(x / temperature, class_mask)) for x in (teacher, logits))
+    return temperature**2 * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)

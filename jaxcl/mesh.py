@@ -4,12 +4,14 @@ jaxcl is data-parallel: one mesh axis, `AXIS`, over every device of every proces
 `P()`, what is sharded by rows `P(AXIS)`.
 """
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxcl.errors import UserError
@@ -37,6 +39,73 @@ def use_fake_devices(count: int) -> None:
         raise UserError(f"devices: {count} fake devices were asked for after JAX had started: {error}") from error
 
 
+def join_processes(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    heartbeat_seconds: int = 100,
+) -> None:
+    """Makes this process one of several that train together; must run before the first JAX computation.
+
+    Args:
+      coordinator: HOST:PORT of process 0, as all processes reach it. With None for all three, JAX finds out on a Cloud TPU pod,
+        under SLURM, Open MPI and (with the package `kubernetes`) in an indexed job of Kubernetes.
+      num_processes, process_id: how many, and which of 0..num_processes-1 this is.
+      heartbeat_seconds: how long the others wait for a process that sends no sign of life before they end.
+
+    Raises:
+      UserError: an argument is missing or out of range, nothing was found out, or the coordinator does not answer.
+    """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if 0 < len(missing) < 3:
+        raise UserError(
+            f"--{missing[0]}: missing; give all of {', '.join('--' + name for name in given)}, or --distributed"
+        )
+    if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
+        raise UserError(f"--process_id: {process_id} is not allowed, give 0 to num_processes - 1 = {num_processes - 1}")
+    if heartbeat_seconds < 1:
+        raise UserError(f"--heartbeat_seconds: {heartbeat_seconds} is not allowed, give at least 1")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of the CPU backend alone
+    jax.config.update("jax_enable_preemption_service", False)  # its handler of SIGTERM would replace ours
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=heartbeat_seconds,
+            initialization_timeout=300,
+        )
+    except (RuntimeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(
+            f"{'--distributed' if missing else '--coordinator'}: the processes cannot be joined: {text}"
+        ) from error
+
+
+def from_first(call: Callable[[], Any]) -> Any:
+    """What `call` returns on process 0, as JSON gives it back, on every process; every process must take part.
+
+    Raises:
+      UserError: that of process 0, on every process.
+    """
+    if jax.process_count() == 1:
+        return call()
+    text = b""
+    if jax.process_index() == 0:
+        try:
+            text = json.dumps({"value": call()}).encode()
+        except UserError as error:
+            text = json.dumps({"error": str(error)}).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    mine = np.frombuffer(text.ljust(size), np.uint8)
+    found = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(mine)).astype(np.uint8).tobytes())
+    if "error" in found:
+        raise UserError(found["error"])
+    return found["value"]
+
+
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A one-axis mesh over `devices` (default: all devices of all processes)."""
     devices = jax.devices() if devices is None else devices
@@ -58,6 +127,12 @@ def shard_rows(mesh: Mesh, local: PyTree) -> PyTree:
     """Host arrays holding this process's contiguous rows -> global arrays split over the mesh by rows."""
     sharding = by_rows(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
+
+
+def split_rows(mesh: Mesh, tree: PyTree) -> PyTree:
+    """The same whole host arrays on every process -> global arrays split over the mesh by rows."""
+    sharding = by_rows(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda rows: x[rows]), tree)
 
 
 def replicate(mesh: Mesh, tree: PyTree) -> PyTree:

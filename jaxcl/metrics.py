@@ -100,6 +100,22 @@ def forward_transfer(matrix: ArrayLike, random_init: ArrayLike) -> float:
     return _mean(np.diag(a, k=1) - b[1:])
 
 
+def per_class_accuracy(confusion: ArrayLike) -> list[float | None]:
+    """Of each class the share of its rows that were recognised: [K], None for a class without rows.
+
+    confusion: int [K, K], rows by label and by the class predicted.
+    """
+    counts = np.asarray(confusion, np.float64)
+    rows = counts.sum(1)
+    return [float(right / n) if n else None for right, n in zip(np.diag(counts), rows, strict=True)]
+
+
+def mean_and_deviation(values: ArrayLike) -> tuple[float, float]:
+    """Over seeds: the mean and the sample deviation (n - 1); that of a single value is 0."""
+    v = np.asarray(values, np.float64)
+    return float(v.mean()), float(v.std(ddof=1)) if len(v) > 1 else 0.0
+
+
 def summarize(matrix: ArrayLike) -> dict[str, Any]:
     """Every summary of the matrix by named definition, in the shape that result.json holds."""
     return {

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxcl.data import class_incremental
+from jaxcl.data import SCENARIOS, array_source, class_incremental, make_scenario
 from jaxcl.errors import UserError
 
 LABELS = np.random.default_rng(0).integers(0, 10, 400).astype(np.int32)
@@ -23,7 +23,7 @@ def test_a_number_of_tasks_partitions_classes_and_rows(num_tasks, seed):
         assert sorted(np.concatenate(rows)) == list(range(len(labels)))
         for task, r in zip(scenario.tasks, rows, strict=True):
             assert r.dtype == np.int64 and set(labels[r]) == set(task.classes)
-            assert (scenario.task_of_class[labels[r]] == task.index).all()
+            assert scenario.class_table[task.index].nonzero()[0].tolist() == sorted(task.classes)
 
 
 def test_the_order_of_classes_is_natural_or_drawn_from_the_seed():
@@ -38,7 +38,10 @@ def test_explicit_tasks_may_differ_in_size_and_leave_classes_out():
     scenario = class_incremental(LABELS, TEST, 10, [[7], (1, 0, 3)])
     assert [task.classes for task in scenario.tasks] == [(7,), (1, 0, 3)]
     assert scenario.num_classes == 10
-    assert scenario.task_of_class.tolist() == [1, 1, -1, 1, -1, -1, -1, 0, -1, -1]
+    assert scenario.class_table.nonzero()[0].tolist() == [0, 1, 1, 1] and scenario.class_table[0, 7]
+    expected = [{7: 0, 1: 1, 0: 1, 3: 1}.get(k, -1) for k in TEST]
+    assert scenario.task_of_test_row.tolist() == expected[: len(scenario.task_of_test_row)]
+    assert set(expected[len(scenario.task_of_test_row) :]) <= {-1}
     assert set(LABELS[scenario.tasks[1].train]) == {0, 1, 3}
 
 
@@ -82,3 +85,110 @@ def test_a_task_without_rows_is_refused(split):
         class_incremental(train, test, 10, [[0], [4]])
     assert str(info.value) == f"tasks: task 1 (classes [4]) has no {split} rows; at least 1 is needed"
     assert len(class_incremental(train, test, 10, 5).tasks) == 5  # one class of a task may lack rows
+
+
+# --- the other kinds ---------------------------------------------------------------------------------------------------
+
+SHAPE = (6, 6, 1)
+IMAGES = np.random.default_rng(2).integers(0, 256, (500, *SHAPE)).astype(np.uint8)
+NAMES = [str(k) for k in range(10)]
+SOURCES = array_source(IMAGES[:400], LABELS, NAMES), array_source(IMAGES[400:], TEST, NAMES)
+FIXED = ("class", "domain", "instance", "blurry", "si_blurry")  # whose tasks share out the rows of the set
+
+
+@given(kind=st.sampled_from(SCENARIOS), tasks=st.integers(1, 10), seed=st.integers(0, 1000))
+def test_every_row_is_in_one_task(kind, tasks, seed):
+    scenario, train, test = make_scenario(*SOURCES, kind, tasks, seed=seed, scattered=0.3)
+    times = 1 if kind in FIXED else tasks
+    for source, rows in ((train, [t.train for t in scenario.tasks]), (test, [t.test for t in scenario.tasks])):
+        assert sorted(np.concatenate(rows)) == list(range(len(source)))
+        assert len(source) == times * len(SOURCES[source is test])
+    for task in scenario.tasks:
+        assert set(task.classes) == set(train.labels[task.train])
+        assert (np.diff(task.train) > 0).all()
+    again, _, _ = make_scenario(*SOURCES, kind, tasks, seed=seed, scattered=0.3)
+    assert all((a.train == b.train).all() for a, b in zip(scenario.tasks, again.tasks, strict=True))
+
+
+def test_domain_labels_count_within_the_task():
+    scenario, train, test = make_scenario(*SOURCES, "domain", [[3, 8], [1, 0, 9]])
+    assert (scenario.num_classes, train.num_classes) == (3, 3)
+    for task, classes in zip(scenario.tasks, [[3, 8], [1, 0, 9]], strict=True):
+        for source, rows, labels in ((train, task.train, LABELS), (test, task.test, TEST)):
+            assert (np.array(classes)[source.labels[rows]] == labels[rows]).all()
+
+
+def test_instances_come_in_equal_parts_of_every_class():
+    scenario, _, _ = make_scenario(*SOURCES, "instance", 3)
+    counts = np.array([np.bincount(LABELS[task.train], minlength=10) for task in scenario.tasks])
+    assert (counts.max(0) - counts.min(0) <= 1).all()
+
+
+def test_permuted_pixels_are_those_of_the_image_in_an_order_of_the_task():
+    scenario, train, _ = make_scenario(*SOURCES, "permuted", 3)
+    flat = IMAGES[:400].reshape(400, -1)
+    orders = set()
+    for task in scenario.tasks:
+        found = train.read(task.train).reshape(400, -1)
+        # Each pixel's column of 400 values names the pixel it came from.
+        order = [np.flatnonzero((flat == found[:, [p]]).all(0)).item() for p in range(flat.shape[1])]
+        assert sorted(order) == list(range(flat.shape[1]))
+        orders.add(tuple(order))
+        assert (train.labels[task.train] == LABELS).all()
+    assert len(orders) == 3
+    mixed = np.array([900, 3, 450, 2])  # rows of several tasks in one batch, in the order asked for
+    np.testing.assert_array_equal(train.read(mixed), np.concatenate([train.read(mixed[i : i + 1]) for i in range(4)]))
+
+
+def test_rotated_images_keep_what_is_the_same_from_all_sides():
+    disc = np.hypot(*np.mgrid[-7:8, -7:8]) <= 4
+    image = np.zeros((2, 15, 15, 1), np.uint8)
+    image[0, disc], image[1, 2:13, 7] = 200, 200  # a disc, and a bar through the centre
+    source = array_source(image, np.array([0, 1]), ["disc", "bar"])
+    _, train, _ = make_scenario(source, source, "rotated", 2, seed=1)
+    turned = train.read(np.arange(4))
+    inner = np.hypot(*np.mgrid[-7:8, -7:8]) <= 3
+    assert (turned[[0, 2]][:, inner] == 200).all()
+    assert (
+        turned[1, 7, 7] == turned[3, 7, 7] == 200 and (turned[1] != turned[3]).any() and (turned[1] != image[1]).any()
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_blurry_tasks_keep_their_size_and_scatter_the_share(share):
+    sharp = class_incremental(LABELS, TEST, 10, 5)
+    scenario, _, _ = make_scenario(*SOURCES, "blurry", 5, scattered=share)
+    home = 0
+    for before, after in zip(sharp.tasks, scenario.tasks, strict=True):
+        assert len(after.train) == len(before.train) and (after.test == before.test).all()
+        stayed = len(np.intersect1d(before.train, after.train))
+        assert stayed >= len(before.train) - round(share * len(before.train))
+        home += stayed
+    # Of the rows scattered, a fifth falls back to its own task: 0.2 * 400 * share on average, 4.5 deviations allowed.
+    expected = 400 * (1 - share) + 0.2 * 400 * share
+    assert home == pytest.approx(expected, abs=4.5 * np.sqrt(400 * share * 0.2 * 0.8) + 5 * (share > 0))
+
+
+def test_si_blurry_keeps_disjoint_classes_in_one_task():
+    scenario, _, _ = make_scenario(*SOURCES, "si_blurry", 4, seed=3, scattered=0.5, disjoint=0.6)
+    tasks_of = scenario.class_table.sum(0)
+    assert (tasks_of == 1).sum() >= 6 and (tasks_of > 1).any()
+    whole, _, _ = make_scenario(*SOURCES, "si_blurry", 4, seed=3, scattered=0.5, disjoint=1.0)
+    assert (whole.class_table.sum(0) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "tasks", "options", "message"),
+    [
+        ("clas", 2, {}, "scenario 'clas': allowed are class, domain, instance, permuted, rotated, blurry, si_blurry"),
+        ("blurry", 2, {"scattered": 1.5}, "scenario_scattered 1.5: allowed are numbers from 0 to 1"),
+        ("permuted", [[0], [1]], {}, "tasks [[0], [1]]: allowed is a number of tasks with scenario 'permuted'"),
+        ("permuted", 2, {"class_order_seed": 1}, "class_order_seed 1: allowed is None with scenario 'permuted'"),
+        ("si_blurry", 11, {}, "tasks 11: allowed are 1..10, the number of classes"),
+        ("instance", 101, {}, "tasks 101: allowed are 1..100, the number of rows"),
+    ],
+)
+def test_mistakes_in_other_scenarios(kind, tasks, options, message):
+    with pytest.raises(UserError) as info:
+        make_scenario(*SOURCES, kind, tasks, **options)
+    assert str(info.value) == message

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.losses import cross_entropy, topk_correct
+from jaxcl.losses import cross_entropy, distillation, topk_correct
 
 LOGITS = np.random.default_rng(0).normal(size=(16, 7)).astype(np.float32)
 LABELS = np.arange(16) % 7
@@ -61,3 +61,19 @@ def test_ties_and_nan_count_against_the_row():
     labels = jnp.zeros(4, int)
     np.testing.assert_array_equal(topk_correct(logits, labels), [False] * 4)
     np.testing.assert_array_equal(topk_correct(logits, labels, 2), [True, False, False, True])
+
+
+def test_distillation():
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 5, 4)).astype(np.float32)
+    p, q = (np.exp(x / 2) / np.exp(x / 2).sum(1, keepdims=True) for x in (teacher, student))
+    np.testing.assert_allclose(distillation(student, teacher, 2.0), 4 * (p * np.log(p / q)).sum(1), rtol=1e-4)
+    np.testing.assert_allclose(distillation(teacher, teacher, 2.0), 0, atol=1e-6)
+    two = np.array([True, True, False, False])
+    masked, alone = (
+        distillation(student, teacher, 2.0, two),
+        distillation(student[:, :2], teacher[:, :2], 2.0),
+    )
+    np.testing.assert_allclose(masked, alone, rtol=1e-5)
+    gradient = jax.grad(lambda x: distillation(x, teacher, 2.0, np.zeros(4, bool)).sum())(student)
+    np.testing.assert_array_equal(gradient, 0)  # no class, no pull

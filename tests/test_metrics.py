@@ -44,6 +44,15 @@ def test_forward_transfer():
         metrics.forward_transfer(a, [0.1])
 
 
+def test_per_class_accuracy():
+    assert metrics.per_class_accuracy([[3, 1, 0], [0, 0, 0], [2, 2, 0]]) == [0.75, None, 0.0]
+
+
+def test_mean_and_deviation():
+    assert metrics.mean_and_deviation([1.0, 2.0, 6.0]) == (3.0, pytest.approx(7**0.5))
+    assert metrics.mean_and_deviation([2.5]) == (2.5, 0.0)
+
+
 def test_one_task():
     found = metrics.summarize([[0.75]])
     assert found["average_accuracy"] == found["average_incremental_accuracy"] == 0.75

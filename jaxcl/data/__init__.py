@@ -2,10 +2,11 @@
 
 from jaxcl.data.augment import make_augment, make_normalize
 from jaxcl.data.loader import Batch, Loader, eval_batches, train_batches
-from jaxcl.data.scenarios import Scenario, Task, class_incremental
+from jaxcl.data.scenarios import SCENARIOS, Scenario, Task, class_incremental, make_scenario
 from jaxcl.data.sources import Source, array_source, open_source
 
 __all__ = [
+    "SCENARIOS",
     "Batch",
     "Loader",
     "Scenario",
@@ -16,6 +17,7 @@ __all__ = [
     "eval_batches",
     "make_augment",
     "make_normalize",
+    "make_scenario",
     "open_source",
     "train_batches",
 ]

@@ -1,23 +1,227 @@
-"""The interface of a strategy."""
+"""The interface of a strategy: what a method of continual learning adds to plain training.
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+A strategy is a `Strategy`, a tuple of pure functions bound to their options; all but a few keep their defaults. Its
+functions run on every device inside one `shard_map` over the mesh axis `AXIS`, on that device's rows. One rule makes
+them mean the same on any number of devices: **a loss is this device's share of the global loss**, and the step adds
+the shares (and their gradients) up. `mean`, `pooled_mean` and `whole` make shares; rows that are not valid weigh nothing.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxcl import losses
+from jaxcl.data.scenarios import Scenario
+from jaxcl.mesh import AXIS
 
 PyTree = Any
+Outputs = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Rows of one origin: the new rows of a batch, or those of one draw from the buffer. b of them on this device.
+
+    Attributes:
+      image: float32 `[b, H, W, C]`, augmented and normalised.
+      label: int32 `[b]`.
+      valid: bool `[b]`; a row that is not valid holds anything and weighs nothing.
+      record: what the buffer stored of each row, leaves `[b, ...]`; None for new rows.
+      allowed: bool `[b, K]`, the classes that take part in each row's classification; None for all.
+      outputs: of the model: {"logits": float32 `[b, K]`, "features": float32 `[b, D]`}; {} before the forward pass.
+    """
+
+    image: jax.Array
+    label: jax.Array
+    valid: jax.Array
+    record: PyTree = None
+    allowed: jax.Array | None = None
+    outputs: Outputs = dataclasses.field(default_factory=dict)
+
+    @property
+    def logits(self) -> jax.Array:
+        return self.outputs["logits"]
+
+    @property
+    def features(self) -> jax.Array:
+        return self.outputs["features"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a strategy may know beside the rows.
+
+    Attributes:
+      predict: `(params, batch_stats, images) -> outputs`: the model as in evaluation, by running statistics.
+      state: the strategy's own state, as its `init` or `end_task` left it; the same on every device.
+      task: int32 scalar, the present task.
+      classes: bool `[T, K]`, the classes that appear in each task.
+      learning_rate: float32 scalar, of this step.
+    """
+
+    predict: Callable[[PyTree, PyTree, jax.Array], Outputs]
+    state: PyTree
+    task: jax.Array
+    classes: np.ndarray
+    learning_rate: jax.Array
+
+    @property
+    def present(self) -> jax.Array:
+        """bool `[K]`: the classes of this task."""
+        return jnp.asarray(self.classes)[self.task]
+
+    @property
+    def seen(self) -> jax.Array:
+        """bool `[K]`: the classes of this task and of those before it."""
+        return jnp.asarray(np.logical_or.accumulate(self.classes))[self.task]
+
+    @property
+    def old(self) -> jax.Array:
+        """bool `[K]`: the classes of earlier tasks; none in the first."""
+        before = np.logical_or.accumulate(self.classes)
+        return jnp.asarray(np.concatenate([np.zeros_like(before[:1]), before]))[self.task]
+
+
+class Share(NamedTuple):
+    """This device's share of a loss: the sum of `value` over the devices, divided by the sum of `weight` if there is one.
+
+    The division is left to the step because the weight is then summed together with the gradients.
+    """
+
+    value: jax.Array
+    weight: jax.Array | None = None
+
+
+def mean(values: jax.Array, valid: jax.Array) -> jax.Array:
+    """This device's share of the mean of `values` `[b]` over the valid rows of all devices; 0 where there are none."""
+    count = lax.psum(jnp.sum(valid, dtype=jnp.float32), AXIS)
+    return jnp.sum(jnp.where(valid, values, 0.0)) / jnp.maximum(count, 1.0)
+
+
+def whole(value: jax.Array) -> jax.Array:
+    """This device's share of a value that every device knows whole, such as a penalty on the parameters."""
+    return value / lax.axis_size(AXIS)
+
+
+def cross_entropy(part: Part) -> jax.Array:
+    """Each row's cross-entropy `[b]` among the classes allowed."""
+    return losses.cross_entropy(part.logits, part.label, part.allowed)
+
+
+def pooled_mean(row_loss: Callable[[Part], jax.Array], parts: Sequence[Part]) -> Share:
+    """The mean of `row_loss(part)` `[b]` over all valid rows, new and replayed alike."""
+    value = [jnp.sum(jnp.where(part.valid, row_loss(part), 0.0)) for part in parts]
+    weight = [jnp.sum(part.valid, dtype=jnp.float32) for part in parts]
+    return Share(sum(value[1:], value[0]), sum(weight[1:], weight[0]))
+
+
+def pooled(params: PyTree, parts: Sequence[Part], context: Context) -> Share:
+    """Mean cross-entropy over all rows, new and replayed alike."""
+    del params, context
+    return pooled_mean(cross_entropy, parts)
+
+
+class Descent(NamedTuple):
+    """What a forward and backward pass over all devices' rows gives.
+
+    Attributes:
+      grads: like params; of the global loss, the same on every device.
+      loss: float32 scalar, the global loss.
+      batch_stats: the model's new running statistics.
+      parts: this device's rows, with their outputs.
+    """
+
+    grads: PyTree
+    loss: jax.Array
+    batch_stats: PyTree
+    parts: tuple[Part, ...]
+
+
+Descend = Callable[[PyTree, PyTree, tuple[Part, ...]], Descent]
+
+
+class Loss(Protocol):
+    def __call__(self, params: PyTree, parts: Sequence[Part], context: Context) -> Share:
+        """This device's share of the loss. `parts` are the new rows, then one part a draw, all with outputs."""
+
+
+class Gradients(Protocol):
+    def __call__(
+        self, descend: Descend, params: PyTree, batch_stats: PyTree, parts: tuple[Part, ...], context: Context
+    ) -> Descent:
+        """Forms the gradients. `descend(params, batch_stats, parts)` is one pass with the strategy's loss."""
+
+
+class End(NamedTuple):
+    """What is known when a task ends: a pass over rows has been made if the strategy has `visit`.
+
+    Attributes:
+      params, batch_stats: as the task left them.
+      visited: the sum of `visit` over all rows, batches and devices; None without.
+      context: its `state` is what the task began with.
+    """
+
+    params: PyTree
+    batch_stats: PyTree
+    visited: PyTree
+    context: Context
+
+
+def one_pass(
+    descend: Descend, params: PyTree, batch_stats: PyTree, parts: tuple[Part, ...], context: Context
+) -> Descent:
+    """The gradients of one pass over all rows together."""
+    del context
+    return descend(params, batch_stats, parts)
+
+
+def task_rows(scenario: Scenario, task: int) -> np.ndarray:
+    """The rows of the task alone."""
+    return scenario.tasks[task].train
+
+
+def image_only(image: jax.Array, outputs: Outputs) -> PyTree:
+    """The image as it arrived; label and id are stored beside every record."""
+    del outputs
+    return {"image": image}
 
 
 class Strategy(NamedTuple):
-    """A way of continual learning.
+    """A way of continual learning; `Strategy()` is plain training on what arrives.
 
     Attributes:
-      cumulative: each task trains on the data of all tasks so far, not on its own alone.
+      rows: `(scenario, task) -> int64 [n]`, the rows of the train source a task trains on; none: nothing is trained.
       fresh: each task starts from newly initialised weights and optimiser.
-      record: `(batch) -> pytree`: what the buffer stores of a batch `{"image": uint8 [b, H, W, C], ...}`, leaves
-        `[b, ...]`; None for strategies without rehearsal. A record has at least the leaf "image".
+      draws: independent draws from the rehearsal buffer a step replays; 0 for strategies without a buffer.
+      record: `(image uint8 [b, H, W, C], outputs) -> pytree`, what the buffer stores of new rows, leaves `[b, ...]`,
+        "image" among them. `outputs` are the model's in this step.
+      loss: see `Loss`.
+      gradients: see `Gradients`.
+      init: `(params, batch_stats) -> state`, the strategy's own state at the start of a run.
+      visit: `(params, batch_stats, part, context) -> pytree`: what a pass over rows at the end of a task gathers from a
+        batch on this device, the sum over its valid rows. `part.outputs` is empty, its images are not augmented.
+      visits: whether that pass runs over the rows of the "task" or over those in the "buffer".
+      end_task: `(End) -> (params, state)`, after a task.
+      scores: `(outputs, state) -> [b, K]`, by which evaluation ranks the classes.
+      rehearse: passes over the buffer which, at the end of a task, train newly initialised weights on it alone; the task
+        itself then only fills the buffer. 0 for all that learn as they go.
     """
 
-    cumulative: bool = False
+    rows: Callable[[Scenario, int], np.ndarray] = task_rows
     fresh: bool = False
-    record: Callable[[dict[str, jax.Array]], PyTree] | None = None
+    draws: int = 0
+    record: Callable[[jax.Array, Outputs], PyTree] = image_only
+    loss: Loss = pooled
+    gradients: Gradients = one_pass
+    init: Callable[[PyTree, PyTree], PyTree] = lambda params, batch_stats: {}
+    visit: Callable[[PyTree, PyTree, Part, Context], PyTree] | None = None
+    visits: str = "task"
+    end_task: Callable[[End], tuple[PyTree, PyTree]] | None = None
+    scores: Callable[[Outputs, PyTree], jax.Array] = lambda outputs, state: outputs["logits"]
+    rehearse: int = 0

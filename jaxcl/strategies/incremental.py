@@ -2,4 +2,6 @@
 
 from jaxcl.strategies.base import Strategy
 
-strategy = Strategy()
+
+def incremental() -> Strategy:
+    return Strategy()

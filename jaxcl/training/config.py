@@ -5,9 +5,10 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from jaxcl.buffer import POLICIES
+from jaxcl.buffer import DRAWS, EXCHANGES, MEMORIES, POLICIES, REPEATS
+from jaxcl.data import SCENARIOS
 from jaxcl.errors import UserError
-from jaxcl.strategies import STRATEGIES
+from jaxcl.strategies import STRATEGIES, default_options, make_strategy
 
 
 def default_config() -> ConfigDict:
@@ -20,14 +21,21 @@ def default_config() -> ConfigDict:
             "name": "run",  # a title for reports
             "seed": 0,  # of weights, order of rows, augmentation, buffer
             "strategy": "er",
+            "strategies": {name: options for name in STRATEGIES if (options := default_options(name))},
             "batch_size": 64,  # new rows a step
             "epochs": 1,  # passes over a task's data
             "log_every": 50,  # steps between lines in metrics.jsonl
             "data": {
                 "source": "digits",  # digits | tfds:NAME | npz:FILE
                 "data_dir": config_dict.placeholder(str),  # of TFDS; its own default where not given
+                "scenario": "class",  # class | domain | instance | permuted | rotated | blurry | si_blurry
                 "tasks": 5,  # a number of tasks, or the classes of each: ((0, 1), (2, 3))
                 "class_order_seed": config_dict.placeholder(int),  # shuffles the classes; natural order where not given
+                "scenario_seed": 0,  # of permutations, angles, scattered rows
+                "scattered": 0.1,  # of blurry and si_blurry: the share of rows that come with another task
+                "disjoint": 0.5,  # of si_blurry: the share of classes that come with one task only
+                "loss_classes": "all",  # all | seen | task: among which a row is classified in training
+                "placement": "shuffled",  # by_class: every batch is handed to the devices sorted by class
                 "augment": (),  # crop, flip: on device, afresh at every replay
                 "mean": config_dict.placeholder(tuple),  # per channel of images in 0..1
                 "std": config_dict.placeholder(tuple),
@@ -55,8 +63,17 @@ def default_config() -> ConfigDict:
                 "policy": "class_random",
                 "representatives": 64,  # rows drawn a step
                 "candidates": 16,  # of a batch: expected rows stored once a class is full (class_random)
+                "memory": "sharded",  # sharded | replicated | independent
+                "exchange": "mix",  # mix | balance | local
+                "sampling": "uniform",  # uniform | class_balanced
+                "repeats": "all",  # all | first_epoch | distinct: what happens to a row that comes by again
             },
             "eval": {"batch_size": 256},
+            "checkpoint": {  # beside those at the end of every task
+                "every_steps": 0,  # 0: not by steps
+                "every_seconds": 600.0,  # 0: not by the clock
+                "keep": 2,  # the newest
+            },
         }
     )
 
@@ -69,17 +86,24 @@ def check_config(config: ConfigDict, devices: int) -> None:
     """
     _check_fields(config, default_config(), "config")
     _one_of("strategy", config.strategy, tuple(STRATEGIES))
-    _one_of("buffer.policy", config.buffer.policy, POLICIES)
+    _one_of("data.placement", config.data.placement, ("shuffled", "by_class"))
+    _one_of("data.scenario", config.data.scenario, SCENARIOS)
+    _one_of("data.loss_classes", config.data.loss_classes, ("all", "seen", "task"))
+    allowed = {"policy": POLICIES, "memory": MEMORIES, "exchange": EXCHANGES, "sampling": DRAWS, "repeats": REPEATS}
+    for field, names in allowed.items():
+        _one_of(f"buffer.{field}", config.buffer[field], names)
     _one_of("optimizer.name", config.optimizer.name, ("sgd", "adamw"))
     _one_of("optimizer.schedule", config.optimizer.schedule, ("constant", "cosine", "steps"))
-    for field in ("batch_size", "epochs", "log_every", "eval.batch_size", "data.threads"):
+    for field in ("batch_size", "epochs", "log_every", "eval.batch_size", "data.threads", "checkpoint.keep"):
         _positive(field, _get(config, field))
     _positive("optimizer.learning_rate", config.optimizer.learning_rate)
-    for field in ("seed", "optimizer.warmup_epochs", "optimizer.weight_decay", "optimizer.momentum"):
+    not_negative = ("seed", "optimizer.warmup_epochs", "optimizer.weight_decay", "optimizer.momentum")
+    for field in (*not_negative, "checkpoint.every_steps", "checkpoint.every_seconds"):
         if _get(config, field) < 0:
             raise UserError(f"{field}: {_get(config, field)} is not allowed, give 0 or more")
     sizes = ["batch_size", "eval.batch_size"]
-    if STRATEGIES[config.strategy].record is not None:
+    strategy = make_strategy(config.strategy, config.strategies.get(config.strategy, {}))
+    if strategy.draws:
         for field in ("buffer.capacity", "buffer.representatives", "buffer.candidates"):
             _positive(field, _get(config, field))
         if config.buffer.candidates > config.batch_size:
@@ -88,6 +112,11 @@ def check_config(config: ConfigDict, devices: int) -> None:
                 f"give at most batch_size = {config.batch_size}"
             )
         sizes.append("buffer.representatives")
+        if config.strategy == "mir" and config.strategies.mir.replayed > config.buffer.representatives:
+            raise UserError(
+                f"strategies.mir.replayed: {config.strategies.mir.replayed} is more than a step draws, "
+                f"give at most buffer.representatives = {config.buffer.representatives}"
+            )
     for field in sizes:
         if _get(config, field) % devices:
             raise UserError(

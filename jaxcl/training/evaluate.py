@@ -11,52 +11,69 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl import losses
 from jaxcl import mesh as mesh_lib
+from jaxcl.data import Scenario
 from jaxcl.mesh import AXIS
 from jaxcl.models import Model
 
 PyTree = Any
 Counts = dict[str, jax.Array]
+_BY_TASK = ("accuracy", "top5", "accuracy_in_task")
 
 
 def make_evaluate(
-    mesh: Mesh, model: Model, normalize: Callable[[jax.Array], jax.Array], task_of_class: np.ndarray
-) -> Callable[[PyTree, PyTree, Iterable[dict[str, np.ndarray]]], dict[str, np.ndarray]]:
-    """`evaluate(params, batch_stats, batches) -> {"accuracy": [T], "top5": [T]}`, each task's test rows scored apart.
+    mesh: Mesh,
+    model: Model,
+    normalize: Callable[[jax.Array], jax.Array],
+    scenario: Scenario,
+    scores: Callable[[dict[str, jax.Array], PyTree], jax.Array],
+) -> Callable[[PyTree, PyTree, PyTree, Iterable[dict[str, np.ndarray]]], dict[str, np.ndarray]]:
+    """`evaluate(params, batch_stats, strategy_state, batches) -> scores`, each task's test rows apart:
+
+    accuracy, top5: [T]; accuracy_in_task: [T], where only the classes of the row's task are candidates (task-incremental);
+    confusion: int32 [K, K], test rows by label and by the class ranked first.
 
     Args:
       normalize: uint8 images to the model's input.
-      task_of_class: int32 [K], the task of each class, -1 for none.
+      scenario: tells the task of each test row, and each task's classes.
+      scores: `(outputs, strategy_state) -> [b, K]`, by which the classes of a row are ranked.
     """
-    tasks = int(task_of_class.max()) + 1
-    task_of = jnp.asarray(task_of_class)
+    tasks, num_classes = scenario.class_table.shape
+    task_of_row = scenario.task_of_test_row
 
-    def count(params: PyTree, batch_stats: PyTree, counts: Counts, batch: dict[str, jax.Array]) -> Counts:
+    def count(
+        params: PyTree, batch_stats: PyTree, strategy_state: PyTree, counts: Counts, batch: dict[str, jax.Array]
+    ) -> Counts:
         outputs, _ = model.apply(params, batch_stats, normalize(batch["image"]), train=False)
-        logits, label = outputs["logits"], batch["label"]
-        in_task = (task_of[label][:, None] == jnp.arange(tasks)[None, :]) & batch["valid"][:, None]
-        now = {
-            "rows": in_task,
-            "accuracy": in_task & losses.topk_correct(logits, label)[:, None],
-            "top5": in_task & losses.topk_correct(logits, label, 5)[:, None],
+        logits, label = scores(outputs, strategy_state), batch["label"]
+        in_task = (batch["task"][:, None] == jnp.arange(tasks)[None, :]) & batch["valid"][:, None]
+        its_classes = jnp.asarray(scenario.class_table)[batch["task"]]
+        correct = {
+            "rows": batch["valid"],
+            "accuracy": losses.topk_correct(logits, label),
+            "top5": losses.topk_correct(logits, label, 5),
+            "accuracy_in_task": losses.topk_correct(logits, label, class_mask=its_classes),
         }
-        summed = lax.psum({name: jnp.sum(x, axis=0, dtype=jnp.int32) for name, x in now.items()}, AXIS)
-        return jax.tree.map(jnp.add, counts, summed)
+        now = {name: jnp.sum(in_task & x[:, None], axis=0, dtype=jnp.int32) for name, x in correct.items()}
+        zeros = jnp.zeros((num_classes, num_classes), jnp.int32)
+        now["confusion"] = zeros.at[label, jnp.argmax(logits, axis=1)].add(batch["valid"].astype(jnp.int32))
+        return jax.tree.map(jnp.add, counts, lax.psum(now, AXIS))
 
     whole, split = PartitionSpec(), PartitionSpec(AXIS)
     step = jax.jit(
-        jax.shard_map(count, mesh=mesh, in_specs=(whole, whole, whole, split), out_specs=whole, check_vma=False),
-        donate_argnums=2,
+        jax.shard_map(count, mesh=mesh, in_specs=(whole, whole, whole, whole, split), out_specs=whole, check_vma=False),
+        donate_argnums=3,
     )
 
     def evaluate(
-        params: PyTree, batch_stats: PyTree, batches: Iterable[dict[str, np.ndarray]]
+        params: PyTree, batch_stats: PyTree, strategy_state: PyTree, batches: Iterable[dict[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
-        zeros = {name: np.zeros(tasks, np.int32) for name in ("rows", "accuracy", "top5")}
-        counts = mesh_lib.replicate(mesh, zeros)
+        zeros = {name: np.zeros(tasks, np.int32) for name in ("rows", *_BY_TASK)}
+        counts = mesh_lib.replicate(mesh, zeros | {"confusion": np.zeros((num_classes, num_classes), np.int32)})
         for batch in batches:
             inputs = {name: batch[name] for name in ("image", "label", "valid")}
-            counts = step(params, batch_stats, counts, mesh_lib.shard_rows(mesh, inputs))
+            inputs["task"] = task_of_row[batch["id"]]  # that of padding, whose id is -1, does not count
+            counts = step(params, batch_stats, strategy_state, counts, mesh_lib.shard_rows(mesh, inputs))
         found = jax.device_get(counts)
-        return {name: found[name] / found["rows"] for name in ("accuracy", "top5")}
+        return {name: found[name] / found["rows"] for name in _BY_TASK} | {"confusion": found["confusion"]}
 
     return evaluate

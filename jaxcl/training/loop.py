@@ -1,12 +1,10 @@
-"""The loop around the compiled step: tasks, batches, evaluation, logs."""
+"""The loop around the compiled step: tasks, batches, evaluation, logs, checkpoints."""
 
-import collections
-import contextlib
 import dataclasses
 import importlib.metadata
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,34 +12,23 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from jaxcl import data, metrics
+from jaxcl import checkpoint, data, files, metrics
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Buffer, make_buffer
-from jaxcl.errors import UserError
+from jaxcl.buffer.reshard import reshard
+from jaxcl.errors import Diverged, UserError
 from jaxcl.mesh import AXIS
-from jaxcl.models import make_model
+from jaxcl.models import Model, make_model
 from jaxcl.strategies import Strategy, make_strategy
+from jaxcl.training import control
 from jaxcl.training import workdir as workdir_lib
 from jaxcl.training.config import check_config
+from jaxcl.training.end_task import make_end_task
 from jaxcl.training.evaluate import make_evaluate
 from jaxcl.training.optimizer import make_optimizer, make_schedule
+from jaxcl.training.session import Session, diverged, open_session
 from jaxcl.training.state import TrainState, initial_state, make_weights
 from jaxcl.training.step import make_train_step
-
-
-class Phases:
-    """Wall seconds by phase of the loop."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = collections.defaultdict(float)
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - begin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +43,8 @@ class Experiment:
     buffer: Buffer | None
     new_weights: Callable[[jax.Array], Any]
     train_step: Any  # jitted: see make_train_step
+    rehearse_step: Any  # the step of strategy.rehearse, None without
+    end_task: Callable
     evaluate: Callable
 
 
@@ -69,10 +58,19 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ex
     check_config(config, mesh.size)
     if config.batch_size % jax.process_count():
         raise UserError(f"batch_size: {config.batch_size} is not a multiple of {jax.process_count()} processes")
-    strategy = make_strategy(config.strategy)
+    strategy = make_strategy(config.strategy, config.strategies.get(config.strategy, {}))
     d = config.data
     train, test = data.open_source(d.source, d.data_dir)
-    scenario = data.class_incremental(train.labels, test.labels, train.num_classes, d.tasks, d.class_order_seed)
+    scenario, train, test = data.make_scenario(
+        train,
+        test,
+        d.scenario,
+        d.tasks,
+        class_order_seed=d.class_order_seed,
+        seed=d.scenario_seed,
+        scattered=d.scattered,
+        disjoint=d.disjoint,
+    )
     augment = data.make_augment(d.augment, train.image_shape, mean=d.mean, std=d.std)
     normalize = data.make_normalize(train.image_shape, mean=d.mean, std=d.std)
     model = make_model(
@@ -83,20 +81,39 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ex
         axis_name=AXIS,
     )
     buffer = None
-    if strategy.record is not None:
-        image = jax.ShapeDtypeStruct((1, *train.image_shape), np.uint8)
-        record = jax.eval_shape(strategy.record, {"image": image})
+    if strategy.draws:
+        record = _record(model, strategy, train.image_shape)
         buffer = make_buffer(
-            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), record),
+            record,
             capacity=config.buffer.capacity,
             representatives=config.buffer.representatives,
             policy=config.buffer.policy,
             num_classes=train.num_classes,
             accept=config.buffer.candidates / config.batch_size,
             mesh=mesh,
+            memory=config.buffer.memory,
+            exchange=config.buffer.exchange,
+            sampling=config.buffer.sampling,
+            repeats=config.buffer.repeats,
+            num_ids=len(train.labels),
         )
     optimizer = make_optimizer(config.optimizer)
-    schedule = make_schedule(config.optimizer, config.epochs)
+    schedule = make_schedule(config.optimizer, strategy.rehearse or config.epochs)
+
+    def train_step(learn: bool) -> Any:
+        return make_train_step(
+            mesh,
+            model,
+            strategy,
+            buffer,
+            optimizer,
+            schedule,
+            augment,
+            config.seed,
+            scenario.class_table,
+            loss_classes=d.loss_classes,
+            learn=learn,
+        )
 
     return Experiment(
         mesh=mesh,
@@ -106,8 +123,10 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ex
         scenario=scenario,
         buffer=buffer,
         new_weights=make_weights(mesh, model, optimizer, train.image_shape),
-        train_step=make_train_step(mesh, model, strategy, buffer, optimizer, schedule, augment, config.seed),
-        evaluate=make_evaluate(mesh, model, normalize, scenario.task_of_class),
+        train_step=train_step(learn=not strategy.rehearse),
+        rehearse_step=train_step(learn=True) if strategy.rehearse else None,
+        end_task=make_end_task(mesh, model, strategy, normalize, scenario.class_table),
+        evaluate=make_evaluate(mesh, model, normalize, scenario, strategy.scores),
     )
 
 
@@ -117,74 +136,112 @@ def train_and_evaluate(
     *,
     devices: Sequence[jax.Device] | None = None,
     progress: bool = True,
+    overwrite: bool = False,
+    stall_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Trains over all tasks, evaluating on every task's test rows after each, and leaves a finished run in `workdir`.
 
-    A finished run of the same config is returned as it is.
+    A finished run of the same config is returned as it is; an unfinished one is continued from its last checkpoint, on any
+    number of devices and processes. In a run of several processes all call this alike and share `workdir`.
 
     Args:
       config: see `jaxcl.training.config.default_config`.
       workdir: the run's folder, made if needed.
       devices: to train on; default all.
       progress: whether to draw a progress bar.
+      overwrite: remove what an earlier run left in `workdir` instead of continuing it.
+      stall_seconds: a process of several ends itself when no step is finished for so long; None: never.
 
     Returns:
       What result.json holds.
 
     Raises:
       UserError: one line on what is wrong with config, data or workdir, before anything is compiled.
+      Preempted: SIGTERM came; the run is saved and can be continued.
+      Diverged: the loss or a parameter is not finite.
+      StorageError: the disk is full.
     """
     begin = time.perf_counter()
     run = build(config, devices)
-    folder = pathlib.Path(workdir)
-    writer = jax.process_index() == 0
-    if writer and (finished := workdir_lib.claim(folder, config)) is not None:
-        return finished
-    log = workdir_lib.Log(folder, writer)
-    phases = Phases()
-    try:
-        result = _run_tasks(config, run, log, phases, progress and writer)
-    finally:
-        log.close()
-    seconds = time.perf_counter() - begin
-    result |= {
-        "seconds": seconds,
-        "images_per_second": result["images"] / max(phases.seconds["load"] + phases.seconds["train"], 1e-9),
-        "seconds_by_phase": {**phases.seconds, "other": seconds - sum(phases.seconds.values())},
-    }
-    if writer:
-        workdir_lib.write_json(folder / "result.json", result)
+    folder, first = pathlib.Path(workdir), jax.process_index() == 0
+    session_options: Any = {"begin": begin, "overwrite": overwrite, "stall_seconds": stall_seconds}
+    with (
+        files.full_disk_is_a_storage_error(folder),
+        open_session(config, folder, run.mesh, **session_options) as session,
+    ):
+        if isinstance(session, dict):
+            return session
+        result = _run_tasks(config, run, session, progress and first)
+        seconds, by_phase = session.seconds(), session.phases.seconds
+        result |= {
+            "seconds": seconds,
+            "images_per_second": result["images"] / max(by_phase["load"] + by_phase["train"], 1e-9),
+            "seconds_by_phase": {**by_phase, "other": seconds - sum(by_phase.values())},
+        }
+        if first:
+            files.write_json(folder / "result.json", result)
     return result
 
 
-def _run_tasks(config: ConfigDict, run: Experiment, log: workdir_lib.Log, phases: Phases, progress: bool) -> dict:
+def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: bool) -> dict:
     def weights_key(task: int) -> jax.Array:
         return jax.random.fold_in(jax.random.key(config.seed), task)
 
-    tasks = run.scenario.tasks
+    at, phases = session.progress, session.phases
+    tasks, scores = run.scenario.tasks, None
     loaders = [_loader(config, run, t) for t in range(len(tasks))]
+    assert loaders[0] is not None, "the first task has no rows"
     with phases("compile"):
-        state = initial_state(run.mesh, run.new_weights(weights_key(0)), run.buffer)
+        state = initial_state(run.mesh, run.new_weights(weights_key(0)), run.buffer, run.strategy)
         first = mesh_lib.shard_rows(run.mesh, loaders[0][0])
         step = run.train_step.lower(state, first).compile()  # every later shape but this one is refused: no retrace
-    images = 0
-    matrices: dict[str, list[list[float]]] = {"accuracy": [], "top5": []}
-    bar = tqdm(total=sum(map(len, loaders)), desc=config.strategy, unit="step", disable=not progress)
-    for task, loader in zip(tasks, loaders, strict=True):
-        if run.strategy.fresh and task.index:
+    if session.found is not None:
+        with phases("restore"):
+            state = _restore(config, run, session, state)
+    bar = tqdm(
+        total=sum(len(loader) for loader in loaders if loader),
+        initial=sum(len(x) for x in loaders[: at.task] if x) + (at.iterator["next_index"] if at.iterator else 0),
+        desc=config.strategy,
+        unit="step",
+        disable=not progress,
+    )
+    for task, loader in list(zip(tasks, loaders, strict=True))[at.task :]:
+        if run.strategy.fresh and task.index and at.iterator is None:
             params, batch_stats, opt_state = run.new_weights(weights_key(task.index))
             state = dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state)
-        state = _begin_task(run.mesh, state, loader.steps_per_epoch)
-        bar.set_description(f"{config.strategy}, task {task.index + 1} of {len(tasks)}")
-        state = _train_task(run.mesh, step, state, loader, task.index, config.log_every, log, phases, bar)
-        images += config.epochs * len(_rows(run, task.index))
+        if loader is not None:  # else the strategy trains nothing in this task
+            if at.iterator is None:
+                state = _begin_task(run.mesh, state, task.index, loader.steps_per_epoch)
+            bar.set_description(f"{config.strategy}, task {task.index + 1} of {len(tasks)}")
+            state = _train_task(run.mesh, step, state, loader, config.log_every, session, bar)
+            at.images += config.epochs * len(_rows(run, task.index))
+            with phases("end of task"):
+                state = run.end_task(
+                    state, session.watched(_task_batches(config, run, task.index), "a batch at a task's end")
+                )
+                if run.rehearse_step is not None:
+                    weights = run.new_weights(weights_key(task.index))
+                    state = _rehearse(config, run, session, state, weights, task.index)
         with phases("evaluate"):
-            batches = _eval_batches(config, run)
-            scores = run.evaluate(state.params, state.batch_stats, batches)
-        for name, rows in matrices.items():
-            rows.append(scores[name].tolist())
-        log.write("evaluation", int(state.step), {"task": task.index, **{n: m[-1] for n, m in matrices.items()}})
+            batches = session.watched(_eval_batches(config, run), "a batch of the evaluation")
+            scores = run.evaluate(state.params, state.batch_stats, state.strategy_state, batches)
+        at.step = int(state.step)  # a strategy may have taken more at the task's end
+        rows = {name: scores[name].tolist() for name in ("accuracy", "top5")}
+        at.accuracy.append(rows["accuracy"])
+        at.top5.append(rows["top5"])
+        session.log.write("evaluation", at.step, {"task": task.index, **rows})
         bar.set_postfix(accuracy=f"{100 * np.mean(scores['accuracy'][: task.index + 1]):.1f} %")
+        at.task, at.iterator = task.index + 1, None
+        session.save(state)
+        if at.task < len(tasks):
+            session.stop_if_asked()
+    with phases("save"):
+        session.checkpoints.wait()
+    with phases("evaluate"):
+        if scores is None:  # the run was stopped after its last task
+            batches = session.watched(_eval_batches(config, run), "a batch of the evaluation")
+            scores = run.evaluate(state.params, state.batch_stats, state.strategy_state, batches)
+        untrained = _score_untrained(config, run, session, run.new_weights(weights_key(0)))
     bar.close()
     return {
         "name": config.name,
@@ -193,11 +250,13 @@ def _run_tasks(config: ConfigDict, run: Experiment, log: workdir_lib.Log, phases
         "source": config.data.source,
         "model": config.model.name,
         "tasks": [list(task.classes) for task in tasks],
-        "accuracy_matrix": matrices["accuracy"],
-        **metrics.summarize(matrices["accuracy"]),
-        **_top5(matrices["top5"], run.train.num_classes),
-        "steps": int(state.step),
-        "images": images,
+        "accuracy_matrix": at.accuracy,
+        **metrics.summarize(at.accuracy),
+        **_top5(at.top5, run.train.num_classes),
+        "forward_transfer": metrics.forward_transfer(at.accuracy, untrained),
+        **_last(scores),
+        "steps": at.step,
+        "images": at.images,
         "buffer": _buffer_report(run.buffer, state),
         "devices": {
             "count": run.mesh.size,
@@ -215,52 +274,89 @@ def _train_task(
     step: Callable,
     state: TrainState,
     loader: data.Loader,
-    task: int,
     log_every: int,
-    log: workdir_lib.Log,
-    phases: Phases,
+    session: Session,
     bar: tqdm,
 ) -> TrainState:
-    """All steps of one task. Metrics are fetched a logging interval late, so that the devices never wait for them."""
+    """The steps of one task that are not done yet. Metrics are fetched a logging interval late, so that the devices never
+    wait for them; a checkpoint waits, so that the log it belongs to is complete."""
     pending: tuple[int, int, dict] | None = None
+    at, phases = session.progress, session.phases
 
     def flush() -> None:
-        if pending is not None:
-            number, at, values = pending
-            values = {name: float(value) for name, value in jax.device_get(values).items()}
-            log.write("train", number, {"task": task, "epoch": at / loader.steps_per_epoch, **values})
-            if not np.isfinite(values["loss"]):
-                raise FloatingPointError(f"the loss is {values['loss']} at step {number}, task {task}")
+        nonlocal pending
+        if pending is None:
+            return
+        (number, index, values), pending = pending, None
+        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        session.log.write("train", number, {"task": at.task, "epoch": index / loader.steps_per_epoch, **values})
+        if not np.isfinite(values.get("loss", 0.0)):
+            raise Diverged(diverged(f"the loss is {values['loss']}", number, at.task))
 
     batches = iter(loader)
-    steps_before = int(state.step)
-    for at in range(len(loader)):
+    if at.iterator is not None:
+        batches.set_state(at.iterator)
+    for index in range(at.iterator["next_index"] if at.iterator else 0, len(loader)):
         with phases("load"):
             batch = mesh_lib.shard_rows(mesh, next(batches))
         with phases("train"):
             state, values = step(state, batch)
-            if at % log_every == 0 or at == len(loader) - 1:
+            at.step += 1
+            if index % log_every == 0 or index == len(loader) - 1:
                 flush()
-                pending = (steps_before + at + 1, at, values)
+                pending = (at.step, index, values)
+            answer = session.after_step(at.step, values)
         bar.update()
+        if answer != control.GO_ON and index + 1 < len(loader):  # after the last step comes the save at the task's end
+            with phases("train"):
+                flush()
+            at.iterator = batches.get_state()
+            session.save(state)
+            session.stop_if_asked(answer)
     with phases("train"):
         flush()
         jax.block_until_ready(state)
     return state
 
 
+def _restore(config: ConfigDict, run: Experiment, session: Session, state: TrainState) -> TrainState:
+    """The state of the checkpoint, on the devices of this session; `state`, a new one, gives the shapes and is freed."""
+    target = checkpoint.abstract(state)
+    jax.tree.map(lambda x: x.delete(), state)  # or the memory would have to hold the buffer twice
+    old, new = session.progress.devices, run.mesh.size
+    assert session.found is not None
+    state = session.checkpoints.restore(session.found, target, reshaped=("buffer.",) if old != new else ())
+    if old == new or state.buffer is None:
+        return state
+    buffer = reshard(
+        state.buffer,
+        policy=config.buffer.policy,
+        capacity=config.buffer.capacity,
+        num_classes=run.train.num_classes,
+        old=old,
+        new=new,
+        memory=config.buffer.memory,
+    )
+    return dataclasses.replace(state, buffer=mesh_lib.split_rows(run.mesh, buffer))
+
+
 def _rows(run: Experiment, task: int) -> np.ndarray:
     """The rows of the train source that a task trains on."""
-    return run.scenario.seen(task) if run.strategy.cumulative else run.scenario.tasks[task].train
+    return run.strategy.rows(run.scenario, task)
 
 
-def _loader(config: ConfigDict, run: Experiment, task: int) -> data.Loader:
+def _loader(config: ConfigDict, run: Experiment, task: int) -> data.Loader | None:
+    """Batches of the rows a task trains on; None where there are none."""
+    rows = _rows(run, task)
+    if not len(rows):
+        return None
     return data.train_batches(
         run.train,
-        _rows(run, task),
+        rows,
         batch_size=config.batch_size,
         epochs=config.epochs,
         seed=(config.seed, task),
+        by_class=config.data.placement == "by_class",
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_threads=config.data.threads,
@@ -278,9 +374,70 @@ def _eval_batches(config: ConfigDict, run: Experiment) -> data.Loader:
     )
 
 
-def _begin_task(mesh: jax.sharding.Mesh, state: TrainState, steps_per_epoch: int) -> TrainState:
-    task_step, per_epoch = (mesh_lib.replicate(mesh, np.int32(x)) for x in (0, steps_per_epoch))
-    return dataclasses.replace(state, task_step=task_step, steps_per_epoch=per_epoch)
+def _task_batches(config: ConfigDict, run: Experiment, task: int) -> data.Loader:
+    """The rows of a task once, for the pass at its end."""
+    return data.eval_batches(
+        run.train,
+        _rows(run, task),
+        batch_size=config.eval.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.data.threads,
+    )
+
+
+def _begin_task(mesh: jax.sharding.Mesh, state: TrainState, task: int, steps_per_epoch: int) -> TrainState:
+    task_step, per_epoch, number = (mesh_lib.replicate(mesh, np.int32(x)) for x in (0, steps_per_epoch, task))
+    return dataclasses.replace(state, task_step=task_step, steps_per_epoch=per_epoch, task=number)
+
+
+def _rehearse(
+    config: ConfigDict, run: Experiment, session: Session, state: TrainState, weights: Any, task: int
+) -> TrainState:
+    """Trains new weights on the buffer alone: steps whose new rows, one a device, are not valid."""
+    assert run.buffer is not None and state.buffer is not None and run.rehearse_step is not None
+    per_epoch = -(-run.buffer.stats(state.buffer)["rows"] // run.buffer.representatives)
+    params, batch_stats, opt_state = weights
+    state = dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state)
+    state = _begin_task(run.mesh, state, task, per_epoch)
+    local = run.mesh.size // jax.process_count()
+    blank = {
+        "image": np.zeros((local, *run.train.image_shape), np.uint8),
+        "label": np.zeros(local, np.int32),
+        "id": np.full(local, -1, np.int32),
+        "valid": np.zeros(local, bool),
+    }
+    for _ in session.watched(range(run.strategy.rehearse * per_epoch), "a step on the buffer alone"):
+        state, _ = run.rehearse_step(state, mesh_lib.shard_rows(run.mesh, blank))
+    return state
+
+
+def _record(model: Model, strategy: Strategy, image_shape: tuple[int, int, int]) -> Any:
+    """Shapes and dtypes of one record of the strategy."""
+
+    def record(image: jax.Array) -> Any:
+        variables = model.init(jax.random.key(0), image_shape)
+        outputs, _ = model.apply(**variables, images=image.astype(np.float32), train=False)
+        return strategy.record(image, outputs)
+
+    rows = jax.eval_shape(record, jax.ShapeDtypeStruct((1, *image_shape), np.uint8))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), rows)
+
+
+def _score_untrained(config: ConfigDict, run: Experiment, session: Session, weights: Any) -> np.ndarray:
+    """The accuracy of newly initialised weights on every task, against which forward transfer is measured."""
+    params, batch_stats, _ = weights
+    batches = session.watched(_eval_batches(config, run), "a batch of the evaluation")
+    own = jax.jit(run.strategy.init, out_shardings=mesh_lib.replicated(run.mesh))(params, batch_stats)
+    return run.evaluate(params, batch_stats, own, batches)["accuracy"]
+
+
+def _last(scores: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What is told of the last weights beside the matrix; the confusion matrix where it stays readable."""
+    confusion = scores["confusion"]
+    kept = {"confusion": confusion.tolist()} if len(confusion) <= 100 else {}
+    in_task = scores["accuracy_in_task"].tolist()
+    return {"accuracy_in_task": in_task, "per_class_accuracy": metrics.per_class_accuracy(confusion), **kept}
 
 
 def _top5(matrix: list[list[float]], num_classes: int) -> dict[str, Any]:
@@ -293,4 +450,9 @@ def _top5(matrix: list[list[float]], num_classes: int) -> dict[str, Any]:
 def _buffer_report(buffer: Buffer | None, state: TrainState) -> dict[str, Any] | None:
     if buffer is None or state.buffer is None:
         return None
-    return {"capacity": buffer.capacity, "bytes": buffer.num_bytes, **buffer.stats(state.buffer)}
+    return {
+        "capacity": buffer.capacity,
+        "bytes": buffer.num_bytes,
+        "traffic": buffer.traffic,
+        **buffer.stats(state.buffer),
+    }

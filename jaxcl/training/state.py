@@ -12,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Buffer, Drawn, Shard
 from jaxcl.models import Model
+from jaxcl.strategies import Strategy
 
 PyTree = Any
 
@@ -25,27 +26,31 @@ class TrainState:
       step: int32 scalar, steps taken since the run began.
       task_step: int32 scalar, steps taken since the task began.
       steps_per_epoch: int32 scalar of the present task, so that schedules run in epochs without a new trace a task.
+      task: int32 scalar, the present task.
       params: the model's parameters, float32, whole on every device.
       batch_stats: the norm layers' running statistics, {} without any; whole on every device.
       opt_state: of the optimiser; whole on every device.
       buffer: the rehearsal buffer, split over the devices; None without rehearsal.
-      staged: representatives drawn during the last step, which the next one replays; None without rehearsal.
+      staged: the draws made during the last step, which the next one replays; () without rehearsal.
+      strategy_state: what the strategy keeps for itself, {} for most; whole on every device.
     """
 
     step: jax.Array
     task_step: jax.Array
     steps_per_epoch: jax.Array
+    task: jax.Array
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
     buffer: Shard | None
-    staged: Drawn | None
+    staged: tuple[Drawn, ...]
+    strategy_state: PyTree
 
 
 def specs() -> TrainState:
     """How the state lies on the mesh: a prefix of partition specs for `shard_map`."""
     whole, split = PartitionSpec(), PartitionSpec(mesh_lib.AXIS)
-    return TrainState(whole, whole, whole, whole, whole, whole, split, split)  # type: ignore[arg-type]
+    return TrainState(whole, whole, whole, whole, whole, whole, whole, split, split, whole)  # type: ignore[arg-type]
 
 
 def make_weights(
@@ -60,17 +65,26 @@ def make_weights(
     return jax.jit(make, out_shardings=mesh_lib.replicated(mesh))
 
 
-def initial_state(mesh: Mesh, weights: tuple[PyTree, PyTree, PyTree], buffer: Buffer | None) -> TrainState:
+def initial_state(
+    mesh: Mesh, weights: tuple[PyTree, PyTree, PyTree], buffer: Buffer | None, strategy: Strategy
+) -> TrainState:
     """The state before the first step."""
-    zero, one = (mesh_lib.replicate(mesh, jnp.int32(i)) for i in (0, 1))
+
+    def number(value: int) -> jax.Array:  # donated leaf by leaf: no two may share a buffer
+        return jnp.copy(mesh_lib.replicate(mesh, jnp.int32(value)))
+
     params, batch_stats, opt_state = weights
     return TrainState(
-        step=zero,
-        task_step=jnp.copy(zero),  # donated leaf by leaf: no two may share a buffer
-        steps_per_epoch=one,
+        step=number(0),
+        task_step=number(0),
+        steps_per_epoch=number(1),
+        task=number(0),
         params=params,
         batch_stats=batch_stats,
         opt_state=opt_state,
         buffer=None if buffer is None else buffer.init(),
-        staged=None if buffer is None else buffer.no_rows(),
+        staged=() if buffer is None else tuple(buffer.no_rows() for _ in range(strategy.draws)),
+        strategy_state=jax.jit(
+            lambda *args: jax.tree.map(jnp.copy, strategy.init(*args)), out_shardings=mesh_lib.replicated(mesh)
+        )(params, batch_stats),
     )

@@ -1,19 +1,21 @@
 """One training step, data-parallel: a single compiled program over all devices.
 
-    batch (b rows a device) + staged (r rows, drawn last step) -> augment -> gradients -> sum over devices -> optimiser
+    batch (b rows a device) + staged (r rows a draw, drawn last step) -> augment -> gradients -> sum over devices -> optimiser
     batch -> insert into this device's shard -> draw r rows a device of the union -> staged for the next step
 
 Nothing that the gradients need waits for the draw, so the compiler may overlap exchange and computation: step t replays
 what was drawn from the buffer as it stood after the insert of step t - 1 (the asynchrony of Bouvier et al. 2024, exact
-here). The buffer is written before it is read; the other order would copy it whole.
+here). The buffer is written before it is read; the other order would copy it whole. A record may hold the model's outputs
+for the new rows (DER): such an insert, and the draw behind it, then wait for the forward pass, not for the update.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
@@ -22,7 +24,7 @@ from jaxcl import losses
 from jaxcl.buffer import Buffer, Rows
 from jaxcl.mesh import AXIS
 from jaxcl.models import Model
-from jaxcl.strategies import Strategy
+from jaxcl.strategies import Context, Descent, Part, Strategy
 from jaxcl.training.state import TrainState, specs
 
 PyTree = Any
@@ -39,68 +41,92 @@ def make_train_step(
     schedule: Callable[[jax.Array], jax.Array],
     augment: Augment,
     seed: int,
+    classes: np.ndarray,
+    *,
+    loss_classes: str = "all",
+    learn: bool = True,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Binds the parts of a run to `train_step(state, batch) -> (state, metrics)`, jitted and donating the state.
 
     `batch` is {"image": uint8 [B, H, W, C], "label": int32 [B], "id": int32 [B], "valid": bool [B]}, split by rows. Rows
-    that are not valid weigh nothing. The loss is the mean over all valid rows, new and replayed, of all devices.
+    that are not valid weigh nothing.
+
+    Args:
+      classes: bool `[T, K]`, the classes of each task.
+      loss_classes: the classes among which rows are classified: "all" of the data set, those "seen" so far, or those of
+        the "task" in which a row's class appears (one head a task).
+      learn: False leaves the weights alone: a step then only fills the buffer and draws from it.
 
     Metrics are scalars of this step: loss, accuracy (new rows), replay_accuracy (representatives; 0 without any),
     learning_rate, rows (valid new rows), replayed (valid representatives).
     """
+    same_task = np.any(classes[:, :, None] & classes[:, None, :], axis=0)  # [K, K]
 
-    def loss_sum(params: PyTree, batch_stats: PyTree, images: jax.Array, label: jax.Array, valid: jax.Array) -> Any:
-        outputs, batch_stats = model.apply(params, batch_stats, images, train=True, mask=valid)
-        row_loss = losses.cross_entropy(outputs["logits"], label)
-        correct = losses.topk_correct(outputs["logits"], label) & valid
-        return jnp.sum(jnp.where(valid, row_loss, 0.0)), (batch_stats, correct)
+    def with_classes(part: Part, context: Context) -> Part:
+        if loss_classes == "all":
+            return part
+        allowed = context.seen[None, :] if loss_classes == "seen" else jnp.asarray(same_task)[part.label]
+        return dataclasses.replace(part, allowed=jnp.broadcast_to(allowed, (len(part.label), classes.shape[1])))
+
+    def make_parts(state: TrainState, batch: Batch, key: jax.Array, context: Context) -> tuple[Part, ...]:
+        """The new rows, then those of each draw, augmented."""
+        parts = [Part(batch["image"], batch["label"], batch["valid"])]
+        parts += [Part(d.record["image"], d.label, d.valid, d.record) for d in state.staged]
+        sizes = [len(part.label) for part in parts]
+        images = augment(key, _positions(sizes), jnp.concatenate([part.image for part in parts]))
+        split = jnp.split(images, np.cumsum(sizes)[:-1])
+        return tuple(
+            with_classes(dataclasses.replace(part, image=image), context)
+            for part, image in zip(parts, split, strict=True)
+        )
+
+    def make_descend(context: Context) -> Callable[[PyTree, PyTree, tuple[Part, ...]], Descent]:
+        def descend(params: PyTree, batch_stats: PyTree, parts: tuple[Part, ...]) -> Descent:
+            images, valid = (jnp.concatenate(x) for x in ([p.image for p in parts], [p.valid for p in parts]))
+            borders = np.cumsum([len(part.label) for part in parts])[:-1]
+
+            def objective(params):
+                outputs, new_stats = model.apply(params, batch_stats, images, train=True, mask=valid)
+                pieces = {name: jnp.split(x, borders) for name, x in outputs.items()}
+                done = tuple(
+                    dataclasses.replace(part, outputs={name: x[i] for name, x in pieces.items()})
+                    for i, part in enumerate(parts)
+                )
+                share = strategy.loss(params, done, context)
+                return share.value, (share.weight, new_stats, done)
+
+            (value, (weight, new_stats, done)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+            grads, loss, weight = lax.psum((grads, value, weight), AXIS)
+            if weight is not None:  # the exact mean, however the valid rows are spread over the devices
+                total = jnp.maximum(weight, 1.0)
+                grads, loss = jax.tree.map(lambda x: x / total, (grads, loss))
+            return Descent(grads, loss, lax.pmean(new_stats, AXIS), done)
+
+        return descend
 
     def local_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        augment_key, insert_key, draw_key = jax.random.split(key, 3)
-        new = batch["label"].shape[0]
-        images, label, valid = batch["image"], batch["label"], batch["valid"]
-        if state.staged is not None:
-            staged = state.staged
-            images = jnp.concatenate([images, staged.record["image"]])
-            label = jnp.concatenate([label, staged.label])
-            valid = jnp.concatenate([valid, staged.valid])
-        images = augment(augment_key, _positions(new, label.shape[0] - new), images)
-
-        gradient = jax.value_and_grad(loss_sum, has_aux=True)
-        (loss, (batch_stats, correct)), grads = gradient(state.params, state.batch_stats, images, label, valid)
-        counts = [jnp.sum(x, dtype=jnp.float32) for x in (valid[:new], valid[new:], correct[:new], correct[new:])]
-        # The sum of the devices' sums over the count of all valid rows: the exact mean, however rows are spread.
-        grads, loss, (rows, replayed, right, replay_right) = lax.psum((grads, loss, counts), AXIS)
-        total = jnp.maximum(rows + replayed, 1.0)
-        grads = jax.tree.map(lambda g: g / total, grads)
-        batch_stats = lax.pmean(batch_stats, AXIS)
-
-        learning_rate = schedule(state.task_step / state.steps_per_epoch)
-        direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction)
-
-        state = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            task_step=state.task_step + 1,
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-        )
-        if buffer is not None and strategy.record is not None and state.buffer is not None:
-            candidates = Rows(strategy.record(batch), batch["label"], batch["id"], batch["valid"])
+        augment_key, insert_key, *draw_keys = jax.random.split(key, 2 + strategy.draws)
+        learning_rate = jnp.asarray(schedule(state.task_step / state.steps_per_epoch), jnp.float32)
+        metrics = {"learning_rate": learning_rate}
+        outputs: dict[str, jax.Array] = {}
+        update: dict[str, PyTree] = {"step": state.step + 1, "task_step": state.task_step + 1}
+        if learn:
+            context = make_context(model, state.strategy_state, state.task, classes, learning_rate)
+            parts = make_parts(state, batch, augment_key, context)
+            found = strategy.gradients(make_descend(context), state.params, state.batch_stats, parts, context)
+            outputs = found.parts[0].outputs
+            direction, opt_state = optimizer.update(found.grads, state.opt_state, state.params)
+            params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction)
+            update |= {"params": params, "batch_stats": found.batch_stats, "opt_state": opt_state}
+            metrics |= {"loss": found.loss, **_scores(found.parts)}
+        if buffer is not None and state.buffer is not None:
+            record = strategy.record(batch["image"], outputs)
+            offered = batch["valid"] & ((state.task_step < state.steps_per_epoch) | (buffer.repeats != "first_epoch"))
+            candidates = Rows(record, batch["label"], batch["id"], offered)
             stored = buffer.local.insert(state.buffer, candidates, insert_key)
-            state = dataclasses.replace(state, buffer=stored, staged=buffer.local.draw(stored, draw_key))
-        metrics = {
-            "loss": loss / total,
-            "accuracy": right / jnp.maximum(rows, 1.0),
-            "replay_accuracy": replay_right / jnp.maximum(replayed, 1.0),
-            "learning_rate": jnp.asarray(learning_rate, jnp.float32),
-            "rows": rows,
-            "replayed": replayed,
-        }
-        return state, metrics
+            update |= {"buffer": stored, "staged": tuple(buffer.local.draw(stored, k) for k in draw_keys)}
+        return dataclasses.replace(state, **update), metrics
 
     spec = specs()
     split = PartitionSpec(AXIS)
@@ -110,9 +136,35 @@ def make_train_step(
     return jax.jit(mapped, donate_argnums=0)
 
 
-def _positions(new: int, replayed: int) -> jax.Array:
-    """Numbers of this device's rows in the global augmented batch, new rows first; they seed the rows' augmentation."""
+def make_context(
+    model: Model, state: PyTree, task: jax.Array, classes: np.ndarray, learning_rate: jax.Array | float = 0.0
+) -> Context:
+    """What a strategy's functions are told beside the rows."""
+
+    def predict(params: PyTree, batch_stats: PyTree, images: jax.Array) -> dict[str, jax.Array]:
+        return model.apply(params, batch_stats, images, train=False)[0]
+
+    return Context(predict, state, task, classes, jnp.asarray(learning_rate, jnp.float32))
+
+
+def _scores(parts: Sequence[Part]) -> dict[str, jax.Array]:
+    """Counts and accuracies of new and replayed rows over all devices."""
+    correct = [losses.topk_correct(p.logits, p.label, class_mask=p.allowed) & p.valid for p in parts]
+    counts = [[jnp.sum(x, dtype=jnp.float32) for x in (p.valid, c)] for p, c in zip(parts, correct, strict=True)]
+    new, *replays = lax.psum(counts, AXIS)
+    rows, right = new
+    replayed, replay_right = (sum(x, jnp.float32(0)) for x in zip(*replays, strict=True)) if replays else (0.0, 0.0)
+    return {
+        "accuracy": right / jnp.maximum(rows, 1.0),
+        "replay_accuracy": jnp.asarray(replay_right / jnp.maximum(replayed, 1.0)),
+        "rows": rows,
+        "replayed": jnp.asarray(replayed),
+    }
+
+
+def _positions(sizes: Sequence[int]) -> jax.Array:
+    """Numbers of this device's rows in the global batch, part after part; they seed the rows' augmentation."""
     me, devices = lax.axis_index(AXIS), lax.axis_size(AXIS)
-    return jnp.concatenate([me * new + jnp.arange(new), devices * new + me * replayed + jnp.arange(replayed)]).astype(
-        jnp.int32
-    )
+    begins = np.cumsum([0, *sizes[:-1]])
+    parts = [devices * int(begin) + me * size + jnp.arange(size) for begin, size in zip(begins, sizes, strict=True)]
+    return jnp.concatenate(parts).astype(jnp.int32)

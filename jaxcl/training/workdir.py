@@ -1,14 +1,21 @@
-"""What a run leaves in its folder: config.json, metrics.jsonl, TensorBoard events, result.json."""
+"""What a run leaves in its folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/, result.json."""
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxcl import files
 from jaxcl.errors import UserError
+
+# Fields that a run may change when it continues, because its result does not depend on them.
+FREE = ("config.checkpoint", "config.data.threads")
 
 
 def resolved(config: ConfigDict) -> dict[str, Any]:
@@ -16,29 +23,48 @@ def resolved(config: ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def claim(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any] | None:
-    """Takes `workdir` for a run of `config`.
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds `workdir`, made if needed, against other runs. The lock goes with the process, however it ends.
+
+    Raises:
+      UserError: another process holds it, or it cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"workdir: {workdir} cannot be used: {error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"workdir: {workdir} is in use by another run; wait for it or give another folder"
+            ) from error
+        yield
+
+
+def claim(workdir: pathlib.Path, config: ConfigDict, overwrite: bool = False) -> dict[str, Any] | None:
+    """Takes `workdir`, which must be `locked`, for a run of `config`, new or to be continued.
 
     Returns:
-      The result of a finished run of the same config, else None; the folder then holds config.json and no older logs.
+      The result of a finished run of the same config, else None; the folder then holds config.json.
 
     Raises:
       UserError: the folder holds another config's run, or cannot be written.
     """
     mine, path = resolved(config), workdir / "config.json"
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            clear(workdir)
         if path.exists():
             theirs = json.loads(path.read_text())
-            difference = _difference(theirs, mine)
-            if difference:
-                raise UserError(f"workdir: {workdir} holds another config's run ({difference}); give another folder")
+            check_same(theirs, config, f"workdir: {workdir} holds another config's run", "; give another folder")
             result = workdir / "result.json"
             if result.exists():
                 return json.loads(result.read_text())
-        for old in (*workdir.glob("events.out.*"), workdir / "metrics.jsonl"):
-            old.unlink(missing_ok=True)
-        write_json(path, mine)
+        files.write_json(path, mine)
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"workdir: {workdir} cannot be used: {error}") from error
     return None
@@ -53,19 +79,21 @@ def clear(workdir: pathlib.Path) -> None:
     shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes whole or not at all, whenever the process is killed."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def check_same(theirs: dict[str, Any], config: ConfigDict, problem: str, advice: str = "") -> None:
+    """Compares a resolved config with this one, but for the fields that a run may change.
+
+    Raises:
+      UserError: they differ; `problem`, the first field that does, `advice`.
+    """
+    difference = _difference(theirs, resolved(config))
+    if difference:
+        raise UserError(f"{problem} ({difference}){advice}")
 
 
 def _difference(theirs: Any, mine: Any, path: str = "config") -> str | None:
     """The first field in which two resolved configs differ, in words; None if they are equal."""
+    if path in FREE:
+        return None
     if isinstance(theirs, dict) and isinstance(mine, dict):
         for name in sorted({*theirs, *mine}):
             found = _difference(theirs.get(name), mine.get(name), f"{path}.{name}")
@@ -76,15 +104,35 @@ def _difference(theirs: Any, mine: Any, path: str = "config") -> str | None:
 
 
 class Log:
-    """metrics.jsonl and TensorBoard events; does nothing on processes that do not write."""
+    """metrics.jsonl and TensorBoard events; does nothing on processes that do not write.
 
-    def __init__(self, workdir: pathlib.Path, write: bool):
+    Args:
+      size: bytes of metrics.jsonl up to which a continued run was saved; what it wrote afterwards is dropped, since it comes
+        again. None begins anew.
+      step: of the checkpoint; TensorBoard hides what comes after it.
+    """
+
+    def __init__(self, workdir: pathlib.Path, write: bool, size: int | None = None, step: int = 0):
         self._lines = self._events = None
-        if write:
-            from tensorboardX import SummaryWriter
+        if not write:
+            return
+        from tensorboardX import SummaryWriter
 
-            self._lines = (workdir / "metrics.jsonl").open("a")
-            self._events = SummaryWriter(str(workdir), flush_secs=10)
+        path = workdir / "metrics.jsonl"
+        if size is None:
+            for old in (*workdir.glob("events.out.*"), path):
+                old.unlink(missing_ok=True)
+        elif path.exists() and path.stat().st_size > size:
+            os.truncate(path, size)
+        self._lines = path.open("a")
+        self._events = SummaryWriter(str(workdir), flush_secs=10, purge_step=None if size is None else step + 1)
+
+    def size(self) -> int:
+        """Bytes of metrics.jsonl, all of them on disk."""
+        if self._lines is None:
+            return 0
+        os.fsync(self._lines.fileno())
+        return self._lines.tell()
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line; scalars also go to TensorBoard as `kind/name`."""
@@ -99,4 +147,5 @@ class Log:
     def close(self) -> None:
         if self._lines is not None and self._events is not None:
             self._lines.close()
-            self._events.close()
+            with contextlib.suppress(OSError):  # on a full disk: what ended the run has been said
+                self._events.close()

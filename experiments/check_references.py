@@ -1,0 +1,119 @@
+"""Runs our side of a published protocol and sets it beside the reference: JSON in experiments/results, docs/benchmarks.md.
+
+    python -m experiments.check_references --protocol=split_mnist_mammoth --workdir=DIR [--data_dir=TFDS_DIR]
+        [--source=npz:FILE] [--rows=er-200,der-200] [--seeds=5]
+    python -m experiments.check_references        # only writes docs/benchmarks.md anew, from the JSON files
+
+The rows of a protocol are those of configs/PROTOCOL.py; what the reference reached stands in
+experiments/results/PROTOCOL.reference.json. Each run has its own folder, DIR/ROW/seed_SEED; finished ones are not run again.
+"""
+
+import importlib
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from experiments import main as common
+from jaxcl import metrics
+from jaxcl.errors import UserError
+from jaxcl.training.loop import train_and_evaluate
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS, PAGE = ROOT / "experiments" / "results", ROOT / "docs" / "benchmarks.md"
+
+PROTOCOL = flags.DEFINE_string("protocol", None, "a config file of configs/ with rows, without .py")
+SOURCE = flags.DEFINE_string("source", None, "config.data.source, where the protocol's own is not to be used")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "config.data.data_dir")
+ROWS = flags.DEFINE_list("rows", [], "rows to run; all of them if not given")
+SEEDS = flags.DEFINE_integer("seeds", 5, "runs of each row, with seeds from 0")
+
+
+def main() -> None:
+    if PROTOCOL.value is not None:
+        if not (ROOT / "configs" / f"{PROTOCOL.value}.py").is_file():
+            raise UserError(f"--protocol: there is no configs/{PROTOCOL.value}.py")
+        if SEEDS.value < 2:
+            raise UserError(f"--seeds: {SEEDS.value} is not allowed, a deviation needs at least 2")
+        check(PROTOCOL.value, pathlib.Path(common.required(common.WORKDIR)))
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(RESULTS))
+    print(PAGE.relative_to(ROOT))
+
+
+def check(protocol: str, workdir: pathlib.Path) -> None:
+    """Runs the rows asked for and puts them into the protocol's JSON file, beside those already there."""
+    module = importlib.import_module(f"configs.{protocol}")
+    for row in ROWS.value or module.ROWS:
+        runs = []
+        for seed in range(SEEDS.value):
+            config = module.get_config(row)
+            config.seed = config.data.scenario_seed = seed
+            config.data.source = SOURCE.value or config.data.source
+            config.data.data_dir = DATA_DIR.value
+            runs.append(train_and_evaluate(config, workdir / row / f"seed_{seed}", progress=False))
+        found = summary(runs)
+        print(f"{row}: {figure(found)}", flush=True)
+        path = RESULTS / f"{protocol}.json"
+        rows = json.loads(path.read_text()) if path.is_file() else {}
+        rows[row] = found
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({name: rows[name] for name in module.ROWS if name in rows}, indent=1) + "\n")
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is kept of the runs of one row: final accuracy of each seed in percent, their mean and sample deviation."""
+    accuracy = [100 * run["average_accuracy"] for run in runs]
+    mean, deviation = metrics.mean_and_deviation(accuracy)
+    return {
+        "accuracy": [round(a, 3) for a in accuracy],
+        "mean": round(mean, 3),
+        "std": round(deviation, 3),
+        "seconds": round(float(np.median([run["seconds"] for run in runs])), 1),
+        "devices": runs[0]["devices"],
+        "versions": runs[0]["versions"],
+    }
+
+
+def figure(row: dict[str, Any]) -> str:
+    return f"{row['mean']:.2f} ± {row['std']:.2f}"
+
+
+def page(folder: pathlib.Path) -> str:
+    """The whole of docs/benchmarks.md: a table a protocol, from the JSON files in `folder`."""
+    parts = [
+        "# Benchmarks against references",
+        "Written by `python -m experiments.check_references` from the files in `experiments/results`; do not edit.",
+        "Final accuracy in percent: the unweighted mean over tasks after the last, mean ± sample deviation over seeds. A row"
+        " *holds* where ours is at least the reference's mean less its deviation.",
+    ]
+    for path in sorted(folder.glob("*.reference.json")):
+        reference = json.loads(path.read_text())
+        protocol = path.name.removesuffix(".reference.json")
+        ours_path = folder / f"{protocol}.json"
+        ours = json.loads(ours_path.read_text()) if ours_path.is_file() else {}
+        parts += [f"## {reference['title']}", reference["about"], table(reference["rows"], ours, reference["seeds"])]
+        parts += [reference["note"]] if "note" in reference else []
+        parts.append(
+            f"One row again: `python -m experiments.check_references --protocol={protocol} --rows=ROW --workdir=DIR`."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def table(reference: dict[str, Any], ours: dict[str, Any], seeds: int) -> str:
+    lines = [f"| row | reference ({seeds} seeds) | ours | seeds | holds | s a run |", "|---|---|---|---|---|---|"]
+    for name, theirs in reference.items():
+        row = ours.get(name)
+        if row is None:
+            lines.append(f"| {name} | {figure(theirs)} | not run | | | |")
+            continue
+        holds = "yes" if row["mean"] >= theirs["mean"] - theirs["std"] else "**no**"
+        cells = (name, figure(theirs), figure(row), len(row["accuracy"]), holds, row["seconds"])
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,31 @@
+"""Dark Experience Replay: the buffer keeps the logits of a row as they were when it arrived, and replay matches them.
+
+Buzzega et al. 2020, Dark experience for general continual learning, equation 5. With z the logits stored:
+
+    mean over new rows of CE + alpha * mean over replayed rows and classes of (logits - z)^2
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxcl.strategies.base import Context, Outputs, Part, PyTree, Share, Strategy, cross_entropy, mean
+
+
+def der(alpha: float = 0.3) -> Strategy:
+    def loss(params: PyTree, parts: Sequence[Part], context: Context) -> Share:
+        new, replay = parts
+        return Share(mean(cross_entropy(new), new.valid) + alpha * mean(logit_distance(replay), replay.valid))
+
+    return Strategy(draws=1, record=with_logits, loss=loss)
+
+
+def with_logits(image: jax.Array, outputs: Outputs) -> PyTree:
+    """The image and the logits of this step's forward pass, before its update: float32 `[b, K]`."""
+    return {"image": image, "logits": outputs["logits"]}
+
+
+def logit_distance(part: Part) -> jax.Array:
+    """Each row's mean squared distance `[b]` between its logits and those stored."""
+    return jnp.mean(jnp.square(part.logits - part.record["logits"]), axis=1)

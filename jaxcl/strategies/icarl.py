@@ -1,0 +1,56 @@
+"""iCaRL: old answers kept by distillation, rows classified by the nearest mean of the buffer's rows.
+
+Rebuffi et al. 2017, iCaRL: incremental classifier and representation learning. All rows, new and replayed, learn by
+binary cross-entropy, summed over the classes seen, of sigmoid(logits) with their labels for new classes and with
+sigmoid(old model's logits) for old ones (section 2.3, algorithm 3). At a task's end the features of the buffer's rows,
+scaled to length 1, are averaged class by class; evaluation ranks classes by the distance to these means (algorithm 1).
+
+Here the memory is filled as rows arrive, by `buffer.policy`, so it holds rows of the present task too; the paper picks
+them at the task's end, by herding.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxcl.strategies.base import Context, End, Outputs, Part, PyTree, Share, Strategy, pooled_mean
+from jaxcl.strategies.lwf import answers, snapshot
+
+
+def icarl() -> Strategy:
+    def loss(params: PyTree, parts: Sequence[Part], context: Context) -> Share:
+        def row_loss(part: Part) -> jax.Array:
+            before = jax.nn.sigmoid(answers(context, context.state["model"], part.image)["logits"])
+            target = jnp.where(context.old, before, jax.nn.one_hot(part.label, before.shape[1]))
+            entropy = optax.sigmoid_binary_cross_entropy(part.logits, target)
+            return jnp.sum(jnp.where(context.seen, entropy, 0.0), axis=1)
+
+        return pooled_mean(row_loss, parts)
+
+    def init(params: PyTree, batch_stats: PyTree) -> PyTree:
+        features, classes = params["head"]["kernel"].shape
+        means = {"mean": jnp.zeros((classes, features)), "known": jnp.zeros(classes, bool)}
+        return {"model": snapshot(params, batch_stats), **means}
+
+    def visit(params: PyTree, batch_stats: PyTree, part: Part, context: Context) -> PyTree:
+        features = unit(context.predict(params, batch_stats, part.image)["features"])
+        member = jax.nn.one_hot(part.label, context.classes.shape[1]) * part.valid[:, None]
+        return member.T @ features, member.sum(0)
+
+    def end_task(end: End) -> tuple[PyTree, PyTree]:
+        sums, count = end.visited
+        model = snapshot(end.params, end.batch_stats)
+        return end.params, {"model": model, "mean": unit(sums), "known": count > 0}
+
+    def scores(outputs: Outputs, state: PyTree) -> jax.Array:
+        """Of unit vectors, the nearest is the one of the largest inner product."""
+        return jnp.where(state["known"], unit(outputs["features"]) @ state["mean"].T, -2.0)
+
+    return Strategy(draws=1, loss=loss, init=init, visit=visit, visits="buffer", end_task=end_task, scores=scores)
+
+
+def unit(vectors: jax.Array) -> jax.Array:
+    """`[n, D]` scaled to length 1; a zero vector stays zero."""
+    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

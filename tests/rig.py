@@ -1,0 +1,91 @@
+"""A small problem for tests of steps and strategies: model, buffer and step on n devices, the same rows for every n."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxcl import mesh as mesh_lib
+from jaxcl.buffer import Drawn, make_buffer
+from jaxcl.data import make_augment
+from jaxcl.models import make_model
+from jaxcl.strategies import Strategy
+from jaxcl.training.state import TrainState, initial_state, make_weights
+from jaxcl.training.step import make_train_step
+
+K, SHAPE, BATCH, DRAWN = 6, (8, 8, 1), 16, 8
+CLASSES = np.repeat(np.eye(3, dtype=bool), 2, axis=1)  # three tasks of two classes
+MODELS = {"mlp": {"hidden": (12,)}, "convnet": {"width": 2, "norm": "sync"}}
+RATE = 0.5
+
+
+class Rig:
+    """`rig.step(state, batch)` and what it is made of."""
+
+    def __init__(
+        self, mesh: jax.sharding.Mesh, strategy: Strategy, model: str = "mlp", capacity: int = 48, **options: Any
+    ):
+        self.mesh, self.strategy = mesh, strategy
+        self.model = make_model(model, K, options=MODELS[model], axis_name=mesh_lib.AXIS)
+        self.buffer = None
+        if strategy.draws:
+            variables = self.model.init(jax.random.key(0), SHAPE)
+            image = np.zeros((1, *SHAPE), np.uint8)
+            outputs, _ = self.model.apply(**variables, images=image.astype(np.float32), train=False)
+            record = jax.tree.map(lambda x: x[0], strategy.record(jnp.asarray(image), outputs))
+            self.buffer = make_buffer(record, capacity=capacity, representatives=DRAWN, mesh=mesh)
+        optimizer = optax.identity()
+        self.new_weights = make_weights(mesh, self.model, optimizer, SHAPE)
+        self.step = make_train_step(
+            mesh, self.model, strategy, self.buffer, optimizer, lambda epoch: RATE, make_augment((), SHAPE), 0, CLASSES,
+            **options,
+        )  # fmt: skip
+
+    def state(self, stored: bool = True, **changes: Any) -> TrainState:
+        """The first state with some fields changed; without the buffer unless `stored`, which compiles much faster."""
+        buffer = self.buffer if stored else None
+        state = initial_state(self.mesh, self.new_weights(jax.random.key(0)), buffer, self.strategy)
+        changes = {name: mesh_lib.replicate(self.mesh, value) for name, value in changes.items()}
+        return dataclasses.replace(state, **changes)
+
+    def stage(self, state: TrainState, draws: list[Drawn]) -> TrainState:
+        """The state with these rows of all devices waiting to be replayed."""
+        return dataclasses.replace(state, staged=tuple(mesh_lib.shard_rows(self.mesh, d) for d in draws))
+
+    def rows(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        return mesh_lib.shard_rows(self.mesh, batch)
+
+
+def make_batch(seed: int, classes: tuple[int, ...] = tuple(range(K)), n: int = BATCH) -> dict[str, np.ndarray]:
+    """n random rows, the first quarter and some others not valid: with four devices or more, one has none to train on."""
+    rng = np.random.default_rng(seed)
+    valid = rng.random(n) < 0.7
+    valid[: n // 4], valid[-1] = False, True
+    return {
+        "image": rng.integers(0, 256, (n, *SHAPE)).astype(np.uint8),
+        "label": rng.choice(classes, n).astype(np.int32),
+        "id": np.arange(n, dtype=np.int32),
+        "valid": valid,
+    }
+
+
+def make_draw(seed: int, logits: bool = False, classes: tuple[int, ...] = tuple(range(K))) -> Drawn:
+    """A draw as the buffer might have made it, some rows not valid."""
+    batch = make_batch(seed, classes, DRAWN)
+    record = {"image": batch["image"]}
+    if logits:
+        record["logits"] = np.random.default_rng(seed).normal(size=(DRAWN, K)).astype(np.float32)
+    shard = np.zeros(DRAWN, np.int32)
+    return Drawn(record, batch["label"], batch["id"], batch["valid"], shard)  # type: ignore[arg-type]
+
+
+def close(a: Any, b: Any, **tolerance: float) -> None:
+    """Asserts that two pytrees of arrays hold the same numbers but for rounding."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(
+            x, y, **{"rtol": 2e-5, "atol": 2e-6, **tolerance}, err_msg=jax.tree_util.keystr(path)
+        )
