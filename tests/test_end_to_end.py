@@ -145,7 +145,10 @@ def test_compare_and_report_commands(tmp_path):
     assert result["devices"] == {"count": 8, "kind": "cpu", "platform": "cpu", "processes": 1}
     assert result["config"]["epochs"] == 1 and result["seed"] == 1
     table = [line.split() for line in done.stdout.splitlines()]
-    assert [line[:2] for line in table if line and line[0] in ("incremental", "er")] == [["incremental", "2"], ["er", "2"]]
+    assert [line[:2] for line in table if line and line[0] in ("incremental", "er")] == [
+        ["incremental", "2"],
+        ["er", "2"],
+    ]
     assert (tmp_path / "runs" / "accuracy_by_task.png").stat().st_size > 10_000
 
     done = command("report", str(tmp_path / "runs"), f"--out={tmp_path / 'page'}")

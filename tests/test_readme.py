@@ -11,7 +11,9 @@ README = (pathlib.Path(__file__).resolve().parent.parent / "README.md").read_tex
 def test_the_library_example_runs():
     """As a user would: a file of its own, on whatever devices there are, here 4 fake ones."""
     (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len([line for line in program.splitlines() if line.strip() and not line.startswith(("import", "from"))]) <= 20
+    assert (
+        len([line for line in program.splitlines() if line.strip() and not line.startswith(("import", "from"))]) <= 20
+    )
     start = "from jaxcl.mesh import use_fake_devices\nuse_fake_devices(4)\n"
     root = pathlib.Path(__file__).resolve().parent.parent
     command = [sys.executable, "-W", "error", "-c", start + program]
