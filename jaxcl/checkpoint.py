@@ -76,8 +76,8 @@ class Checkpoints:
 
     def __init__(self, folder: str | pathlib.Path, keep: int):
         self._folder, self._keep = pathlib.Path(folder).absolute(), keep
-        # What a save takes of the processor, the training may miss. Images do not compress, and one file an array and shard
-        # costs 0.2 s a half GiB where OCDBT, which gathers them into few files, costs 1.2 s.
+        # What a save takes of the processor, the training may miss: images do not compress, and plain files, one an array and
+        # shard, need no gathering into few (OCDBT).
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
         self._orbax = ocp.AsyncCheckpointer(handler)
         self._commit_thread: threading.Thread | None = None

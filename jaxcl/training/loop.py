@@ -26,7 +26,7 @@ from jaxcl.training.config import check_config
 from jaxcl.training.end_task import make_end_task
 from jaxcl.training.evaluate import make_evaluate
 from jaxcl.training.optimizer import make_optimizer, make_schedule
-from jaxcl.training.session import Session, diverged, open_session
+from jaxcl.training.session import Progress, Session, diverged, open_session
 from jaxcl.training.state import TrainState, initial_state, make_weights
 from jaxcl.training.step import make_train_step
 
@@ -198,43 +198,43 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
     if session.found is not None:
         with phases("restore"):
             state = _restore(config, run, session, state)
-    bar = tqdm(
+    with tqdm(
         total=sum(len(loader) for loader in loaders if loader),
         initial=sum(len(x) for x in loaders[: at.task] if x) + (at.iterator["next_index"] if at.iterator else 0),
         desc=config.strategy,
         unit="step",
         disable=not progress,
-    )
-    for task, loader in list(zip(tasks, loaders, strict=True))[at.task :]:
-        if run.strategy.fresh and task.index and at.iterator is None:
-            params, batch_stats, opt_state = run.new_weights(weights_key(task.index))
-            state = dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state)
-        if loader is not None:  # else the strategy trains nothing in this task
-            if at.iterator is None:
-                state = _begin_task(run.mesh, state, task.index, loader.steps_per_epoch)
-            bar.set_description(f"{config.strategy}, task {task.index + 1} of {len(tasks)}")
-            state = _train_task(run.mesh, step, state, loader, config.log_every, session, bar)
-            at.images += config.epochs * len(_rows(run, task.index))
-            with phases("end of task"):
-                state = run.end_task(
-                    state, session.watched(_task_batches(config, run, task.index), "a batch at a task's end")
-                )
-                if run.rehearse_step is not None:
-                    weights = run.new_weights(weights_key(task.index))
-                    state = _rehearse(config, run, session, state, weights, task.index)
-        with phases("evaluate"):
-            batches = session.watched(_eval_batches(config, run), "a batch of the evaluation")
-            scores = run.evaluate(state.params, state.batch_stats, state.strategy_state, batches)
-        at.step = int(state.step)  # a strategy may have taken more at the task's end
-        rows = {name: scores[name].tolist() for name in ("accuracy", "top5")}
-        at.accuracy.append(rows["accuracy"])
-        at.top5.append(rows["top5"])
-        session.log.write("evaluation", at.step, {"task": task.index, **rows})
-        bar.set_postfix(accuracy=f"{100 * np.mean(scores['accuracy'][: task.index + 1]):.1f} %")
-        at.task, at.iterator = task.index + 1, None
-        session.save(state)
-        if at.task < len(tasks):
-            session.stop_if_asked()
+    ) as bar:
+        for task, loader in list(zip(tasks, loaders, strict=True))[at.task :]:
+            if run.strategy.fresh and task.index and at.iterator is None:
+                params, batch_stats, opt_state = run.new_weights(weights_key(task.index))
+                state = dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state)
+            if loader is not None:  # else the strategy trains nothing in this task
+                if at.iterator is None:
+                    state = _begin_task(run.mesh, state, task.index, loader.steps_per_epoch)
+                bar.set_description(f"{config.strategy}, task {task.index + 1} of {len(tasks)}")
+                state = _train_task(run.mesh, step, state, loader, config.log_every, session, bar)
+                at.images += config.epochs * len(_rows(run, task.index))
+                with phases("end of task"):
+                    state = run.end_task(
+                        state, session.watched(_task_batches(config, run, task.index), "a batch at a task's end")
+                    )
+                    if run.rehearse_step is not None:
+                        weights = run.new_weights(weights_key(task.index))
+                        state = _rehearse(config, run, session, state, weights, task.index)
+            with phases("evaluate"):
+                batches = session.watched(_eval_batches(config, run), "a batch of the evaluation")
+                scores = run.evaluate(state.params, state.batch_stats, state.strategy_state, batches)
+            at.step = int(state.step)  # a strategy may have taken more at the task's end
+            rows = {name: scores[name].tolist() for name in ("accuracy", "top5")}
+            at.accuracy.append(rows["accuracy"])
+            at.top5.append(rows["top5"])
+            session.log.write("evaluation", at.step, {"task": task.index, **rows})
+            bar.set_postfix(accuracy=f"{100 * np.mean(scores['accuracy'][: task.index + 1]):.1f} %")
+            at.task, at.iterator = task.index + 1, None
+            session.save(state)
+            if at.task < len(tasks):
+                session.stop_if_asked()
     with phases("save"):
         session.checkpoints.wait()
     with phases("evaluate"):
@@ -242,14 +242,20 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
             batches = session.watched(_eval_batches(config, run), "a batch of the evaluation")
             scores = run.evaluate(state.params, state.batch_stats, state.strategy_state, batches)
         untrained = _score_untrained(config, run, session, run.new_weights(weights_key(0)))
-    bar.close()
+    return _result(config, run, at, state, scores, untrained)
+
+
+def _result(
+    config: ConfigDict, run: Experiment, at: Progress, state: TrainState, scores: dict[str, np.ndarray], untrained: Any
+) -> dict[str, Any]:
+    """What result.json says of a run but for its times."""
     return {
         "name": config.name,
         "strategy": config.strategy,
         "seed": config.seed,
         "source": config.data.source,
         "model": config.model.name,
-        "tasks": [list(task.classes) for task in tasks],
+        "tasks": [list(task.classes) for task in run.scenario.tasks],
         "accuracy_matrix": at.accuracy,
         **metrics.summarize(at.accuracy),
         **_top5(at.top5, run.train.num_classes),
