@@ -1,13 +1,18 @@
 """Rehearsal overhead: the time of a step with b new and r drawn rows over a plain step on b + r new rows.
 
-    python -m experiments.bench_step --json=runs/bench_step.json --devices=8 [--models=mlp,resnet18]
+    python -m experiments.bench_step --json=runs/bench_step.json --devices=8 [--models=mlp,resnet18] [--host]
 
 Same model, optimiser and process, the two kinds of step in turn, each run of a few steps ended by blocking; the ratio is
 taken run by run, so that what else the machine does hits both. The plain step trains on as many rows; it differs in nothing
 but insert, draw and exchange. Beside the ratio: images a second, and the time of insert and draw compiled alone. On a GPU
 give --dtype=bfloat16 and larger sizes; the goal is a ratio of 1.02.
+
+With --host also the tier in host memory, by either way of handing rows over: its step time over that of the device tier
+(goal 1.05), how long the loop waits, and how much of the writer's work (storing, gathering, starting the transfer) the step
+hides, that is by how much less than that work the step is longer.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -19,15 +24,18 @@ import jax
 import numpy as np
 import optax
 from absl import flags
+from jax.sharding import PartitionSpec
 
 from experiments import main as common
 from experiments.environment import environment
 from jaxcl import data
 from jaxcl import mesh as mesh_lib
-from jaxcl.buffer import Buffer, Rows, make_buffer
+from jaxcl.buffer import HANDOVERS, Buffer, Rows, make_buffer
+from jaxcl.buffer.host import Fed
 from jaxcl.mesh import AXIS
 from jaxcl.models import make_model
 from jaxcl.strategies import make_strategy
+from jaxcl.training.session import Phases
 from jaxcl.training.state import TrainState, initial_state, make_weights
 from jaxcl.training.step import make_train_step
 
@@ -39,6 +47,7 @@ NEW = flags.DEFINE_integer("new", 8, "b: new rows a device")
 DRAWN = flags.DEFINE_integer("drawn", 8, "r: representatives a device")
 CAPACITY = flags.DEFINE_integer("capacity", 1000, "rows of the buffer a device")
 RUNS = flags.DEFINE_integer("runs", 30, "timed runs of each kind")
+HOST = flags.DEFINE_bool("host", False, "also time the tier in host memory")
 STEPS = flags.DEFINE_integer("steps", 5, "steps in a run")
 
 CLASSES, SHAPE = 100, (32, 32, 3)
@@ -75,16 +84,35 @@ def batch_of(mesh: jax.sharding.Mesh, rows: int) -> dict[str, jax.Array]:
 
 def full(buffer: Buffer, mesh: jax.sharding.Mesh) -> Any:
     """A buffer whose every slot is filled."""
-    insert = jax.jit(buffer.insert, donate_argnums=0)
     state, batch = buffer.init(), batch_of(mesh, 64 * mesh.size)
     rows = Rows({"image": batch["image"]}, batch["label"], batch["id"], batch["valid"])
-    for i in range(-(-buffer.capacity // (64 * mesh.size)) + 1):
-        state = insert(state, rows, jax.random.key(i))
+    times = range(-(-buffer.capacity // (64 * mesh.size)) + 1)
+    if buffer.host is None:
+        insert = jax.jit(buffer.insert, donate_argnums=0)
+        for i in times:
+            state = insert(state, rows, jax.random.key(i))
+        return state
+    split, whole = PartitionSpec(AXIS), PartitionSpec()
+
+    def turn(shard: Any, rows: Rows, key: jax.Array, number: jax.Array) -> Any:
+        return buffer.local.turn(shard, rows, key, (), number)
+
+    specs = (split, split, whole, whole)
+    mapped = jax.jit(jax.shard_map(turn, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False))
+    with buffer.host.serving(0) as store:
+        for i in times:
+            state, _, handover = mapped(state, rows, jax.random.key(i), np.int32(i))
+            store.passed(handover)
     return state
 
 
 def contender(
-    mesh: jax.sharding.Mesh, model_name: str, strategy_name: str, new: int, buffer: Buffer | None
+    mesh: jax.sharding.Mesh,
+    model_name: str,
+    strategy_name: str,
+    new: int,
+    buffer: Buffer | None,
+    phases: Phases | None = None,
 ) -> Contender:
     options: dict[str, Any] = {"hidden": (100, 100)} if model_name == "mlp" else {"width": WIDTH.value}
     model = make_model(model_name, CLASSES, options=options, dtype=DTYPE.value, axis_name=AXIS)
@@ -106,6 +134,8 @@ def contender(
     if buffer is not None:
         state = dataclasses.replace(state, buffer=full(buffer, mesh))
     batch = batch_of(mesh, new * mesh.size)
+    if buffer is not None and buffer.host is not None:
+        return Contender(Fed(step, buffer.host, phases or Phases({})), state, batch)
     return Contender(step.lower(state, batch).compile(), state, batch)
 
 
@@ -119,18 +149,57 @@ def median_of(function: Callable[[], Any], runs: int) -> float:
     return float(np.median(seconds))
 
 
-def measure(mesh: jax.sharding.Mesh, model: str) -> dict[str, Any]:
-    """One model: the two contenders in turn."""
-    b, r, n = NEW.value, DRAWN.value, mesh.size
-    buffer = make_buffer(
+def buffer_on(mesh: jax.sharding.Mesh, **options: Any) -> Buffer:
+    return make_buffer(
         {"image": jax.ShapeDtypeStruct(SHAPE, np.uint8)},
-        capacity=CAPACITY.value * n,
-        representatives=r * n,
+        capacity=CAPACITY.value * mesh.size,
+        representatives=DRAWN.value * mesh.size,
         policy="class_random",
         num_classes=CLASSES,
         accept=0.25,
         mesh=mesh,
+        **options,
     )
+
+
+def measure_host(mesh: jax.sharding.Mesh, model: str) -> dict[str, Any]:
+    """One model: the device tier and the host tier by each way of handing over, in turn."""
+    device = contender(mesh, model, "er", NEW.value, buffer_on(mesh))
+    device.run(STEPS.value)
+    found: dict[str, Any] = {}
+    for handover in HANDOVERS:
+        buffer, phases = buffer_on(mesh, tier="host", handover=handover), Phases({})
+        assert buffer.host is not None
+        host = contender(mesh, model, "er", NEW.value, buffer, phases)
+        with contextlib.ExitStack() as stack:
+            store = stack.enter_context(buffer.host.serving(0, host.state.staged))
+            for _ in range(3):
+                host.run(STEPS.value)
+            store.seconds.update(dict.fromkeys(store.seconds, 0.0))
+            phases.seconds.clear()
+            device.seconds.clear()
+            for i in range(RUNS.value):
+                for one in (device, host) if i % 2 else (host, device):
+                    one.seconds.append(one.run(STEPS.value))
+        steps = RUNS.value * STEPS.value
+        writer = {name: 1e3 * seconds / steps for name, seconds in store.seconds.items()}
+        work = sum(writer[name] for name in ("populate", "sample", "exchange"))
+        ratio = np.array(host.seconds) / np.array(device.seconds)
+        longer = 1e3 * float(np.median(np.array(host.seconds) - np.array(device.seconds)))
+        found[handover] = {
+            "step_ms": {"host": spread(host.seconds), "device": spread(device.seconds)},
+            "over_device": {"median": float(np.median(ratio)), **quantiles(ratio)},
+            "phases_ms": {name: 1e3 * seconds / steps for name, seconds in phases.seconds.items()},
+            "writer_ms": writer,
+            "hidden": float(np.clip(1 - longer / work, 0, 1)),
+        }
+    return found
+
+
+def measure(mesh: jax.sharding.Mesh, model: str) -> dict[str, Any]:
+    """One model: the two contenders in turn."""
+    b, r, n = NEW.value, DRAWN.value, mesh.size
+    buffer = buffer_on(mesh)
     rehearsal, plain = contender(mesh, model, "er", b, buffer), contender(mesh, model, "incremental", b + r, None)
     for one in (rehearsal, plain):
         one.run(STEPS.value)
@@ -169,6 +238,7 @@ def measure(mesh: jax.sharding.Mesh, model: str) -> dict[str, Any]:
             "plain": plain.step.memory_analysis().temp_size_in_bytes,
         },
         "buffer_bytes": buffer.num_bytes,
+        "host": measure_host(mesh, model) if HOST.value else {},
     }
 
 
@@ -214,6 +284,14 @@ def main() -> None:
             f" draw and exchange {one['alone_ms']['draw_and_exchange']:.2f} ms",
             flush=True,
         )
+        for handover, host in one["host"].items():
+            print(
+                f"{model}, host tier by {handover}: {host['step_ms']['host']['median']:.2f} ms,"
+                f" {host['over_device']['median']:.3f} of the device tier"
+                f" ({host['over_device']['p10']:.3f}..{host['over_device']['p90']:.3f}); waiting"
+                f" {host['phases_ms']['wait']:.2f} ms; hidden {100 * host['hidden']:.0f} % of the writer's work",
+                flush=True,
+            )
     if JSON.value:
         path = pathlib.Path(JSON.value)
         path.write_text(json.dumps({"models": found, **environment()}, indent=1) + "\n")

@@ -13,6 +13,7 @@ import pathlib
 import shutil
 import threading
 import zlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from jaxcl.errors import StorageError, UserError
 
 PyTree = Any
 Flat = dict[str, Any]
-MANIFEST, ASIDE = "manifest.json", ".corrupt"
+MANIFEST, ASIDE, ROWS = "manifest.json", ".corrupt", ".rows"
 _log = logging.getLogger("jaxcl")
 
 
@@ -83,13 +84,14 @@ class Checkpoints:
         self._commit_thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def save(self, name: str, state: PyTree, run: dict[str, Any]) -> None:
+    def save(self, name: str, state: PyTree, run: dict[str, Any], rows: Mapping[int, np.ndarray] | None = None) -> None:
         """Starts to write a checkpoint and returns when `state` may be donated; waits for an unfinished save before it.
 
         Args:
           name: names sort as the run goes on.
           state: pytree of global arrays.
           run: the rest of the run's state, for JSON.
+          rows: of this process's devices in host memory, by the number of the device; written before this returns.
 
         Raises:
           StorageError: this save or the one before failed; what was saved before is kept.
@@ -100,6 +102,10 @@ class Checkpoints:
         path = self._folder / name
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            for device, stored in (rows or {}).items():  # Orbax makes its folder last: beside it until then
+                beside = self._folder / (name + ROWS)
+                beside.mkdir(exist_ok=True)
+                stored.tofile(beside / f"{device:05d}")
             self._orbax.save(path, args=ocp.args.PyTreeSave(flat))
         except Exception as error:
             raise _failed(path, error) from error
@@ -160,11 +166,19 @@ class Checkpoints:
         leaves = [flat[key] for key in wanted]
         return jax.tree.unflatten(jax.tree.structure(target), leaves)
 
+    def rows(self, manifest: dict[str, Any], devices: Iterable[int], dtype: np.dtype) -> dict[int, np.ndarray]:
+        """The `rows` that were saved for these devices, as read-only maps of the files."""
+        folder = self._folder / manifest["name"] / ROWS
+        return {device: np.memmap(folder / f"{device:05d}", dtype, "r") for device in devices}
+
     def _commit(self, path: pathlib.Path, manifest: dict[str, Any]) -> None:
         """Waits for Orbax, makes everything durable, writes the manifest, removes what is too old."""
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
+                beside = path.with_name(path.name + ROWS)
+                if beside.is_dir():
+                    beside.rename(path / ROWS)
                 checksums = {str(file.relative_to(path)): _checksum(file, sync=True) for file in _files(path)}
                 manifest = {**manifest, "files": checksums}
                 files.write_json(path / MANIFEST, {**manifest, "checksum": _text_checksum(manifest)})

@@ -1,6 +1,8 @@
 """A small problem for tests of steps and strategies: model, buffer and step on n devices, the same rows for every n."""
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -26,7 +28,13 @@ class Rig:
     """`rig.step(state, batch)` and what it is made of."""
 
     def __init__(
-        self, mesh: jax.sharding.Mesh, strategy: Strategy, model: str = "mlp", capacity: int = 48, **options: Any
+        self,
+        mesh: jax.sharding.Mesh,
+        strategy: Strategy,
+        model: str = "mlp",
+        capacity: int = 48,
+        memory: Mapping[str, Any] = MappingProxyType({}),
+        **options: Any,
     ):
         self.mesh, self.strategy = mesh, strategy
         self.model = make_model(model, K, options=MODELS[model], axis_name=mesh_lib.AXIS)
@@ -36,7 +44,7 @@ class Rig:
             image = np.zeros((1, *SHAPE), np.uint8)
             outputs, _ = self.model.apply(**variables, images=image.astype(np.float32), train=False)
             record = jax.tree.map(lambda x: x[0], strategy.record(jnp.asarray(image), outputs))
-            self.buffer = make_buffer(record, capacity=capacity, representatives=DRAWN, mesh=mesh)
+            self.buffer = make_buffer(record, capacity=capacity, representatives=DRAWN, mesh=mesh, **memory)
         optimizer = optax.identity()
         self.new_weights = make_weights(mesh, self.model, optimizer, SHAPE)
         self.step = make_train_step(

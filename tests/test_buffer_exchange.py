@@ -32,7 +32,12 @@ def carrier(name):
     def local(sizes, key):
         me = lax.axis_index(AXIS)
         plan = draw.make_plan(key, sizes, shards * per_device)
-        rows, source, valid = exchange.run((route,), plan, me, lambda rank: {"rank": rank + plan.base[me]})
+
+        def read(position):  # what another shard supplies cannot be read here
+            mine = (position >= plan.first[me]) & (position < plan.first[me + 1])
+            return {"rank": jnp.where(mine, plan.rank.at[position].get(mode="clip"), -7)}
+
+        rows, source, valid = exchange.run((route,), plan, me, read)
         return rows["rank"], source, valid, plan.rank, route.fits(plan)[None]
 
     split, whole = PartitionSpec(AXIS), PartitionSpec()

@@ -10,7 +10,7 @@ CCGrid 2024.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,9 +22,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl.buffer import draw as draw_lib
 from jaxcl.buffer import exchange as exchange_lib
+from jaxcl.buffer import host as host_lib
 from jaxcl.buffer import repeats as repeats_lib
 from jaxcl.buffer import shard as shard_lib
 from jaxcl.buffer.exchange import EXCHANGES
+from jaxcl.buffer.host import HANDOVERS, TIERS, Handover, Pending, Store
 from jaxcl.buffer.policy import POLICIES, make_policy
 from jaxcl.buffer.repeats import REPEATS
 from jaxcl.buffer.shard import Drawn, Rows, Shard
@@ -34,28 +36,44 @@ from jaxcl.mesh import AXIS
 __all__ = [
     "DRAWS",
     "EXCHANGES",
+    "HANDOVERS",
     "MEMORIES",
     "POLICIES",
     "REPEATS",
+    "TIERS",
     "Buffer",
     "Drawn",
     "Local",
     "Rows",
     "Shard",
+    "Staged",
     "make_buffer",
 ]
 
 PyTree = Any
 MEMORIES = ("sharded", "replicated", "independent")
 DRAWS = ("uniform", "class_balanced")
+Staged = tuple[Any, ...]  # of Drawn, in the host tier of Pending
 
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """The buffer's functions for use inside an existing `shard_map`, on this device's part of every argument."""
+    """The buffer's functions for use inside an existing `shard_map`, on this device's part of every argument.
+
+    A training step uses `turn` and `receive`, which are the same for both tiers.
+
+    Attributes:
+      insert, draw: as those of `Buffer`; of the device tier alone.
+      turn: `(state, rows, insert_key, draw_keys, step) -> (state, staged, handover)`: an insert, then a draw for each key.
+        `staged` goes to `receive` in the next step. In the host tier `step` is the number of the step, one more each time,
+        and `handover` goes to `Store.passed`; it is () in the device tier.
+      receive: `(staged, arrived) -> tuple of Drawn`; in the host tier `arrived` is what `Store.take` gives.
+    """
 
     insert: Callable[[Shard, Rows, jax.Array], Shard]
     draw: Callable[[Shard, jax.Array], Drawn]
+    turn: Callable[..., tuple[Shard, Staged, Handover | tuple[()]]]
+    receive: Callable[[Staged, jax.Array | None], tuple[Drawn, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,26 +87,28 @@ class Buffer:
       draw: `(state, key) -> Drawn` of `representatives` rows, split by rows over the devices, without replacement; invalid
         where the memory holds fewer. Draws with different keys are independent: call it again for a second set.
       stats: `(state) -> dict` of plain numbers, see `make_stats`.
-      no_rows: `() -> Drawn` without a valid row, the first value of double-buffered representatives.
+      no_rows: `() -> Drawn` (host tier: `Pending`) without a valid row, the first value of double-buffered representatives.
       local: insert and draw for use inside `shard_map`.
       capacity: rows in the union of all shards; with `memory` "replicated" or "independent", rows on each device.
       representatives: rows of one draw over all devices.
       repeats: as given; a training step offers no row after a task's first epoch if it is "first_epoch".
-      num_bytes: bytes of the whole state over all devices.
+      num_bytes: bytes of the whole state over all devices, the rows in host memory included.
       traffic: rows and bytes that a device puts into collectives for one draw, padding included, and what r rows weigh.
+      host: the rows in host memory; None in the device tier.
     """
 
     init: Callable[[], Shard]
     insert: Callable[[Shard, Rows, jax.Array], Shard]
     draw: Callable[[Shard, jax.Array], Drawn]
     stats: Callable[[Shard], dict[str, Any]]
-    no_rows: Callable[[], Drawn]
+    no_rows: Callable[[], Drawn | Pending]
     local: Local
     capacity: int
     representatives: int
     repeats: str
     num_bytes: int
     traffic: dict[str, int]
+    host: Store | None
 
 
 def make_buffer(
@@ -105,6 +125,10 @@ def make_buffer(
     sampling: str = "uniform",
     repeats: str = "all",
     num_ids: int | None = None,
+    tier: str = "device",
+    path: str | None = None,
+    handover: str = "outputs",
+    queue: int = 4,
 ) -> Buffer:
     """A rehearsal buffer.
 
@@ -130,6 +154,11 @@ def make_buffer(
         and not counted by the policy, so that the memory holds at most one copy of an id (an "independent" memory: one on
         each device); int32 a device and id. "first_epoch" is the training step's business and means "all" here.
       num_ids: of "distinct", a static bound on the ids: they lie in [0, num_ids).
+      tier: where records lie: "device", or "host", in host memory, see `host.py`; with the same keys both store and draw the
+        same rows. A buffer of the host tier owns its rows: it serves one state, which only `turn` and `receive` move.
+      path: of the host tier, a folder for memory-mapped files, so that the memory may be larger than RAM.
+      handover: of the host tier, how rows leave the step: as its "outputs" or by "callback".
+      queue: of the host tier, how many steps' rows may wait to be stored.
 
     Raises:
       UserError: a size or name that is not allowed.
@@ -139,6 +168,8 @@ def make_buffer(
         ("exchange", exchange, EXCHANGES),
         ("sampling", sampling, DRAWS),
         ("repeats", repeats, REPEATS),
+        ("tier", tier, TIERS),
+        ("handover", handover, HANDOVERS),
     ):
         if value not in allowed:
             raise UserError(f"buffer.{field}: {value!r} is unknown, choose one of {', '.join(allowed)}")
@@ -159,6 +190,16 @@ def make_buffer(
     alone = shards == 1 or memory == "independent" or exchange == "local"  # each device draws from what it holds
     routes = () if alone or memory == "replicated" else exchange_lib.make_routes(exchange, per_device, shards, AXIS)
 
+    store = None
+    if tier == "host":
+        if mesh is None:
+            raise UserError("buffer.tier: host needs a mesh, which may be one of one device")
+        # A device has to send what its shard supplies: r rows on average, so that this almost always suffices.
+        narrow = min(exchange_lib.six_sigma(per_device, 1), representatives) if routes else per_device
+        store = host_lib.Store(spec, rule.slots, narrow, mesh, path, queue)
+
+    on_cpu = mesh is not None and mesh.devices.flat[0].platform == "cpu"
+
     def device() -> jax.Array:
         return jnp.int32(0) if axis is None else lax.axis_index(axis).astype(jnp.int32)
 
@@ -167,12 +208,13 @@ def make_buffer(
         return device() if parts > 1 else jnp.int32(0)
 
     def init() -> Shard:
-        state = shard_lib.empty(spec, rule.slots, rule.init(part()))
+        state = shard_lib.empty({} if store else spec, rule.slots, rule.init(part()))
         if repeats != "distinct":
             return state
         return dataclasses.replace(state, slot_of=jnp.zeros((num_ids or 0,), jnp.int32))
 
-    def insert(state: Shard, rows: Rows, key: jax.Array) -> Shard:
+    def put(state: Shard, rows: Rows, key: jax.Array) -> tuple[Shard, PyTree, jax.Array]:
+        """Inserts; gives also the records offered to this shard and the slot of each."""
         if axis is not None and memory != "sharded":
             packed, unpack = exchange_lib.pack(rows)
             rows = unpack(lax.all_gather(packed, axis, tiled=True))
@@ -182,10 +224,18 @@ def make_buffer(
             rows = repeats_lib.distinct(state, rows, axis if memory == "sharded" else None)
         slot, meta = rule.choose(state.meta, key, part(), rows.label, rows.valid)
         slot = shard_lib.keep_last(slot, rule.slots)
+        record = rows.record
+        if store:
+            rows = dataclasses.replace(rows, record={})
         state = shard_lib.write(state, rows, slot, meta)
-        if state.slot_of is None:
-            return state
-        return dataclasses.replace(state, slot_of=repeats_lib.remember(state.slot_of, rows.id, slot, rule.slots))
+        if state.slot_of is not None:
+            slot_of = repeats_lib.remember(state.slot_of, rows.id, slot, rule.slots)
+            state = dataclasses.replace(state, slot_of=slot_of)
+        return state, record, slot
+
+    def insert(state: Shard, rows: Rows, key: jax.Array) -> Shard:
+        assert store is None, "a memory of the host tier is moved by turn and receive"
+        return put(state, rows, key)[0]
 
     def plan_draw(state: Shard, key: jax.Array, holders: str | None, count: int) -> draw_lib.Plan:
         """A plan over the shards along the axis `holders`, or over this device's rows alone."""
@@ -197,37 +247,107 @@ def make_buffer(
             return draw_lib.make_balanced_plan(key, over(rule.class_sizes(state.meta)), count)
         return draw_lib.make_plan(key, over(rule.size(state.meta, part())), count)
 
-    def draw(state: Shard, key: jax.Array) -> Drawn:
+    def pick(state: Shard, key: jax.Array) -> draw_lib.Plan | jax.Array:
+        """What is drawn: a plan over all shards, or the ranks int32 `[r]` of this device's own rows."""
         me = device()
-
-        def read(rank: jax.Array) -> PyTree:
-            return shard_lib.read(state, rule.locate(state.meta, part(), rank))
-
         if routes:
-            plan = plan_draw(state, key, axis, representatives)
-            (stored, label, ident), source, valid = exchange_lib.run(routes, plan, me, read)
+            return plan_draw(state, key, axis, representatives)
+        if alone:
+            return plan_draw(state, key if shards == 1 else jax.random.fold_in(key, me), None, per_device).rank
+        # All hold the same rows: every device takes its share of one draw.
+        key, offset_key = jax.random.split(key)
+        offset = jax.random.randint(offset_key, (), 0, shards)
+        plan = plan_draw(state, key, None, representatives)
+        return plan.rank[exchange_lib.dealt_to(me, offset, per_device, shards)]
+
+    def supplied(picked: draw_lib.Plan | jax.Array) -> tuple[jax.Array, int]:
+        """The first position in `picked` of this shard's rows, and how many there may be."""
+        if isinstance(picked, draw_lib.Plan):
+            return picked.first[device()], representatives
+        return jnp.int32(0), per_device
+
+    def locate(state: Shard, picked: draw_lib.Plan | jax.Array, position: jax.Array) -> jax.Array:
+        """Where the rows at these positions of `picked` lie, if they are of this shard; else anything."""
+        if isinstance(picked, draw_lib.Plan):
+            rank = picked.rank.at[position].get(mode="clip") - picked.base[device()]
         else:
-            if alone:
-                rank = plan_draw(state, key if shards == 1 else jax.random.fold_in(key, me), None, per_device).rank
-            else:  # all hold the same rows: every device takes its share of one draw
-                key, offset_key = jax.random.split(key)
-                offset = jax.random.randint(offset_key, (), 0, shards)
-                plan = plan_draw(state, key, None, representatives)
-                rank = plan.rank[exchange_lib.dealt_to(me, offset, per_device, shards)]
-            valid = rank != draw_lib.NONE
-            stored, label, ident = jax.tree.map(lambda x: _zero_unless(valid, x), read(jnp.where(valid, rank, 0)))
-            source = jnp.where(valid, me, -1)
+            rank = jnp.where(picked != draw_lib.NONE, picked, 0)[position]
+        return rule.locate(state.meta, part(), rank)
+
+    def bring(picked: draw_lib.Plan | jax.Array, read: Callable[[jax.Array], PyTree]) -> Drawn:
+        """Carries what is picked to where it is wanted; `read`: see `exchange.run`."""
+        if isinstance(picked, draw_lib.Plan):
+            (stored, label, ident), source, valid = exchange_lib.run(routes, picked, device(), read)
+        else:
+            valid = picked != draw_lib.NONE
+            rows = read(jnp.arange(per_device, dtype=jnp.int32))
+            stored, label, ident = jax.tree.map(lambda x: _zero_unless(valid, x), rows)
+            source = jnp.where(valid, device(), -1)
         return Drawn(record=stored, label=label, id=jnp.where(valid, ident, -1), valid=valid, shard=source)
 
-    def no_rows() -> Drawn:
-        minus_one = jnp.full((per_device,), -1, jnp.int32)
-        return Drawn(
-            record=jax.tree.map(lambda s: jnp.zeros((per_device, *s.shape), s.dtype), spec),
-            label=jnp.zeros((per_device,), jnp.int32),
-            id=minus_one,
-            valid=jnp.zeros((per_device,), bool),
-            shard=minus_one,
+    def draw(state: Shard, key: jax.Array) -> Drawn:
+        assert store is None, "a memory of the host tier is moved by turn and receive"
+        picked = pick(state, key)
+        return bring(picked, lambda position: shard_lib.read(state, locate(state, picked, position)))
+
+    def turn(
+        state: Shard, rows: Rows, insert_key: jax.Array, draw_keys: Sequence[jax.Array], step: jax.Array
+    ) -> tuple[Shard, Staged, Handover | tuple[()]]:
+        state, record, slot = put(state, rows, insert_key)
+        if store is None:
+            return state, tuple(draw(state, key) for key in draw_keys), ()
+        staged, wide = [], jnp.bool_(False)
+        for key in draw_keys:
+            picked = pick(state, key)
+            first, count = supplied(picked)
+            send = locate(state, picked, first + jnp.arange(count, dtype=jnp.int32))
+            send = jnp.clip(send, 0, rule.slots - 1)
+            if isinstance(picked, draw_lib.Plan):
+                wide |= jnp.max(picked.first[1:] - picked.first[:-1]) > store.narrow
+                picked = jax.tree.map(lambda x: x[None], picked)
+            staged.append(Pending(picked, send, state.label[send], state.id[send]))
+        sent = jnp.stack([p.slot for p in staged]) if staged else jnp.zeros((0, 0), jnp.int32)
+        what = Handover(step[None], slot, exchange_lib.pack(record)[0], sent[None], wide[None])
+        return state, tuple(staged), host_lib.hand_over(store, handover, device(), what)
+
+    def receive(staged: Staged, arrived: jax.Array | None) -> tuple[Drawn, ...]:
+        def one(pending: Pending, packed: jax.Array) -> Drawn:
+            picked = pending.picked
+            if isinstance(picked, draw_lib.Plan):
+                picked = jax.tree.map(lambda x: x[0], picked)
+            first, _ = supplied(picked)
+            sent = (packed, pending.label, pending.id)
+            drawn = bring(
+                picked, lambda position: jax.tree.map(lambda x: x.at[position - first].get(mode="clip"), sent)
+            )
+            return dataclasses.replace(drawn, record=exchange_lib.unpack(spec, drawn.record))
+
+        if arrived is None:
+            return staged
+        drawn = tuple(one(x, rows) for x, rows in zip(staged, jnp.split(arrived, len(staged)), strict=True))
+        # XLA must not fuse the way here into what follows, or that is rounded otherwise than for rows that lay ready. The
+        # CPU's compiler drops a barrier, but not a branch: always taken, which it cannot know.
+        if not on_cpu:
+            return lax.optimization_barrier(drawn)
+        here = jnp.all(drawn[0].shard >= -1)
+        return lax.cond(here, lambda x: x, lambda x: jax.tree.map(jnp.zeros_like, x), drawn)
+
+    def no_rows() -> Drawn | Pending:
+        def whole(count: int, value: int) -> jax.Array:
+            return jnp.full((count,), value, jnp.int32)
+
+        if store is None:
+            record = jax.tree.map(lambda s: jnp.zeros((per_device, *s.shape), s.dtype), spec)
+            no = jnp.zeros((per_device,), bool)
+            return Drawn(record, whole(per_device, 0), whole(per_device, -1), no, whole(per_device, -1))
+        if not routes:
+            zeros = whole(per_device, 0)
+            return Pending(whole(per_device, draw_lib.NONE), zeros, zeros, zeros)
+        plan = draw_lib.Plan(
+            whole(representatives, draw_lib.NONE), whole(shards + 1, 0), whole(shards, 0), jnp.int32(0)
         )
+        zeros = whole(representatives, 0)
+        return Pending(jax.tree.map(lambda x: x[None], plan), zeros, zeros, zeros)
 
     def over_mesh(function: Callable, *, keyed: bool) -> Callable:
         """The function on global arrays: rows and state split over the mesh, the key known to all."""
@@ -250,17 +370,18 @@ def make_buffer(
         draw=over_mesh(draw, keyed=True),
         stats=make_stats(shards, num_classes),
         no_rows=jax.jit(over_mesh(no_rows, keyed=False)),
-        local=Local(insert=insert, draw=draw),
+        local=Local(insert=insert, draw=draw, turn=turn, receive=receive),
         capacity=capacity,
         representatives=representatives,
         repeats=repeats,
-        num_bytes=state_bytes,
+        num_bytes=state_bytes + (store.num_bytes if store else 0),
         traffic={
             "rows_needed": per_device,
             "rows_moved": moved,
             "row_bytes": row_bytes,
             "bytes_moved": moved * row_bytes,
         },
+        host=store,
     )
 
 

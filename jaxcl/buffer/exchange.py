@@ -57,7 +57,8 @@ def run(
       routes: one or two.
       plan: the draw, alike on all devices.
       me: int32 scalar, this device's number.
-      read: `(rank int32 [n]) -> pytree of arrays [n, ...]`, rows of this shard by their rank within it.
+      read: `(position int32 [n]) -> pytree of arrays [n, ...]`, rows of this shard by their position in the plan; for one
+        that is not of this shard any row will do.
 
     Returns:
       (rows `[r, ...]`, zero where invalid; source shard int32 `[r]`, -1 where invalid; validity bool `[r]`).
@@ -65,7 +66,7 @@ def run(
 
     def by(route: Route) -> tuple[PyTree, jax.Array, jax.Array]:
         position = route.send(plan, me)
-        packed, unpack = pack(read(plan.rank.at[position].get(mode="clip") - plan.base[me]))
+        packed, unpack = pack(read(position))
         position = route.receive(plan, me)
         valid = plan.rank[position] != NONE
         rows = unpack(jnp.where(valid[:, None], route.carry(plan, me, packed), 0))
@@ -91,29 +92,33 @@ def dealt_to(me: jax.Array, offset: jax.Array, per_device: int, shards: int) -> 
 
 def pack(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
     """A pytree of arrays `[n, ...]` as one uint8 array `[n, bytes]`, and the way back: one collective for all leaves."""
-    leaves, treedef = jax.tree.flatten(tree)
-    specs = [(leaf.shape[1:], leaf.dtype) for leaf in leaves]
 
     def to_bytes(leaf: jax.Array) -> jax.Array:
         if leaf.dtype == jnp.bool_:
             leaf = leaf.astype(jnp.uint8)
         return lax.bitcast_convert_type(leaf, jnp.uint8).reshape(leaf.shape[0], -1)
 
-    def unpack(packed: jax.Array) -> PyTree:
-        n, out, at = packed.shape[0], [], 0
-        for shape, dtype in specs:
-            width = math.prod(shape) * dtype.itemsize
-            part = packed[:, at : at + width]
-            at += width
-            if dtype == jnp.bool_:
-                out.append(part.reshape(n, *shape).astype(jnp.bool_))
-            elif dtype.itemsize == 1:
-                out.append(lax.bitcast_convert_type(part.reshape(n, *shape), dtype))
-            else:
-                out.append(lax.bitcast_convert_type(part.reshape(n, *shape, dtype.itemsize), dtype))
-        return jax.tree.unflatten(treedef, out)
+    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)
+    packed = jnp.concatenate([to_bytes(leaf) for leaf in jax.tree.leaves(tree)], axis=1)
+    return packed, lambda packed: unpack(row, packed)
 
-    return jnp.concatenate([to_bytes(leaf) for leaf in leaves], axis=1), unpack
+
+def unpack(row: PyTree, packed: jax.Array) -> PyTree:
+    """The pytree of arrays `[n, ...]` that `pack` made into `packed`; `row` gives shapes and dtypes of one row."""
+    leaves, treedef = jax.tree.flatten(row)
+    n, out, at = packed.shape[0], [], 0
+    for leaf in leaves:
+        shape, dtype = leaf.shape, leaf.dtype
+        width = math.prod(shape) * dtype.itemsize
+        part = packed[:, at : at + width]
+        at += width
+        if dtype == jnp.bool_:
+            out.append(part.reshape(n, *shape).astype(jnp.bool_))
+        elif dtype.itemsize == 1:
+            out.append(lax.bitcast_convert_type(part.reshape(n, *shape), dtype))
+        else:
+            out.append(lax.bitcast_convert_type(part.reshape(n, *shape, dtype.itemsize), dtype))
+    return jax.tree.unflatten(treedef, out)
 
 
 def six_sigma(mean: float, pairs: int) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from jaxcl.buffer import DRAWS, EXCHANGES, MEMORIES, POLICIES, REPEATS
+from jaxcl.buffer import DRAWS, EXCHANGES, HANDOVERS, MEMORIES, POLICIES, REPEATS, TIERS
 from jaxcl.data import SCENARIOS
 from jaxcl.errors import UserError
 from jaxcl.strategies import STRATEGIES, default_options, make_strategy
@@ -67,6 +67,10 @@ def default_config() -> ConfigDict:
                 "exchange": "mix",  # mix | balance | local
                 "sampling": "uniform",  # uniform | class_balanced
                 "repeats": "all",  # all | first_epoch | distinct: what happens to a row that comes by again
+                "tier": "device",  # device | host: where records lie
+                "path": config_dict.placeholder(str),  # of the host tier: a folder for memory-mapped files
+                "handover": "outputs",  # of the host tier: outputs | callback, how rows leave the step
+                "queue": 4,  # of the host tier: steps that may wait to be stored
             },
             "eval": {"batch_size": 256},
             "checkpoint": {  # beside those at the end of every task
@@ -90,6 +94,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
     _one_of("data.scenario", config.data.scenario, SCENARIOS)
     _one_of("data.loss_classes", config.data.loss_classes, ("all", "seen", "task"))
     allowed = {"policy": POLICIES, "memory": MEMORIES, "exchange": EXCHANGES, "sampling": DRAWS, "repeats": REPEATS}
+    allowed |= {"tier": TIERS, "handover": HANDOVERS}
     for field, names in allowed.items():
         _one_of(f"buffer.{field}", config.buffer[field], names)
     _one_of("optimizer.name", config.optimizer.name, ("sgd", "adamw"))
@@ -104,8 +109,12 @@ def check_config(config: ConfigDict, devices: int) -> None:
     sizes = ["batch_size", "eval.batch_size"]
     strategy = make_strategy(config.strategy, config.strategies.get(config.strategy, {}))
     if strategy.draws:
-        for field in ("buffer.capacity", "buffer.representatives", "buffer.candidates"):
+        for field in ("buffer.capacity", "buffer.representatives", "buffer.candidates", "buffer.queue"):
             _positive(field, _get(config, field))
+        if config.buffer.tier == "host" and strategy.visit is not None and strategy.visits == "buffer":
+            raise UserError(
+                f"buffer.tier: host is not allowed with {config.strategy}, which reads the memory on the devices"
+            )
         if config.buffer.candidates > config.batch_size:
             raise UserError(
                 f"buffer.candidates: {config.buffer.candidates} is more than a batch holds, "

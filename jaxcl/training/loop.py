@@ -15,6 +15,7 @@ from tqdm import tqdm
 from jaxcl import checkpoint, data, files, metrics
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Buffer, make_buffer
+from jaxcl.buffer.host import Fed
 from jaxcl.buffer.reshard import reshard
 from jaxcl.errors import Diverged, UserError
 from jaxcl.mesh import AXIS
@@ -29,6 +30,8 @@ from jaxcl.training.optimizer import make_optimizer, make_schedule
 from jaxcl.training.session import Progress, Session, diverged, open_session
 from jaxcl.training.state import TrainState, initial_state, make_weights
 from jaxcl.training.step import make_train_step
+
+STEPPING = ("load", "wait", "train", "accumulate")  # the phases of the steps: wait and accumulate are the host tier's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +99,10 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ex
             sampling=config.buffer.sampling,
             repeats=config.buffer.repeats,
             num_ids=len(train.labels),
+            tier=config.buffer.tier,
+            path=config.buffer.path,
+            handover=config.buffer.handover,
+            queue=config.buffer.queue,
         )
     optimizer = make_optimizer(config.optimizer)
     schedule = make_schedule(config.optimizer, strategy.rehearse or config.epochs)
@@ -175,9 +182,11 @@ def train_and_evaluate(
         seconds, by_phase = session.seconds(), session.phases.seconds
         result |= {
             "seconds": seconds,
-            "images_per_second": result["images"] / max(by_phase["load"] + by_phase["train"], 1e-9),
+            "images_per_second": result["images"] / max(sum(by_phase.get(name, 0.0) for name in STEPPING), 1e-9),
             "seconds_by_phase": {**by_phase, "other": seconds - sum(by_phase.values())},
         }
+        if run.buffer is not None and run.buffer.host is not None:
+            result["background_seconds"] = run.buffer.host.seconds  # of the first process's writer in this session
         if first:
             files.write_json(folder / "result.json", result)
     return result
@@ -189,15 +198,24 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
 
     at, phases = session.progress, session.phases
     tasks, scores = run.scenario.tasks, None
+    store = None if run.buffer is None else run.buffer.host
     loaders = [_loader(config, run, t) for t in range(len(tasks))]
     assert loaders[0] is not None, "the first task has no rows"
     with phases("compile"):
         state = initial_state(run.mesh, run.new_weights(weights_key(0)), run.buffer, run.strategy)
         first = mesh_lib.shard_rows(run.mesh, loaders[0][0])
-        step = run.train_step.lower(state, first).compile()  # every later shape but this one is refused: no retrace
+        step = run.train_step
+        if store is None:
+            step = step.lower(state, first).compile()  # every later shape but this one is refused: no retrace
     if session.found is not None:
         with phases("restore"):
             state = _restore(config, run, session, state)
+    if store is not None:
+        session.serve(store, int(state.step), state.staged)
+        step = Fed(step, store, phases)
+        run = dataclasses.replace(run, rehearse_step=run.rehearse_step and Fed(run.rehearse_step, store, phases))
+        with phases("compile"):
+            step.variant(state, first, store.take())
     with tqdm(
         total=sum(len(loader) for loader in loaders if loader),
         initial=sum(len(x) for x in loaders[: at.task] if x) + (at.iterator["next_index"] if at.iterator else 0),
@@ -331,6 +349,13 @@ def _restore(config: ConfigDict, run: Experiment, session: Session, state: Train
     jax.tree.map(lambda x: x.delete(), state)  # or the memory would have to hold the buffer twice
     old, new = session.progress.devices, run.mesh.size
     assert session.found is not None
+    store = None if run.buffer is None else run.buffer.host
+    if store is not None:
+        if old != new:
+            raise UserError(
+                f"buffer.tier: a run with host memory on {old} devices cannot go on with {new}; give {old} devices"
+            )
+        store.restore(session.checkpoints.rows(session.found, store.payload(), store.row))
     state = session.checkpoints.restore(session.found, target, reshaped=("buffer.",) if old != new else ())
     if old == new or state.buffer is None:
         return state

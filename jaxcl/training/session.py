@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from jaxcl import checkpoint
 from jaxcl import mesh as mesh_lib
+from jaxcl.buffer.host import Pending, Store
 from jaxcl.errors import Diverged, Preempted
 from jaxcl.training import control, workdir
 from jaxcl.training.state import TrainState
@@ -24,18 +25,21 @@ _log = logging.getLogger("jaxcl")
 
 
 class Phases:
-    """Wall seconds by phase of the loop."""
+    """Wall seconds by phase of the loop; those of a phase within another count for the inner one alone."""
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self.seconds: dict[str, float] = collections.defaultdict(float, seconds)
+        self._within = 0.0  # seconds of the phases that have ended within the present one
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
+        begin, before, self._within = time.perf_counter(), self._within, 0.0
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - begin
+            whole = time.perf_counter() - begin
+            self.seconds[name] += whole - self._within
+            self._within = before + whole
 
 
 @dataclasses.dataclass
@@ -106,6 +110,12 @@ class Session:
         stack.callback(self.checkpoints.close)
         self.log = workdir.Log(folder, jax.process_index() == 0, self.progress.metrics_size, self.progress.step)
         stack.callback(self.log.close)
+        self._stack, self._store = stack, None  # type: tuple[contextlib.ExitStack, Store | None]
+
+    def serve(self, store: Store, step: int, staged: tuple[Pending, ...]) -> Store:
+        """Rows in host memory are served until the session ends, and saved with the state."""
+        self._store = self._stack.enter_context(store.serving(step, staged))
+        return store
 
     def seconds(self) -> float:
         """Wall seconds of the run, over all its sessions; what a killed one did after its last checkpoint does not count."""
@@ -145,7 +155,10 @@ class Session:
             at.seconds, at.phases = self.seconds(), dict(self.phases.seconds)
             at.metrics_size = self.log.size()
             at.devices, at.processes = self._mesh.size, jax.process_count()
-            self.checkpoints.save(at.name, state, dataclasses.asdict(at))
+            if self._store is not None:
+                self._store.drain()
+            rows = {} if self._store is None else self._store.payload()
+            self.checkpoints.save(at.name, state, dataclasses.asdict(at), rows)
         self._agreement.forget()
         self._saved = time.monotonic()
         self._watchdog.done(f"the save at step {at.step}")

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl import mesh as mesh_lib
-from jaxcl.buffer import Buffer, Drawn, Shard
+from jaxcl.buffer import Buffer, Shard, Staged
 from jaxcl.models import Model
 from jaxcl.strategies import Strategy
 
@@ -43,7 +43,7 @@ class TrainState:
     batch_stats: PyTree
     opt_state: PyTree
     buffer: Shard | None
-    staged: tuple[Drawn, ...]
+    staged: Staged
     strategy_state: PyTree
 
 

@@ -46,7 +46,8 @@ def make_train_step(
     loss_classes: str = "all",
     learn: bool = True,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Binds the parts of a run to `train_step(state, batch) -> (state, metrics)`, jitted and donating the state.
+    """Binds the parts of a run to `train_step(state, batch) -> (state, metrics)`, jitted and donating the state; with a
+    buffer of the host tier to `train_step(state, batch, arrived) -> (state, metrics, handover)`, for `buffer.host.Fed`.
 
     `batch` is {"image": uint8 [B, H, W, C], "label": int32 [B], "id": int32 [B], "valid": bool [B]}, split by rows. Rows
     that are not valid weigh nothing.
@@ -104,13 +105,16 @@ def make_train_step(
 
         return descend
 
-    def local_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def local_step(state: TrainState, batch: Batch, arrived: jax.Array | None = None) -> tuple[PyTree, ...]:
+        if buffer is not None:
+            state = dataclasses.replace(state, staged=buffer.local.receive(state.staged, arrived))
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         augment_key, insert_key, *draw_keys = jax.random.split(key, 2 + strategy.draws)
         learning_rate = jnp.asarray(schedule(state.task_step / state.steps_per_epoch), jnp.float32)
         metrics = {"learning_rate": learning_rate}
         outputs: dict[str, jax.Array] = {}
         update: dict[str, PyTree] = {"step": state.step + 1, "task_step": state.task_step + 1}
+        handover: Any = ()
         if learn:
             context = make_context(model, state.strategy_state, state.task, classes, learning_rate)
             parts = make_parts(state, batch, augment_key, context)
@@ -124,14 +128,19 @@ def make_train_step(
             record = strategy.record(batch["image"], outputs)
             offered = batch["valid"] & ((state.task_step < state.steps_per_epoch) | (buffer.repeats != "first_epoch"))
             candidates = Rows(record, batch["label"], batch["id"], offered)
-            stored = buffer.local.insert(state.buffer, candidates, insert_key)
-            update |= {"buffer": stored, "staged": tuple(buffer.local.draw(stored, k) for k in draw_keys)}
-        return dataclasses.replace(state, **update), metrics
+            stored, staged, handover = buffer.local.turn(state.buffer, candidates, insert_key, draw_keys, state.step)
+            update |= {"buffer": stored, "staged": staged}
+        return dataclasses.replace(state, **update), metrics, handover
 
     spec = specs()
     split = PartitionSpec(AXIS)
+    of_host = buffer is not None and buffer.host is not None
     mapped = jax.shard_map(
-        local_step, mesh=mesh, in_specs=(spec, split), out_specs=(spec, PartitionSpec()), check_vma=False
+        local_step if of_host else lambda *args: local_step(*args)[:2],
+        mesh=mesh,
+        in_specs=(spec, split, split) if of_host else (spec, split),
+        out_specs=(spec, PartitionSpec(), split) if of_host else (spec, PartitionSpec()),
+        check_vma=False,
     )
     return jax.jit(mapped, donate_argnums=0)
 

@@ -1,0 +1,391 @@
+"""The payload of a buffer in host memory, fed by the step as it runs, read ahead for the next one.
+
+Labels, ids and every decision stay on the device. In step t each device decides where its new rows go and which rows it has
+to send, and hands both over (`Handover`). One thread of each process, the writer, applies the hand-overs step by step: it
+stores the rows, gathers those to be sent and starts their transfer. The loop passes them to step t + 1, whose
+all_to_all brings them where they are wanted. Idea: Bouvier et al. 2024, section IV, whose background threads do this by RPC.
+
+What is guaranteed, whatever the threads do:
+  order    A device's hand-overs come in the order of steps, as what a step decides depends on the step before; those of
+           different devices come from different threads in any order. The writer applies step t when all devices of the
+           process have handed it over, and never before step t - 1. One that is lost, late or doubled ends the run.
+  bounds   No device hands over step t before step t - queue is applied: at most `queue` steps' rows wait.
+  waiting  A hand-over waits only at that bound; the loop waits only for the rows that a step replays, in `take`.
+  the end  `drain` returns when every hand-over that was made is applied. An error of the writer is raised, with its own
+           traceback, by the next call of any of the functions below; hand-overs after it are dropped, so nothing hangs.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import pathlib
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import io_callback
+from jax.sharding import Mesh
+
+from jaxcl import mesh as mesh_lib
+from jaxcl.buffer.draw import Plan
+from jaxcl.errors import RunError, UserError
+
+PyTree = Any
+TIERS = ("device", "host")
+HANDOVERS = ("callback", "outputs")
+BACKGROUND = ("copy", "populate", "sample", "exchange")
+PATIENCE = 1.0  # seconds after which a hand-over that has not come is looked for
+
+
+class HandoverError(RunError):
+    """A hand-over is lost, late or doubled; the stored rows can no longer be trusted."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A draw whose rows are still on their way to the device.
+
+    Attributes:
+      picked: what is drawn: a `Plan`, leaves `[1, ...]`, or the ranks int32 `[r]` of this device's own rows.
+      slot, label, id: int32 `[n]`, of the rows this device has to send; n is R for a plan and r without.
+    """
+
+    picked: Plan | jax.Array
+    slot: jax.Array
+    label: jax.Array
+    id: jax.Array
+
+
+class Handover(NamedTuple):
+    """What a device hands over in a step.
+
+    Attributes:
+      step: int32 `[1]`.
+      slot: int32 `[b]`, where each row is to be stored, unique; one out of range is not stored.
+      rows: uint8 `[b, bytes]`, packed.
+      send: int32 `[1, draws, n]`, the slots to be gathered after that for each draw.
+      wide: bool `[1]`: whether all n are wanted; else the first few, see `Store`. The same on all devices.
+    """
+
+    step: Any
+    slot: Any
+    rows: Any
+    send: Any
+    wide: Any
+
+
+class Store:
+    """The rows of this process's devices, and the writer that serves them.
+
+    Args:
+      record: one record, a pytree of `jax.ShapeDtypeStruct`.
+      slots: rows of a shard.
+      narrow: of the rows gathered for a draw, how many a device is given unless some device needs more.
+      mesh: the devices; each has its shard, those of other processes are held there.
+      path: folder for memory-mapped files, one a device; None: in memory.
+      queue: steps that may wait to be applied, at least 1.
+
+    Raises:
+      UserError: there is not as much memory, or space on the disk, as the rows need.
+    """
+
+    def __init__(self, record: PyTree, slots: int, narrow: int, mesh: Mesh, path: str | None, queue: int):
+        if queue < 1:
+            raise UserError(f"buffer.queue: {queue} is not allowed, give at least 1")
+        self.row = row_type(record)
+        self.slots, self.narrow, self._mesh, self._bound = slots, narrow, mesh, queue
+        self._number = {d: i for i, d in enumerate(mesh.devices.flat)}
+        self._devices = [i for d, i in self._number.items() if d.process_index == jax.process_index()]
+        self._stored = dict(zip(self._devices, allocate(self._devices, slots, self.row, path), strict=True))
+        self._bytes = {i: x.view(np.uint8).reshape(slots, self.row.itemsize) for i, x in self._stored.items()}
+        self.num_bytes = mesh.size * slots * self.row.itemsize
+        self.seconds = dict.fromkeys(BACKGROUND, 0.0)
+        self._changed = threading.Condition()
+        self._closed, self._error = True, None  # type: tuple[bool, BaseException | None]
+        self._begin(0)
+
+    def _begin(self, step: int) -> None:
+        self.step = step  # the next to be dispatched; the loop's thread alone counts it
+        self._next = step  # the next to be applied
+        self._waiting: dict[int, dict[int, Handover]] = {}
+        self._handed = dict.fromkeys(self._devices, step - 1)  # the last step of each device
+        self._arrived: jax.Array | None = None
+
+    @contextlib.contextmanager
+    def serving(self, step: int, staged: tuple[Pending, ...] = ()) -> Iterator["Store"]:
+        """The writer runs within; at the end, also at Ctrl-C, all hand-overs are applied and the thread is gone.
+
+        Args:
+          step: the first step whose hand-over will come.
+          staged: the draws which that step replays, whose rows are gathered now.
+        """
+        self._begin(step)
+        self._closed, self._error = False, None
+        slots = [self._parts(pending.slot) for pending in staged]
+        wanted = {i: np.array([np.asarray(slot[i]) for slot in slots]) for i in self._devices}
+        plans = [pending.picked for pending in staged if isinstance(pending.picked, Plan)]
+        firsts = [np.asarray(self._parts(plan.first)[self._devices[0]]) for plan in plans]
+        self._arrived = self._gather(wanted, any(np.diff(first).max() > self.narrow for first in firsts))
+        writer = threading.Thread(target=self._write, name="buffer-writer", daemon=True)
+        writer.start()
+        try:
+            yield self
+        except BaseException:
+            with contextlib.suppress(Exception):  # the one that leaves says more
+                self.drain()
+            raise
+        else:
+            self.drain()
+        finally:
+            with self._changed:
+                self._closed = True
+                self._changed.notify_all()
+            writer.join()
+
+    def hand_over(self, device: Any, *handover: Any) -> None:
+        """The callback in the step; copies, as the arguments are views of memory that the step uses again. Never raises:
+        an exception would come to light as an error of XLA, far from its cause."""
+        self.give(int(device), Handover(*(np.array(x) for x in handover)))
+
+    def give(self, device: int, handover: Handover) -> None:
+        """Device `device` hands over; to be called by any thread. Waits at the bound of the queue alone."""
+        step = int(handover.step[0])
+        with self._changed:
+            due = self._handed[device] + 1
+            if step != due:
+                what = f"the one of step {due} is lost" if step > due else "that of a step handed over before"
+                self._fail(HandoverError(f"buffer: device {device} made the hand-over of step {step}, {what}"))
+            self._handed[device] = step
+            self._changed.wait_for(lambda: step < self._next + self._bound or self._over())
+            if not self._over():
+                self._waiting.setdefault(step, {})[device] = handover
+                self._changed.notify_all()
+
+    def take(self, finished: Callable[[], bool] = lambda: False) -> jax.Array | None:
+        """The rows that the next step replays, uint8 `[N * draws * n, bytes]`; waits until they are gathered.
+
+        Args:
+          finished: whether the step before has ended, so that what it did not hand over will never come.
+        """
+        while True:
+            with self._changed:
+                if self._changed.wait_for(lambda: self._next >= self.step or self._error, timeout=PATIENCE):
+                    self._raise()
+                    return self._arrived
+            if finished():
+                jax.effects_barrier()
+                with self._changed:
+                    self._check_complete()
+
+    def passed(self, outputs: Handover | tuple[()] = ()) -> None:
+        """The next step has been dispatched, and its hand-overs are `outputs`, if they are not made by callback: global
+        arrays, which may still be computed."""
+        if outputs:
+            parts = [self._parts(x) for x in outputs[1:]]
+            for device in self._devices:
+                self.give(device, Handover((self.step,), *(part[device] for part in parts)))
+        self.step += 1
+
+    def drain(self) -> None:
+        """Returns when the hand-overs of all steps dispatched are applied.
+
+        Raises:
+          HandoverError: one of them never came.
+        """
+        jax.effects_barrier()
+        with self._changed:
+            self._check_complete()
+            self._changed.wait_for(lambda: self._next >= self.step or self._error)
+            self._raise()
+
+    def payload(self) -> dict[int, np.ndarray]:
+        """Each local device's rows, `[slots]` of dtype `row`, by its number in the mesh; to be called after `drain`."""
+        return dict(self._stored)
+
+    def restore(self, payload: Mapping[int, np.ndarray]) -> None:
+        """Takes over what `payload` gave; to be called before `serving`."""
+        for device, rows in payload.items():
+            self._stored[device][...] = rows
+
+    def _parts(self, x: jax.Array) -> dict[int, jax.Array]:
+        """The local parts of a global array, by the number of the device that has them."""
+        return {self._number[part.device]: part.data for part in x.addressable_shards}
+
+    def _check_complete(self) -> None:
+        """Every step dispatched has ended: are its hand-overs all there?"""
+        lost = [(last + 1, device) for device, last in self._handed.items() if last + 1 < self.step]
+        if lost and self._error is None:
+            self._fail(HandoverError("buffer: the hand-over of step {} of device {} is lost".format(*min(lost))))
+
+    def _fail(self, error: BaseException) -> None:
+        self._error = self._error or error
+        self._waiting.clear()
+        self._changed.notify_all()
+
+    def _over(self) -> bool:
+        return self._closed or self._error is not None
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _whole(self) -> bool:
+        return len(self._waiting.get(self._next, ())) == len(self._devices)
+
+    def _write(self) -> None:
+        """The writer's thread."""
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._over() or self._whole())
+                    if self._over():
+                        return
+                    handovers = self._waiting[self._next]
+                arrived = self._apply(handovers)
+                with self._changed:
+                    self._waiting.pop(self._next, None)
+                    self._arrived, self._next = arrived, self._next + 1
+                    self._changed.notify_all()
+        except BaseException as error:  # whatever it is, the run ends with it
+            with self._changed:
+                self._fail(error)
+
+    def _apply(self, handovers: Mapping[int, Handover]) -> jax.Array | None:
+        wanted, wide = {}, False
+        for device in self._devices:
+            with self._timed("copy"):
+                _, slot, rows, send, any_wide = (np.asarray(x) for x in handovers[device])
+                wide = bool(any_wide[0])
+            with self._timed("populate"):
+                kept = np.flatnonzero(slot < self.slots)
+                self._bytes[device][slot[kept]] = rows[kept]
+            wanted[device] = send[0]
+        return self._gather(wanted, wide)
+
+    def _gather(self, wanted: Mapping[int, np.ndarray], wide: bool) -> jax.Array | None:
+        """Starts the transfer of the rows at the slots int32 `[draws, n]` of each device; None without a draw."""
+        if not wanted[self._devices[0]].size:
+            return None
+        with self._timed("sample"):
+            if not wide:
+                wanted = {device: slot[:, : self.narrow] for device, slot in wanted.items()}
+            count = wanted[self._devices[0]].size
+            # New memory every time: the device may go on reading it, on a CPU as long as the array lives.
+            rows = np.empty((len(self._devices), count, self.row.itemsize), np.uint8)
+            for out, (device, slot) in zip(rows, wanted.items(), strict=True):
+                np.take(self._bytes[device], slot.reshape(-1), axis=0, out=out, mode="clip")
+        with self._timed("exchange"):
+            return mesh_lib.shard_rows(self._mesh, rows.reshape(-1, self.row.itemsize))
+
+    @contextlib.contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - begin
+
+
+class Fed:
+    """A step of the host tier, called like one of the device tier.
+
+    Args:
+      step: jitted `(state, batch, arrived) -> (state, metrics, handover)`, see `make_train_step`.
+      store: the payload, serving.
+      phase: `phase(name)` is a context in which the loop's wall time counts for `name`.
+    """
+
+    def __init__(self, step: Any, store: Store, phase: Callable[[str], contextlib.AbstractContextManager]):
+        self._step, self._store, self._phase = step, store, phase
+        self._variants: dict[tuple[int, ...], Any] = {}
+        self._last: PyTree = None
+
+    def variant(self, state: PyTree, batch: PyTree, arrived: jax.Array | None) -> Any:
+        """The step compiled for so many rows: there are two numbers of them, see `Handover.wide`."""
+        shape = () if arrived is None else arrived.shape
+        if shape not in self._variants:
+            self._variants[shape] = self._step.lower(state, batch, arrived).compile()
+        return self._variants[shape]
+
+    def __call__(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+        with self._phase("wait"):
+            arrived = self._store.take(self._finished)
+        with self._phase("train"):
+            state, self._last, outputs = self.variant(state, batch, arrived)(state, batch, arrived)
+        with self._phase("accumulate"):
+            self._store.passed(outputs)
+        return state, self._last
+
+    def _finished(self) -> bool:
+        if not all(x.is_ready() for x in jax.tree.leaves(self._last)):
+            return False
+        jax.block_until_ready(self._last)  # raises what the step itself met with
+        return True
+
+
+def hand_over(store: Store, handover: str, device: jax.Array, what: Handover) -> Handover | tuple[()]:
+    """Hands over from within the step, by its name: what is still to be returned from it."""
+    if handover == "outputs":
+        return what
+    io_callback(store.hand_over, None, device, *what, ordered=False)
+    return ()
+
+
+def row_type(record: PyTree) -> np.dtype:
+    """A record as one NumPy dtype without gaps: the bytes that `exchange.pack` makes, each leaf in its own dtype."""
+    leaves = jax.tree_util.tree_leaves_with_path(record)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") or "row" for path, _ in leaves]
+    return np.dtype([(name, x.dtype, x.shape) for name, (_, x) in zip(names, leaves, strict=True)])
+
+
+def allocate(devices: list[int], slots: int, row: np.dtype, path: str | None) -> list[np.ndarray]:
+    """Zeros `[slots]` for each device, in memory or in files of the folder `path`, which are made anew.
+
+    Raises:
+      UserError: they cannot fit; says the bytes asked for and those there are.
+    """
+    each = slots * row.itemsize
+    need = each * len(devices)
+    if path is None:
+        there = free_memory()
+        if need > there:
+            raise UserError(
+                f"buffer.capacity: the rows need {need} bytes of host memory and {there} are there; "
+                "give less, or a folder in buffer.path"
+            )
+        return [np.zeros(slots, row) for _ in devices]
+    folder = pathlib.Path(path)
+    names = [folder / f"shard-{device:05d}.rows" for device in devices]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            name.unlink(missing_ok=True)
+        there = shutil.disk_usage(folder).free
+        if need > there:
+            raise OSError(errno.ENOSPC, "")
+        for name in names:
+            with name.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, each)  # or a full disk would kill the process at some later write
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise UserError(f"buffer.path: {folder} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"buffer.path: the rows need {need} bytes in {folder} and {there} are there") from error
+    return [np.memmap(name, row, "r+", shape=(slots,)) for name in names]
+
+
+def free_memory() -> int:
+    """Bytes of host memory that can be taken without swapping, within the limit of this process's control group."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        there = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number
+        group = pathlib.Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        there = min(there, limit - int(statistics["anon"]))
+    return there
