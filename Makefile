@@ -15,7 +15,7 @@ demo: .venv/.stamp-run
 		--strategies=from_scratch,incremental,er --devices=8 --overwrite
 
 test: lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses=4 --dist=worksteal
 
 lint: .venv/.stamp-dev
 	$(PY) -m ruff format --check .

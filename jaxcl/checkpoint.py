@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxcl import files
-from jaxcl.errors import StorageError, UserError
+from jaxcl.errors import PeerLost, RunError, StorageError, UserError
 
 PyTree = Any
 Flat = dict[str, Any]
@@ -191,8 +191,10 @@ class Checkpoints:
             self._error = _failed(path, error)
 
 
-def _failed(path: pathlib.Path, error: Exception) -> StorageError:
+def _failed(path: pathlib.Path, error: Exception) -> RunError:
     text = " ".join(str(error).split())
+    if jax.process_count() > 1 and "Gloo" in text:  # the processes agree on a save by a collective
+        return PeerLost(f"another process has died: {text}; checkpoint {path} is not whole, those before it are kept")
     if "No space left" in text or "ENOSPC" in text:
         text = "the disk is full"
     return StorageError(f"checkpoint {path} cannot be written: {text}; those before it are kept")

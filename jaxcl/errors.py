@@ -32,3 +32,9 @@ class StorageError(RunError):
 
 
 PEER_LOST = 69  # EX_UNAVAILABLE: another process of the run died or hangs; start it again to continue
+
+
+class PeerLost(RunError):
+    """Another process of the run has died. What was saved before stays."""
+
+    status = PEER_LOST

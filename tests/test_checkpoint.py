@@ -188,6 +188,7 @@ def train(config, folder, devices=2, **options):
 def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(strategy, tmp_path, monkeypatch):
     """Stopped in the middle of a task, before its last step, at its last step, and just after a save by number."""
     config = runs.small(strategy=strategy)
+    config.strategies.mir.replayed = 4  # of the 8 that a step of this config draws
     whole = train(config, tmp_path / "whole")
     per_task = whole["steps"] // 3
     runs.stop_at(monkeypatch, [5, per_task - 1, per_task, per_task + 10, whole["steps"] - 2])
@@ -200,7 +201,8 @@ def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(strategy, tmp_path, m
         except Preempted as error:
             stops += 1
             assert error.status == 75 and "start again to continue" in str(error)
-    assert stops >= 2  # of gdumb, whose other steps fall into the rehearsal at a task's end; of the others at least 4
+    # Many of gdumb's steps are of the rehearsal at a task's end, which is not interrupted.
+    assert stops >= (1 if strategy == "gdumb" else 4)
     assert len(runs.lines(tmp_path / "stopped", "resume")) == stops
     runs.assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
