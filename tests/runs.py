@@ -102,6 +102,17 @@ def last(workdir: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return manifest["run"], {key: np.asarray(x) for key, x in arrays.items()}
 
 
+def saved_step(folder: pathlib.Path) -> int:
+    """Of the newest checkpoint; -1 without any."""
+    found = [-1]
+    for path in folder.glob("*/manifest.json"):
+        try:
+            found.append(json.loads(path.read_text())["run"]["step"])
+        except (OSError, ValueError):
+            continue  # being removed
+    return max(found)
+
+
 def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
     """Every bit of the final state, the log and the result, but for times."""
     (_, a), (_, b) = last(one), last(other)

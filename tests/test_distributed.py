@@ -79,7 +79,7 @@ def test_when_one_process_is_killed_the_others_end_and_the_run_continues_exactly
     changes = {"epochs": 4, "checkpoint__every_steps": 5}
     train_all(tmp_path / "whole", 2, 2, **changes)
     processes = runs.start_all(tmp_path / "killed", 2, 2, "--heartbeat_seconds=10", "--stall_seconds=15", **changes)
-    runs.until(lambda: len(runs.lines(tmp_path / "killed", "train")) > 3, *processes)
+    runs.until(lambda: runs.saved_step(tmp_path / "killed" / "checkpoints") > 0, *processes)
     processes[victim].kill()
     runs.wait(processes[victim])
     status, errors = runs.wait(processes[1 - victim])
