@@ -3,6 +3,8 @@
 import functools
 import os
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Callable
 
 # Before jax starts: with as many threads as cores, collectives of several queued steps on fake devices can deadlock.
@@ -20,6 +22,19 @@ hypothesis.settings.register_profile("jaxcl", deadline=None, derandomize=True, p
 hypothesis.settings.load_profile("jaxcl")
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What one test has compiled no other compiles again: a cache for this run of the suite, common to its workers.
+
+    Not for commands in processes of their own: one that is killed as it writes would leave half an entry.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.environ["JAXCL_TEST_CACHE"] = folder = tempfile.mkdtemp(prefix="jaxcl-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAXCL_TEST_CACHE"])
+    jax.config.update("jax_compilation_cache_max_size", 2**32)  # a bound makes JAX lock the folder
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @pytest.fixture(scope="session")
