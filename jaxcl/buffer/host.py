@@ -115,7 +115,7 @@ class Store:
         self._next = step  # the next to be applied
         self._waiting: dict[int, dict[int, Handover]] = {}
         self._handed = dict.fromkeys(self._devices, step - 1)  # the last step of each device
-        self._arrived: jax.Array | None = None
+        self._arrived: dict[int, jax.Array | None] = {}  # by the step that replays them
 
     @contextlib.contextmanager
     def serving(self, step: int, staged: tuple[Pending, ...] = ()) -> Iterator["Store"]:
@@ -131,7 +131,7 @@ class Store:
         wanted = {i: np.array([np.asarray(slot[i]) for slot in slots]) for i in self._devices}
         plans = [pending.picked for pending in staged if isinstance(pending.picked, Plan)]
         firsts = [np.asarray(self._parts(plan.first)[self._devices[0]]) for plan in plans]
-        self._arrived = self._gather(wanted, any(np.diff(first).max() > self.narrow for first in firsts))
+        self._arrived[step] = self._gather(wanted, any(np.diff(first).max() > self.narrow for first in firsts))
         writer = threading.Thread(target=self._write, name="buffer-writer", daemon=True)
         writer.start()
         try:
@@ -177,7 +177,7 @@ class Store:
             with self._changed:
                 if self._changed.wait_for(lambda: self._next >= self.step or self._error, timeout=PATIENCE):
                     self._raise()
-                    return self._arrived
+                    return self._arrived[self.step]
             if finished():
                 jax.effects_barrier()
                 with self._changed:
@@ -250,7 +250,10 @@ class Store:
                 arrived = self._apply(handovers)
                 with self._changed:
                     self._waiting.pop(self._next, None)
-                    self._arrived, self._next = arrived, self._next + 1
+                    self._next += 1
+                    self._arrived[self._next] = arrived
+                    # The loop is about to take those of its step, or has taken them; it takes none before.
+                    self._arrived = {step: rows for step, rows in self._arrived.items() if step >= self.step}
                     self._changed.notify_all()
         except BaseException as error:  # whatever it is, the run ends with it
             with self._changed:
@@ -290,35 +293,80 @@ class Store:
         self.seconds[phase] += time.perf_counter() - begin
 
 
+class InTwo(NamedTuple):
+    """A step in two programs: one that inserts and draws, and one that trains and needs nothing of the first.
+
+    What a program hands over can be seen when it has ended: the writer stores and gathers while the second one runs.
+
+    Attributes:
+      ahead: jitted `(shard, clock, batch) -> (shard, clock, staged, handover)`, donating the shard; `clock` comes back as
+        it was, so that the second program starts after the first on every device.
+      train: jitted `(rest, clock, staged, batch, arrived) -> (rest, metrics)`, donating `rest`; `staged` of the step before.
+      apart: `(state) -> (shard, clock, staged, rest)`.
+      together: `(shard, staged, rest) -> state`.
+    """
+
+    ahead: Any
+    train: Any
+    apart: Callable[[PyTree], tuple[PyTree, PyTree, tuple[Pending, ...], PyTree]]
+    together: Callable[[PyTree, tuple[Pending, ...], PyTree], PyTree]
+
+
 class Fed:
     """A step of the host tier, called like one of the device tier.
 
     Args:
-      step: jitted `(state, batch, arrived) -> (state, metrics, handover)`, see `make_train_step`.
+      step: `InTwo`, or where the record needs what the step computes, jitted
+        `(state, batch, arrived) -> (state, metrics, handover)`.
       store: the payload, serving.
       phase: `phase(name)` is a context in which the loop's wall time counts for `name`.
     """
 
     def __init__(self, step: Any, store: Store, phase: Callable[[str], contextlib.AbstractContextManager]):
         self._step, self._store, self._phase = step, store, phase
-        self._variants: dict[tuple[int, ...], Any] = {}
+        self._compiled: dict[Any, Any] = {}
         self._last: PyTree = None
 
-    def variant(self, state: PyTree, batch: PyTree, arrived: jax.Array | None) -> Any:
-        """The step compiled for so many rows: there are two numbers of them, see `Handover.wide`."""
-        shape = () if arrived is None else arrived.shape
-        if shape not in self._variants:
-            self._variants[shape] = self._step.lower(state, batch, arrived).compile()
-        return self._variants[shape]
+    def compile(self, state: PyTree, batch: PyTree) -> None:
+        """For as many rows as have arrived for the first step; for the other number, see `Handover.wide`, when it comes."""
+        arrived = self._store.take()
+        if isinstance(self._step, InTwo):
+            shard, clock, staged, rest = self._step.apart(state)
+            self._made(self._step.ahead, shard, clock, batch)
+            self._made(self._step.train, rest, clock, staged, batch, arrived)
+        else:
+            self._made(self._step, state, batch, arrived)
 
     def __call__(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-        with self._phase("wait"):
-            arrived = self._store.take(self._finished)
+        if isinstance(self._step, InTwo):
+            shard, clock, staged, rest = self._step.apart(state)
+            with self._phase("accumulate"):
+                shard, clock, drawn, outputs = self._run(self._step.ahead, shard, clock, batch)
+            arrived = self._take()
+            with self._phase("accumulate"):
+                self._store.passed(outputs)
+            with self._phase("train"):
+                rest, self._last = self._run(self._step.train, rest, clock, staged, batch, arrived)
+            return self._step.together(shard, drawn, rest), self._last
+        arrived = self._take()
         with self._phase("train"):
-            state, self._last, outputs = self.variant(state, batch, arrived)(state, batch, arrived)
+            state, self._last, outputs = self._run(self._step, state, batch, arrived)
         with self._phase("accumulate"):
             self._store.passed(outputs)
         return state, self._last
+
+    def _take(self) -> jax.Array | None:
+        with self._phase("wait"):
+            return self._store.take(self._finished)
+
+    def _run(self, program: Any, *args: PyTree) -> Any:
+        return self._made(program, *args)(*args)
+
+    def _made(self, program: Any, *args: PyTree) -> Any:
+        arrived = args[-1].shape if isinstance(args[-1], jax.Array) else ()
+        if (program, arrived) not in self._compiled:
+            self._compiled[program, arrived] = program.lower(*args).compile()
+        return self._compiled[program, arrived]
 
     def _finished(self) -> bool:
         if not all(x.is_ready() for x in jax.tree.leaves(self._last)):

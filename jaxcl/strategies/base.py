@@ -200,7 +200,8 @@ class Strategy(NamedTuple):
       fresh: each task starts from newly initialised weights and optimiser.
       draws: independent draws from the rehearsal buffer a step replays; 0 for strategies without a buffer.
       record: `(image uint8 [b, H, W, C], outputs) -> pytree`, what the buffer stores of new rows, leaves `[b, ...]`,
-        "image" among them. `outputs` are the model's in this step.
+        "image" among them. `outputs` are the model's in this step if it `stores_outputs`, else {}.
+      stores_outputs: whether `record` reads `outputs`; an insert then has to wait for the forward pass.
       loss: see `Loss`.
       gradients: see `Gradients`.
       init: `(params, batch_stats) -> state`, the strategy's own state at the start of a run.
@@ -217,6 +218,7 @@ class Strategy(NamedTuple):
     fresh: bool = False
     draws: int = 0
     record: Callable[[jax.Array, Outputs], PyTree] = image_only
+    stores_outputs: bool = False
     loss: Loss = pooled
     gradients: Gradients = one_pass
     init: Callable[[PyTree, PyTree], PyTree] = lambda params, batch_stats: {}

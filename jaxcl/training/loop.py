@@ -215,7 +215,7 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
         step = Fed(step, store, phases)
         run = dataclasses.replace(run, rehearse_step=run.rehearse_step and Fed(run.rehearse_step, store, phases))
         with phases("compile"):
-            step.variant(state, first, store.take())
+            step.compile(state, first)
     with tqdm(
         total=sum(len(loader) for loader in loaders if loader),
         initial=sum(len(x) for x in loaders[: at.task] if x) + (at.iterator["next_index"] if at.iterator else 0),
@@ -449,7 +449,7 @@ def _record(model: Model, strategy: Strategy, image_shape: tuple[int, int, int])
     def record(image: jax.Array) -> Any:
         variables = model.init(jax.random.key(0), image_shape)
         outputs, _ = model.apply(**variables, images=image.astype(np.float32), train=False)
-        return strategy.record(image, outputs)
+        return strategy.record(image, outputs if strategy.stores_outputs else {})
 
     rows = jax.eval_shape(record, jax.ShapeDtypeStruct((1, *image_shape), np.uint8))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), rows)

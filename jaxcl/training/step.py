@@ -7,6 +7,9 @@ Nothing that the gradients need waits for the draw, so the compiler may overlap 
 what was drawn from the buffer as it stood after the insert of step t - 1 (the asynchrony of Bouvier et al. 2024, exact
 here). The buffer is written before it is read; the other order would copy it whole. A record may hold the model's outputs
 for the new rows (DER): such an insert, and the draw behind it, then wait for the forward pass, not for the update.
+
+With the buffer in host memory, the second line is a program of its own, dispatched before the first (unless the record holds
+outputs): what a program hands over can be seen when it has ended, and so the host works while the devices train.
 """
 
 import dataclasses
@@ -21,15 +24,18 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl import losses
-from jaxcl.buffer import Buffer, Rows
+from jaxcl.buffer import Buffer, Rows, Shard, Staged
+from jaxcl.buffer.host import InTwo
 from jaxcl.mesh import AXIS
 from jaxcl.models import Model
 from jaxcl.strategies import Context, Descent, Part, Strategy
+from jaxcl.strategies.base import Outputs
 from jaxcl.training.state import TrainState, specs
 
 PyTree = Any
 Batch = dict[str, jax.Array]
 Augment = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Clock = tuple[jax.Array, jax.Array, jax.Array]  # step, task_step and steps_per_epoch of a `TrainState`
 
 
 def make_train_step(
@@ -45,9 +51,9 @@ def make_train_step(
     *,
     loss_classes: str = "all",
     learn: bool = True,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Any:
     """Binds the parts of a run to `train_step(state, batch) -> (state, metrics)`, jitted and donating the state; with a
-    buffer of the host tier to `train_step(state, batch, arrived) -> (state, metrics, handover)`, for `buffer.host.Fed`.
+    buffer of the host tier to what `buffer.host.Fed` makes such a step of.
 
     `batch` is {"image": uint8 [B, H, W, C], "label": int32 [B], "id": int32 [B], "valid": bool [B]}, split by rows. Rows
     that are not valid weigh nothing.
@@ -105,11 +111,26 @@ def make_train_step(
 
         return descend
 
+    def keys(step: jax.Array) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+        """For augmentation, insert and draws."""
+        augment_key, insert_key, *draw_keys = jax.random.split(
+            jax.random.fold_in(jax.random.key(seed), step), 2 + strategy.draws
+        )
+        return augment_key, insert_key, draw_keys
+
+    def local_turn(shard: Shard, clock: Clock, batch: Batch, outputs: Outputs) -> tuple[Shard, Staged, Any]:
+        """The buffer's part of a step: insert, then draw."""
+        assert buffer is not None
+        step, task_step, steps_per_epoch = clock
+        _, insert_key, draw_keys = keys(step)
+        offered = batch["valid"] & ((task_step < steps_per_epoch) | (buffer.repeats != "first_epoch"))
+        candidates = Rows(strategy.record(batch["image"], outputs), batch["label"], batch["id"], offered)
+        return buffer.local.turn(shard, candidates, insert_key, draw_keys, step)
+
     def local_step(state: TrainState, batch: Batch, arrived: jax.Array | None = None) -> tuple[PyTree, ...]:
         if buffer is not None:
             state = dataclasses.replace(state, staged=buffer.local.receive(state.staged, arrived))
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        augment_key, insert_key, *draw_keys = jax.random.split(key, 2 + strategy.draws)
+        augment_key, *_ = keys(state.step)
         learning_rate = jnp.asarray(schedule(state.task_step / state.steps_per_epoch), jnp.float32)
         metrics = {"learning_rate": learning_rate}
         outputs: dict[str, jax.Array] = {}
@@ -125,24 +146,50 @@ def make_train_step(
             update |= {"params": params, "batch_stats": found.batch_stats, "opt_state": opt_state}
             metrics |= {"loss": found.loss, **_scores(found.parts)}
         if buffer is not None and state.buffer is not None:
-            record = strategy.record(batch["image"], outputs)
-            offered = batch["valid"] & ((state.task_step < state.steps_per_epoch) | (buffer.repeats != "first_epoch"))
-            candidates = Rows(record, batch["label"], batch["id"], offered)
-            stored, staged, handover = buffer.local.turn(state.buffer, candidates, insert_key, draw_keys, state.step)
+            stored, staged, handover = local_turn(state.buffer, _clock(state), batch, outputs)
             update |= {"buffer": stored, "staged": staged}
         return dataclasses.replace(state, **update), metrics, handover
 
-    spec = specs()
-    split = PartitionSpec(AXIS)
-    of_host = buffer is not None and buffer.host is not None
-    mapped = jax.shard_map(
-        local_step if of_host else lambda *args: local_step(*args)[:2],
-        mesh=mesh,
-        in_specs=(spec, split, split) if of_host else (spec, split),
-        out_specs=(spec, PartitionSpec(), split) if of_host else (spec, PartitionSpec()),
-        check_vma=False,
+    spec, whole, split = specs(), PartitionSpec(), PartitionSpec(AXIS)
+
+    def on_devices(function: Callable, in_specs: PyTree, out_specs: PyTree, donate: int = 0) -> Any:
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return jax.jit(mapped, donate_argnums=donate)
+
+    if buffer is None or buffer.host is None:
+        return on_devices(lambda *args: local_step(*args)[:2], (spec, split), (spec, whole))
+    if learn and strategy.stores_outputs:
+        return on_devices(local_step, (spec, split, split), (spec, whole, split))
+
+    def ahead(shard: Shard, clock: Clock, batch: Batch) -> tuple[Shard, Clock, Staged, Any]:
+        stored, staged, handover = local_turn(shard, clock, batch, {})
+        return stored, clock, staged, handover
+
+    def train(
+        state: TrainState, clock: Clock, staged: Staged, batch: Batch, arrived: jax.Array
+    ) -> tuple[TrainState, PyTree]:
+        step, task_step, steps_per_epoch = clock
+        state = dataclasses.replace(
+            state, step=step, task_step=task_step, steps_per_epoch=steps_per_epoch, staged=staged
+        )
+        state, metrics, _ = local_step(state, batch, arrived)
+        return dataclasses.replace(state, staged=()), metrics
+
+    return InTwo(
+        ahead=on_devices(ahead, (split, whole, split), (split, whole, split, split)),
+        train=on_devices(train, (spec, whole, split, split, split), (spec, whole)),
+        apart=lambda state: (
+            state.buffer,
+            _clock(state),
+            state.staged,
+            dataclasses.replace(state, buffer=None, staged=()),
+        ),
+        together=lambda shard, staged, state: dataclasses.replace(state, buffer=shard, staged=staged),
     )
-    return jax.jit(mapped, donate_argnums=0)
+
+
+def _clock(state: TrainState) -> Clock:
+    return state.step, state.task_step, state.steps_per_epoch
 
 
 def make_context(
