@@ -17,6 +17,11 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 16)
 
+# Many tests save after every few steps, and each save waits for the disk: temporary folders lie in memory if there is enough.
+MEMORY = pathlib.Path("/dev/shm")
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
 # Compilation makes a first example slow, hence no deadline; the same examples every time, so that CI does not flicker.
 hypothesis.settings.register_profile("jaxcl", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("jaxcl")

@@ -31,7 +31,7 @@ from jaxcl.training.session import Progress, Session, diverged, open_session
 from jaxcl.training.state import TrainState, initial_state, make_weights
 from jaxcl.training.step import make_train_step
 
-STEPPING = ("load", "wait", "train", "accumulate")  # the phases of the steps: wait and accumulate are the host tier's
+STEPPING = ("load", "assemble", "wait", "train", "accumulate")  # of the steps; wait and accumulate are the host tier's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,7 +322,9 @@ def _train_task(
         batches.set_state(at.iterator)
     for index in range(at.iterator["next_index"] if at.iterator else 0, len(loader)):
         with phases("load"):
-            batch = mesh_lib.shard_rows(mesh, next(batches))
+            rows = next(batches)
+        with phases("assemble"):
+            batch = mesh_lib.shard_rows(mesh, rows)
         with phases("train"):
             state, values = step(state, batch)
             at.step += 1
