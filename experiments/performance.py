@@ -218,8 +218,8 @@ def accuracy(found: Json) -> str:
     return "\n\n".join(
         [
             "Split-MNIST with class-skewed shards of unequal size on 8 devices: average accuracy, mean and sample deviation"
-            f" over {len(found['settings'][0]['accuracies'])} seeds. The convolutional net has batch statistics of its own on every"
-            " device.",
+            f" over {len(found['settings'][0]['accuracies'])} seeds. The convolutional net has batch statistics of its own on"
+            " every device.",
             table(
                 ("model", "exchange", "accuracy, %", "rows moved a device and step", "bytes moved"),
                 (
