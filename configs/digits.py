@@ -8,6 +8,7 @@ Expected: average accuracy 97 % from scratch, 20 % incremental, 93 % with rehear
 from ml_collections import ConfigDict
 
 from jaxcl.training.config import default_config
+from jaxcl.training.sweep import Sweep
 
 
 def get_config() -> ConfigDict:
@@ -25,3 +26,8 @@ def get_config() -> ConfigDict:
     config.buffer.candidates = 8
     config.log_every = 10
     return config
+
+
+def get_sweep() -> Sweep:
+    """python -m experiments.sweep --config=configs/digits.py --workdir=DIR --devices=8"""
+    return Sweep({"optimizer.learning_rate": (0.03, 0.1, 0.3), "buffer.policy": ("class_random", "reservoir")}, seeds=2)

@@ -253,14 +253,17 @@ def table(runs: Sequence[Run]) -> str:
     Forgetting is Chaudhry's, backward transfer GEM's (jaxcl/metrics.py).
     """
     groups = group_runs(runs)
-    rows = _rows(groups) if groups else []
+    return "\n".join([*([text_table(_rows(groups))] if groups else []), *_unfinished(runs)])
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equally many cells, the header first, aligned: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
-    rule = ["  ".join("-" * width for width in widths)] if rows else []
-    return "\n".join([*lines[:1], *rule, *lines[1:], *_unfinished(runs)])
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
 # Pictures. Every function returns a Figure; none touches pyplot, so nothing global changes.
@@ -454,12 +457,16 @@ ul { padding-left: 1.2rem; overflow-wrap: anywhere }
 
 
 def _html_table(groups: Sequence[Group]) -> str:
-    header, *rows = _rows(groups)
-    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in header) + "</tr>"]
-    for group, (label, *cells) in zip(groups, rows, strict=True):
-        dot = f'<span class="dot" style="background:{_color(group.strategy)}"></span>'
-        rest = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        lines.append(f"<tr><td>{dot}{html.escape(label)}</td>{rest}</tr>")
+    header, *rows = ([html.escape(cell) for cell in row] for row in _rows(groups))
+    for group, row in zip(groups, rows, strict=True):
+        row[0] = f'<span class="dot" style="background:{_color(group.strategy)}"></span>{row[0]}'
+    return _html_rows(header, rows)
+
+
+def _html_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are HTML already."""
+    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in header) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
     return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"
 
 
@@ -481,10 +488,20 @@ def _about(groups: Sequence[Group]) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def write_report(runs: Sequence[Run], out: str | Path) -> Path:
+@dataclass(frozen=True)
+class Section:
+    """A table that a command adds to the page: text, and rows of equally many cells with the header first."""
+
+    title: str
+    caption: str
+    rows: Sequence[Sequence[str]]
+
+
+def write_report(runs: Sequence[Run], out: str | Path, sections: Sequence[Section] = ()) -> Path:
     """Writes four PNGs and report.html, which embeds them, into `out` (created if need be) -> path of the page.
 
-    Runs without a result are listed on the page; with no finished run there are no pictures.
+    The sections come after the runs' own table. Runs without a result are listed on the page; with no finished run there
+    are no pictures.
 
     Raises:
       UserError: if `out` is a file.
@@ -501,6 +518,11 @@ def write_report(runs: Sequence[Run], out: str | Path) -> Path:
             "<p>Mean ± standard deviation over seeds. Forgetting: best earlier accuracy minus the last (Chaudhry et "
             "al. 2018). Backward transfer: last accuracy minus the first (Lopez-Paz &amp; Ranzato 2017).</p>"
         )
+    for section in sections:
+        body += [f"<h2>{html.escape(section.title)}</h2>", f"<p>{html.escape(section.caption)}</p>"]
+        header, *rows = ([html.escape(cell) for cell in row] for row in section.rows)
+        body.append(_html_rows(header, rows))
+    if groups:
         for name, (draw, title, caption) in _PICTURES.items():
             png = io.BytesIO()
             with rc_context(_STYLE):  # restored on leaving: a library does not restyle its caller

@@ -120,7 +120,8 @@ def _by_rejection(key: jax.Array, words: jax.Array, total: jax.Array, count: int
         return jnp.sort(jnp.where(fresh & (position <= last), value, NONE))[:count]
 
     def incomplete(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return carry[1][-1] == NONE
+        # Under vmap the branch runs for every seed, also where it is not taken and could never be complete.
+        return (carry[1][-1] == NONE) & (total >= 2 * n)
 
     def again(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         key = jax.random.fold_in(carry[0], 1)

@@ -2,7 +2,7 @@
 
 from jaxcl.data.augment import make_augment, make_normalize
 from jaxcl.data.loader import Batch, Loader, eval_batches, train_batches
-from jaxcl.data.scenarios import SCENARIOS, Scenario, Task, class_incremental, make_scenario
+from jaxcl.data.scenarios import SCENARIOS, Scenario, Task, class_incremental, hold_out, make_scenario
 from jaxcl.data.sources import Source, array_source, open_source
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "array_source",
     "class_incremental",
     "eval_batches",
+    "hold_out",
     "make_augment",
     "make_normalize",
     "make_scenario",

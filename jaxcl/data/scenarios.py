@@ -127,6 +127,33 @@ def make_scenario(
     return Scenario(parts, train.num_classes), train, test
 
 
+def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source]:
+    """Splits a source into (what is left, validation rows), class by class; both number their rows anew, in the old order.
+
+    Done before `make_scenario`, which then gives every task validation rows as it gives it test rows.
+
+    Args:
+      source: the train rows.
+      share: of each class's rows, rounded, but at least one and not all where a class has two; in (0, 1).
+      seed: which rows; neither devices nor the seed of a run change them.
+
+    Raises:
+      UserError: no class has two rows.
+    """
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(1,))))
+    held = np.zeros(len(source), bool)
+    for k in range(source.num_classes):
+        rows = np.flatnonzero(source.labels == k)
+        held[rng.permutation(rows)[: min(max(round(share * len(rows)), 1), len(rows) - 1)]] = True
+    if not held.any():
+        raise UserError(f"data.validation {share}: not possible, no class has two train rows")
+
+    def part(rows: np.ndarray) -> Source:
+        return Source(source.labels[rows], source.image_shape, source.class_names, lambda i: source.read(rows[i]))
+
+    return part(np.flatnonzero(~held)), part(np.flatnonzero(held))
+
+
 def class_incremental(
     train_labels: np.ndarray,
     test_labels: np.ndarray,

@@ -31,9 +31,10 @@ def default_config() -> ConfigDict:
                 "scenario": "class",  # class | domain | instance | permuted | rotated | blurry | si_blurry
                 "tasks": 5,  # a number of tasks, or the classes of each: ((0, 1), (2, 3))
                 "class_order_seed": config_dict.placeholder(int),  # shuffles the classes; natural order where not given
-                "scenario_seed": 0,  # of permutations, angles, scattered rows
+                "scenario_seed": 0,  # of permutations, angles, scattered rows, validation rows
                 "scattered": 0.1,  # of blurry and si_blurry: the share of rows that come with another task
                 "disjoint": 0.5,  # of si_blurry: the share of classes that come with one task only
+                "validation": 0.0,  # share of each class's train rows that stands in for the test set; 0: the test set
                 "loss_classes": "all",  # all | seen | task: among which a row is classified in training
                 "placement": "shuffled",  # by_class: every batch is handed to the devices sorted by class
                 "augment": (),  # crop, flip: on device, afresh at every replay
@@ -106,6 +107,8 @@ def check_config(config: ConfigDict, devices: int) -> None:
     for field in (*not_negative, "checkpoint.every_steps", "checkpoint.every_seconds"):
         if _get(config, field) < 0:
             raise UserError(f"{field}: {_get(config, field)} is not allowed, give 0 or more")
+    if not 0 <= config.data.validation < 1:
+        raise UserError(f"data.validation: {config.data.validation} is not allowed, give a share from 0 to less than 1")
     sizes = ["batch_size", "eval.batch_size"]
     strategy = make_strategy(config.strategy, config.strategies.get(config.strategy, {}))
     if strategy.draws:

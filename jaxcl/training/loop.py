@@ -51,6 +51,28 @@ class Experiment:
     evaluate: Callable
 
 
+def make_tasks(config: ConfigDict) -> tuple[data.Scenario, data.Source, data.Source]:
+    """The tasks of a run, and the train and test rows that they number; with `data.validation`, validation rows for test.
+
+    Raises:
+      UserError: one line on what is wrong with the data or its split.
+    """
+    d = config.data
+    train, test = data.open_source(d.source, d.data_dir)
+    if d.validation:
+        train, test = data.hold_out(train, d.validation, d.scenario_seed)
+    return data.make_scenario(
+        train,
+        test,
+        d.scenario,
+        d.tasks,
+        class_order_seed=d.class_order_seed,
+        seed=d.scenario_seed,
+        scattered=d.scattered,
+        disjoint=d.disjoint,
+    )
+
+
 def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Experiment:
     """Puts a run together from its config.
 
@@ -63,17 +85,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ex
         raise UserError(f"batch_size: {config.batch_size} is not a multiple of {jax.process_count()} processes")
     strategy = make_strategy(config.strategy, config.strategies.get(config.strategy, {}))
     d = config.data
-    train, test = data.open_source(d.source, d.data_dir)
-    scenario, train, test = data.make_scenario(
-        train,
-        test,
-        d.scenario,
-        d.tasks,
-        class_order_seed=d.class_order_seed,
-        seed=d.scenario_seed,
-        scattered=d.scattered,
-        disjoint=d.disjoint,
-    )
+    scenario, train, test = make_tasks(config)
     augment = data.make_augment(d.augment, train.image_shape, mean=d.mean, std=d.std)
     normalize = data.make_normalize(train.image_shape, mean=d.mean, std=d.std)
     model = make_model(
@@ -274,6 +286,7 @@ def _result(
         "source": config.data.source,
         "model": config.model.name,
         "tasks": [list(task.classes) for task in run.scenario.tasks],
+        "evaluated_on": "validation" if config.data.validation else "test",
         "accuracy_matrix": at.accuracy,
         **metrics.summarize(at.accuracy),
         **_top5(at.top5, run.train.num_classes),

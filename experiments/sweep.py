@@ -1,0 +1,66 @@
+"""Searches hyper-parameters, chooses on validation data, and evaluates the choice on the test set.
+
+    python -m experiments.sweep --config=configs/digits.py --workdir=DIR [--devices=8] [--config.strategy=der ...]
+
+What is searched is said by `get_sweep()` in the config file, called with the argument of `get_config` if it has one: see
+`jaxcl.training.sweep.Sweep`. The validation rows are held out of the training data; only the last row of the table has seen the
+test set. Each run has its own folder below DIR; those that are finished are not run again, an unfinished one is continued.
+Leaves DIR/sweep.json and DIR/report.html.
+"""
+
+import importlib.util
+import pathlib
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import main as common
+from jaxcl import report
+from jaxcl.errors import UserError
+from jaxcl.training.sweep import Sweep, rows, run_sweep
+
+
+def main() -> None:
+    config, workdir = common.required(common.CONFIG), pathlib.Path(common.required(common.WORKDIR))
+    sweep = load_sweep(config_flags.get_config_filename(flags.FLAGS["config"]))
+    found = run_sweep(config, sweep, workdir, overwrite=common.OVERWRITE.value, stall_seconds=common.STALL.value)
+    if jax.process_index() > 0:
+        return
+    print(report.text_table(rows(found)))
+    runs = report.load_runs([workdir / found["test"]["folder"]])
+    caption = (
+        "Mean ± standard deviation over seeds. The setting is chosen on validation rows, held out of the training data of "
+        "every task; the last row is the one chosen, trained on all of them and evaluated on the test set, as are the "
+        "table above and the pictures."
+    )
+    section = report.Section(f"Sweep of {found['name']}, {found['strategy']}", caption, rows(found))
+    print(f"pictures and page: {report.write_report(runs, workdir, [section])}")
+
+
+def load_sweep(path: str) -> Sweep:
+    """What `get_sweep` of a config file returns; `path` as given to --config.
+
+    Raises:
+      UserError: the file has none, or it returns something else.
+    """
+    file, colon, argument = path.partition(":")
+    spec = importlib.util.spec_from_file_location("config_with_sweep", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_sweep"):
+        raise UserError(f"--config: {file} has no get_sweep(), which says what to search")
+    try:
+        sweep = module.get_sweep(*([argument] if colon else []))
+    except TypeError as error:
+        raise UserError(f"--config: {file}: {error}") from None
+    if not isinstance(sweep, Sweep):
+        raise UserError(
+            f"--config: get_sweep() of {file} returns {sweep!r}, it must return a jaxcl.training.sweep.Sweep"
+        )
+    return sweep
+
+
+if __name__ == "__main__":
+    common.run(main)
