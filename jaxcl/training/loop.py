@@ -63,7 +63,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ex
         raise UserError(f"batch_size: {config.batch_size} is not a multiple of {jax.process_count()} processes")
     strategy = make_strategy(config.strategy, config.strategies.get(config.strategy, {}))
     d = config.data
-    train, test = data.open_source(d.source, d.data_dir)
+    train, test = data.open_source(d.source, d.data_dir, image_size=d.image_size)
     scenario, train, test = data.make_scenario(
         train,
         test,
@@ -88,7 +88,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ex
         record = _record(model, strategy, train.image_shape)
         buffer = make_buffer(
             record,
-            capacity=config.buffer.capacity,
+            capacity=_capacity(config.buffer, scenario),
             representatives=config.buffer.representatives,
             policy=config.buffer.policy,
             num_classes=train.num_classes,
@@ -362,7 +362,7 @@ def _restore(config: ConfigDict, run: Experiment, session: Session, state: Train
     buffer = reshard(
         state.buffer,
         policy=config.buffer.policy,
-        capacity=config.buffer.capacity,
+        capacity=_capacity(config.buffer, run.scenario),
         num_classes=run.train.num_classes,
         old=old,
         new=new,
@@ -443,6 +443,13 @@ def _rehearse(
     return state
 
 
+def _capacity(config: ConfigDict, scenario: data.Scenario) -> int:
+    """Rows of the memory."""
+    if config.share is None:
+        return config.capacity
+    return round(config.share * sum(len(task.train) for task in scenario.tasks))
+
+
 def _record(model: Model, strategy: Strategy, image_shape: tuple[int, int, int]) -> Any:
     """Shapes and dtypes of one record of the strategy."""
 
@@ -475,7 +482,8 @@ def _top5(matrix: list[list[float]], num_classes: int) -> dict[str, Any]:
     """Top-5 accuracy says something only above five classes."""
     if num_classes <= 5:
         return {}
-    return {"top5_matrix": matrix, "average_top5": metrics.average_accuracy(matrix)}
+    so_far = metrics.accuracy_so_far(matrix).tolist()
+    return {"top5_matrix": matrix, "average_top5": metrics.average_accuracy(matrix), "top5_so_far": so_far}
 
 
 def _buffer_report(buffer: Buffer | None, state: TrainState) -> dict[str, Any] | None:
