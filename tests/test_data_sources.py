@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core import dataset_metadata
 
-from jaxcl.data import array_source, open_source, sources
+from jaxcl.data import array_source, crop, open_source, sources, train_batches
 from jaxcl.errors import UserError
 
 
@@ -135,6 +135,54 @@ def test_a_grey_file_in_a_colour_set_is_read_as_colour(tmp_path):
     np.testing.assert_array_equal(train.read(np.arange(1))[0], np.repeat(grey[..., None], 3, -1))
 
 
+def test_images_of_any_size_are_cut_in_training_at_random_by_seed_and_row_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((40, 30), (25, 64), (32, 32))]
+    splits = {split: _examples(images, range(3)) for split in ("train", "test")}
+    _prepare(str(tmp_path), splits, _image_features((None, None, 3)))
+    assert "data.image_size" in _error("tfds:tiny_set", tmp_path)
+    train, test = open_source("tfds:tiny_set", str(tmp_path), image_size=16)
+    assert train.image_shape == (16, 16, 3) and train.read_random is not None
+    for row in range(3):
+        (middle,), (label,) = test.read(np.array([row])), test.labels[[row]]
+        whole = images[label]
+        side = 224 / 256 * min(whole.shape[:2])
+        left, upper = (whole.shape[1] - side) / 2, (whole.shape[0] - side) / 2
+        box = (left, upper, left + side, upper + side)
+        expected = Image.fromarray(whole).resize((16, 16), Image.Resampling.BILINEAR, box)
+        np.testing.assert_array_equal(middle, expected)
+
+    def epoch(number, **options):
+        options = {"batch_size": 2, "epochs": 2, "seed": (5,), "num_threads": 0} | options
+        loader = train_batches(train, np.arange(3), **options)
+        found = {}
+        for t in range(number * loader.steps_per_epoch, (number + 1) * loader.steps_per_epoch):
+            batch = loader[t]
+            found |= {int(i): x.tobytes() for i, x in zip(batch["id"], batch["image"], strict=True) if i >= 0}
+        return found
+
+    assert epoch(0) == epoch(0, batch_size=3)  # the same windows however rows are batched
+    assert all(epoch(0)[i] != epoch(1)[i] != epoch(0, seed=(6,))[i] for i in range(3))
+
+
+def test_random_windows_lie_within_the_image_and_have_the_area_and_shape_they_should():
+    rng = np.random.default_rng(0)
+    boxes = np.array([crop.random_box(400, 300, rng) for _ in range(2000)])
+    left, upper, right, lower = boxes.T
+    assert (left >= 0).all() and (upper >= 0).all() and (right <= 400).all() and (lower <= 300).all()
+    w, h = right - left, lower - upper
+    share, ratio = w * h / (400 * 300), w / h
+    assert 0.079 < share.min() < 0.1 and 0.9 < share.max() <= 1  # 8 % to 100 %, rounded to pixels
+    fits = ~((w == 400) & (h == 300))  # but where no draw fitted
+    assert 0.74 < ratio[fits].min() < 0.77 and 1.30 < ratio[fits].max() < 1.35
+
+
+@pytest.mark.parametrize("name", ["digits", "npz:x.npz"])
+def test_only_tfds_sets_are_cut(name):
+    with pytest.raises(UserError, match="image_size 16: dataset"):
+        open_source(name, image_size=16)
+
+
 def _error(name, data_dir=None):
     with pytest.raises(UserError) as info:
         open_source(name, None if data_dir is None else str(data_dir))
@@ -191,7 +239,8 @@ def test_images_of_several_sizes_are_refused_before_any_download(tmp_path, monke
     monkeypatch.setattr(sources, "_download", lambda *_: pytest.fail("downloaded"))
     message = _error("tfds:imagenet2012", tmp_path)
     assert message == (
-        "dataset 'tfds:imagenet2012': images have shape (None, None, 3); allowed are sets whose images have one size"
+        "dataset 'tfds:imagenet2012': images have shape (None, None, 3); allowed are sets whose images have one size, or"
+        " give data.image_size"
     )
 
 

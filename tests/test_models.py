@@ -64,13 +64,81 @@ def _close(found, expected, tolerance=2e-5):
         ("mlp", {"hidden": ()}, (28, 28, 1), 7_850),
         ("convnet", {"width": 4}, (32, 32, 3), 27 * 4 + 36 * 8 + 72 * 16 + 2 * (4 + 8 + 16) + 170),
         ("resnet18", {}, (32, 32, 3), 11_173_962),
-        ("resnet18", {"stem": "imagenet"}, (224, 224, 3), 11_181_642),  # torchvision's, 10 classes
+        ("ptychonn", {}, (64, 64, 1), 4_694_690),
+        ("ptychonn", {"width": 16}, (32, 32, 1), 1_174_610),
     ],
 )
 def test_parameter_count(name, options, shape, parameters):
     model = make_model(name, 10, options=options)
     variables = jax.eval_shape(lambda key: model.init(key, shape), jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == parameters
+
+
+IMAGENET = [  # options, parameters with 1,000 classes, features
+    ("resnet18", {}, 11_689_512, 512),  # torchvision's
+    ("resnet50", {}, 25_557_032, 2048),
+    ("mobilenet_v3_small", {}, 2_542_856, 1024),
+    ("convnext_tiny", {}, 28_589_128, 768),
+    ("ghostnet", {"width": 1.0}, 5_182_508, 1280),  # timm's
+    ("ghostnet", {"width": 0.5}, 2_587_292, 1280),
+]
+
+
+@pytest.mark.parametrize("name, options, parameters, features", IMAGENET)
+def test_networks_for_imagenet_are_the_published_ones(name, options, parameters, features):
+    """Parameter counts to the last weight; both stems give the outputs' shapes, all float32 around a bfloat16 body."""
+    for stem, side in (("imagenet", 224), ("small", 32)):
+        model = make_model(name, 1000, options=options | {"stem": stem}, dtype="bfloat16")
+        variables = jax.eval_shape(lambda key, m=model, s=side: m.init(key, (s, s, 3)), jax.random.key(0))
+        images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
+        outputs, stats = jax.eval_shape(partial(model.apply, train=True), **variables, images=images)
+        assert {key: value.shape for key, value in outputs.items()} == {"logits": (2, 1000), "features": (2, features)}
+        assert stats == variables["batch_stats"]
+        assert {leaf.dtype for leaf in jax.tree.leaves((variables, outputs))} == {jnp.dtype("float32")}
+        if stem == "imagenet":
+            assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == parameters
+
+
+@pytest.mark.parametrize("name", ["resnet50", "ghostnet", "mobilenet_v3_small", "convnext_tiny", "ptychonn"])
+def test_a_deep_network_computes_in_bfloat16_and_every_norm_is_synchronised_and_masked(name, mesh_of):
+    options = {} if name in ("convnext_tiny", "ptychonn") else {"norm": "sync"}
+    model = make_model(name, 10, options=options, dtype="bfloat16", axis_name=AXIS)
+    variables = jax.eval_shape(lambda key: model.init(key, (32, 32, 3)), jax.random.key(0))
+    masks = []
+
+    def listen(call, args, kwargs, context):
+        if isinstance(context.module, MaskedBatchNorm) and context.method_name == "__call__":
+            masks.append(kwargs["mask"])
+        return call(*args, **kwargs)
+
+    @partial(jax.shard_map, mesh=mesh_of(2), in_specs=(P(), P(AXIS), P(AXIS)), out_specs=P(AXIS), check_vma=False)
+    def forward(variables, rows, mask):
+        with nn.intercept_methods(listen):
+            outputs, _ = model.apply(**variables, images=rows, train=True, mask=mask)
+        assert all(given is mask for given in masks)
+        return outputs
+
+    inputs = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32), jax.ShapeDtypeStruct((4,), bool)
+    program = jax.jit(forward).lower(variables, *inputs).as_text()
+    results = [found for _, found in re.findall(r"(convolution|dot_general).*-> tensor<[\dx]+x(\w+)>", program)]
+    head = [] if name == "ptychonn" else [results.pop()]
+    assert set(results) == {"bf16"} and set(head) <= {"f32"}
+    norms = len(jax.tree.leaves(variables["batch_stats"])) // 2  # a mean and a variance each
+    assert len(masks) == program.count("stablehlo.all_reduce") == norms
+
+
+def test_ptychonn_gives_an_amplitude_and_a_phase_of_the_patterns_size():
+    model = make_model("ptychonn", 5, options={"width": 2}, dtype="bfloat16")
+    image = jax.ShapeDtypeStruct((2, 32, 48, 1), jnp.float32)
+    variables = jax.eval_shape(lambda key: model.init(key, (32, 48, 1)), jax.random.key(0))
+    outputs, stats = jax.eval_shape(partial(model.apply, train=True), **variables, images=image)
+    assert {key: (x.shape, x.dtype.name) for key, x in outputs.items()} == {
+        "amplitude": ((2, 32, 48, 1), "float32"),
+        "phase": ((2, 32, 48, 1), "float32"),
+    }
+    assert stats == variables["batch_stats"] == {}
+    with pytest.raises(UserError, match=r"multiples of 16, not \(8, 32\)"):
+        jax.eval_shape(lambda key: model.init(key, (8, 32, 1)), jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +284,7 @@ def test_zero_init_makes_blocks_the_identity():
 @pytest.mark.parametrize(
     "name, num_classes, dtype, options, message",
     [
-        ("vgg", 10, "float32", {}, "model: unknown 'vgg'; allowed: mlp, convnet, resnet18"),
+        ("vgg", 10, "float32", {}, "model: unknown 'vgg'; allowed: mlp, convnet, resnet18, resnet50"),
         ("mlp", 0, "float32", {}, "num_classes: 0 .*a positive int"),
         ("mlp", 10, "float16", {}, "dtype: 'float16' .*'float32' | 'bfloat16'"),
         ("mlp", 10, "float32", {"width": 8}, "mlp has no 'width'; allowed: hidden, kernel_init"),
@@ -224,6 +292,7 @@ def test_zero_init_makes_blocks_the_identity():
         ("convnet", 10, "float32", {"norm": "global"}, "norm: 'global' .*'local' | 'sync'"),
         ("resnet18", 10, "float32", {"width": True}, "width: True .*a positive int"),
         ("resnet18", 10, "float32", {"zero_init": 1}, "zero_init: 1 .*False | True"),
+        ("ghostnet", 10, "float32", {"width": 0.0}, "width: 0.0 .*a positive number"),
     ],
 )
 def test_user_mistakes(name, num_classes, dtype, options, message):

@@ -40,6 +40,7 @@ class Loader:
         process_count: int,
         num_threads: int,
         by_class: bool = False,
+        crop_seed: tuple[int, ...] | None = None,
     ):
         for field, value, low in (
             ("batch_size", batch_size, 1),
@@ -59,6 +60,7 @@ class Loader:
         self._batch_size, self._local = batch_size, batch_size // process_count
         self._offset = process_index * self._local
         self._num_threads, self._by_class = num_threads, by_class
+        self._crop_seed = crop_seed
         self.steps_per_epoch = -(-num_rows // batch_size)
         self._steps = epochs * self.steps_per_epoch
 
@@ -73,8 +75,12 @@ class Loader:
         if self._by_class:
             rows = rows[np.argsort(self._source.labels[rows], kind="stable")]
         rows = rows[self._offset : self._offset + self._local]  # short, or empty, at the end of an epoch
+        if self._crop_seed is None or self._source.read_random is None:
+            images = self._source.read(rows)
+        else:
+            images = self._source.read_random(rows, (*self._crop_seed, epoch))
         return {
-            "image": _pad(self._source.read(rows), self._local, 0),
+            "image": _pad(images, self._local, 0),
             "label": _pad(self._source.labels[rows], self._local, 0),
             "id": _pad(rows.astype(np.int32), self._local, -1),
             "valid": _pad(np.ones(len(rows), bool), self._local, False),
@@ -104,7 +110,8 @@ def train_batches(
       indices: int [n], the rows to train on.
       batch_size: rows of a global batch, over all processes.
       epochs: passes over `indices`; the loader has epochs * ceil(n / batch_size) batches.
-      seed: integers >= 0, such as (seed, task): with the epoch they determine the order.
+      seed: integers >= 0, such as (seed, task): with the epoch they determine the order, and with epoch and row the window
+        of an image that is cut at random.
       process_index, process_count: which slice of every global batch this process reads.
       num_threads: threads that read ahead, two batches each; 0 reads in the caller's thread.
       by_class: sorts the rows of every global batch by class, so that each device sees few classes: the same batches, but
@@ -125,6 +132,7 @@ def train_batches(
         process_count=process_count,
         num_threads=num_threads,
         by_class=by_class,
+        crop_seed=tuple(seed),
     )
 
 

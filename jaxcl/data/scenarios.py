@@ -14,6 +14,7 @@ determined by the data and a seed. One pass over any of them (`epochs` = 1) is a
 (task-incremental) is `data.loss_classes` = "task".
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -231,7 +232,7 @@ def _renumbered(scenario: Scenario, train: Source, test: Source) -> tuple[Scenar
     for task in scenario.tasks:
         number[list(task.classes)] = np.arange(len(task.classes))
     names = tuple(str(k) for k in range(most))
-    train, test = (Source(number[x.labels], x.image_shape, names, x.read) for x in (train, test))
+    train, test = (dataclasses.replace(x, labels=number[x.labels], class_names=names) for x in (train, test))
     tasks = tuple(Task(t.index, tuple(range(len(t.classes))), t.train, t.test) for t in scenario.tasks)
     return Scenario(tasks, most), train, test
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxcl.data import crop
 from jaxcl.errors import UserError
 
 _ALLOWED = "digits, tfds:NAME or npz:FILE"
@@ -34,12 +35,15 @@ class Source:
       image_shape: (H, W, C).
       class_names: K names, by label.
       read: `read(indices: int [m]) -> uint8 [m, H, W, C]`, a fresh array, in the order asked for. Thread-safe.
+      read_random: `read_random(indices, seed)`, the same of a window of each image that seed and index choose; for training
+        on images of many sizes. None where an image is read whole.
     """
 
     labels: np.ndarray
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     read: Callable[[np.ndarray], np.ndarray]
+    read_random: Callable[[np.ndarray, tuple[int, ...]], np.ndarray] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -55,7 +59,9 @@ def array_source(images: np.ndarray, labels: np.ndarray, class_names: Sequence[s
     return Source(labels.astype(np.int32), images.shape[1:], tuple(class_names), images.__getitem__)
 
 
-def open_source(name: str, data_dir: str | None = None, cache_bytes: int = 1 << 30) -> tuple[Source, Source]:
+def open_source(
+    name: str, data_dir: str | None = None, cache_bytes: int = 1 << 30, image_size: int | None = None
+) -> tuple[Source, Source]:
     """Opens a data set and returns its (train, test) sources.
 
     Args:
@@ -65,18 +71,24 @@ def open_source(name: str, data_dir: str | None = None, cache_bytes: int = 1 << 
       data_dir: the TFDS folder; None is TFDS's own default (`TFDS_DATA_DIR` or ~/tensorflow_datasets). A set that
         is not there yet is downloaded and prepared, which for most sets needs TensorFlow.
       cache_bytes: a TFDS set is decoded into memory if both splits together take at most this many bytes.
+      image_size: of a TFDS set: cuts images of any size to squares of this side: the middle one, and in training a random
+        window (see `Source.read_random`). Such a set is decoded batch by batch. None: images have one size already.
 
     Raises:
       UserError: the set is unknown, cannot be prepared, or is not one of labelled uint8 images of one size.
     """
     kind, _, rest = name.partition(":")
     data_dir = os.path.expanduser(data_dir) if data_dir else None
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image_size {image_size}: allowed are integers from 1")
+    if kind == "tfds" and rest:
+        return _open_builder(name, _tfds_builder(name, rest, data_dir), data_dir, cache_bytes, image_size)
+    if image_size is not None:
+        raise UserError(f"image_size {image_size}: dataset {name!r} has images of one size; allowed with tfds:NAME")
     if name == "digits":
         from jaxcl.data import digits
 
         return _open_builder(name, digits.prepare(data_dir), data_dir, cache_bytes)
-    if kind == "tfds" and rest:
-        return _open_builder(name, _tfds_builder(name, rest, data_dir), data_dir, cache_bytes)
     if kind == "npz" and rest:
         return _open_npz(name, rest)
     raise UserError(f"dataset {name!r}: unknown; allowed are {_ALLOWED}{_guess(_meant(name))}")
@@ -196,8 +208,10 @@ def _tfds_builder(name: str, tfds_name: str, data_dir: str | None) -> Any:
         raise UserError(f"dataset {name!r}: cannot be opened ({_brief(error)})") from None
 
 
-def _open_builder(name: str, builder: Any, data_dir: str | None, cache_bytes: int) -> tuple[Source, Source]:
-    image_key, label_key, shape = _features(name, builder.info)  # before a download of hours
+def _open_builder(
+    name: str, builder: Any, data_dir: str | None, cache_bytes: int, image_size: int | None = None
+) -> tuple[Source, Source]:
+    image_key, label_key, shape = _features(name, builder.info, image_size)  # before a download of hours
     if not _prepared(builder):
         builder = _download(name, builder, data_dir)
     splits = builder.info.splits
@@ -207,7 +221,8 @@ def _open_builder(name: str, builder: Any, data_dir: str | None, cache_bytes: in
         raise UserError(f"dataset {name!r}: has splits {', '.join(splits)}; needed are train and test or validation")
 
     class_names = tuple(builder.info.features[label_key].names)
-    cached = sum(splits[s].num_examples for s in ("train", test)) * math.prod(shape) <= cache_bytes
+    rows = sum(splits[s].num_examples for s in ("train", test))
+    cached = image_size is None and rows * math.prod(shape) <= cache_bytes
 
     def open_split(split: str) -> Source:
         from tensorflow_datasets import decode
@@ -222,11 +237,19 @@ def _open_builder(name: str, builder: Any, data_dir: str | None, cache_bytes: in
                 " random access; allowed is array_record"
             ) from None
 
-        def read(indices: np.ndarray) -> np.ndarray:
+        def decoded(indices: np.ndarray, decode_row: Callable[[bytes, int], np.ndarray]) -> np.ndarray:
             images = np.empty((len(indices), *shape), np.uint8)
-            for image, example in zip(images, examples.__getitems__(np.asarray(indices).tolist()), strict=True):
-                image[:] = _decode(example[image_key], shape)
+            rows = np.asarray(indices).tolist()
+            for image, row, example in zip(images, rows, examples.__getitems__(rows), strict=True):
+                image[:] = decode_row(example[image_key], row)
             return images
+
+        def read(indices: np.ndarray) -> np.ndarray:
+            whole = _decode if image_size is None else crop.middle
+            return decoded(indices, lambda file, row: whole(file, shape))
+
+        def read_random(indices: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
+            return decoded(indices, lambda file, row: crop.random(file, shape, (*seed, row)))
 
         n = len(examples)
         labels = np.empty(n, np.int32)
@@ -242,13 +265,19 @@ def _open_builder(name: str, builder: Any, data_dir: str | None, cache_bytes: in
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             list(pool.map(load, range(0, n, _CHUNK)))  # waits, and raises the first error
         _check_labels(f"dataset {name!r}: split {split}", labels, len(class_names))
-        return Source(labels, shape, class_names, read if images is None else images.__getitem__)
+        return Source(
+            labels,
+            shape,
+            class_names,
+            read if images is None else images.__getitem__,
+            None if image_size is None else read_random,
+        )
 
     return open_split("train"), open_split(test)
 
 
-def _features(name: str, info: Any) -> tuple[str, str, tuple[int, int, int]]:
-    """The keys of image and label, and the image shape, of a set that this library can read."""
+def _features(name: str, info: Any, image_size: int | None) -> tuple[str, str, tuple[int, int, int]]:
+    """The keys of image and label, and the shape of an image as it is read, of a set that this library can read."""
     from tensorflow_datasets import features as kinds
 
     features = dict(info.features.items()) if isinstance(info.features, kinds.FeaturesDict) else {}
@@ -260,12 +289,15 @@ def _features(name: str, info: Any) -> tuple[str, str, tuple[int, int, int]]:
             break
     else:
         raise UserError(f"dataset {name!r}: has features {', '.join(features)}; needed are an Image and a ClassLabel")
-    if image.np_dtype != np.uint8 or image.shape[-1] not in _MODES:
+    if image.np_dtype != np.uint8 or image.shape[-1] not in crop.MODES:
         found = f"{image.np_dtype.__name__} of shape {image.shape}"
         raise UserError(f"dataset {name!r}: images are {found}; allowed are uint8 of 1, 3 or 4 channels")
+    if image_size is not None:
+        return keys[0], keys[1], (image_size, image_size, image.shape[-1])
     if None in image.shape:
         raise UserError(
-            f"dataset {name!r}: images have shape {image.shape}; allowed are sets whose images have one size"
+            f"dataset {name!r}: images have shape {image.shape}; allowed are sets whose images have one size, or give"
+            " data.image_size"
         )
     return keys[0], keys[1], image.shape
 
@@ -291,12 +323,9 @@ def _download(name: str, builder: Any, data_dir: str | None) -> Any:
     return tfds.builder(name.partition(":")[2], data_dir=data_dir)
 
 
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names
-
-
 def _decode(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     """A PNG or JPEG file to uint8 [H, W, C]."""
     from PIL import Image
 
     with Image.open(io.BytesIO(encoded)) as image:
-        return np.asarray(image.convert(_MODES[shape[-1]])).reshape(shape)
+        return np.asarray(image.convert(crop.MODES[shape[-1]])).reshape(shape)

@@ -5,6 +5,7 @@ sees parameters, batch statistics and outputs, never a module.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -13,9 +14,13 @@ import jax.numpy as jnp
 
 from jaxcl.errors import UserError
 from jaxcl.models.convnet import ConvNet
+from jaxcl.models.convnext import ConvNeXt
+from jaxcl.models.ghostnet import GhostNet
 from jaxcl.models.mlp import KERNEL_INITS, MLP
+from jaxcl.models.mobilenet import MobileNetV3Small
 from jaxcl.models.norm import MaskedBatchNorm
-from jaxcl.models.resnet import ResNet18
+from jaxcl.models.ptychonn import PtychoNN
+from jaxcl.models.resnet import ResNet
 
 __all__ = ["MaskedBatchNorm", "Model", "make_model"]
 
@@ -42,8 +47,9 @@ class Apply(Protocol):
             gradient of a loss that gives them weight 0. None where all are valid.
 
         Returns:
-          {"logits": [B, K] float32, "features": [B, D] float32, the input of the head}, and the new batch_stats: as
-          given unless `train`. With the "local" norm they differ between devices; average them to keep them replicated.
+          {"logits": [B, K] float32, "features": [B, D] float32, the input of the head}, or of a model that reconstructs
+          images {"amplitude": ..., "phase": ...} of [B, H, W, 1] float32; and the new batch_stats: as given unless
+          `train`. With the "local" norm they differ between devices; average them to keep them replicated.
         """
 
 
@@ -74,13 +80,25 @@ _WIDTH = _Option(_is_size, "a positive int")
 _HIDDEN = _Option(lambda v: isinstance(v, list | tuple) and all(map(_is_size, v)), "a tuple of positive ints")
 _NORM = _one_of("local", "sync")
 _DTYPE = _one_of("float32", "bfloat16")
-_MODELS: dict[str, tuple[type[nn.Module], dict[str, _Option]]] = {
+_STEM = _one_of("small", "imagenet")
+_SCALE = _Option(lambda v: _is_size(v) or (isinstance(v, float) and 0 < v < float("inf")), "a positive number")
+_RESNET = {"width": _WIDTH, "norm": _NORM, "stem": _STEM, "zero_init": _one_of(False, True)}
+
+
+def _ptychonn(num_classes: int, **fields: Any) -> nn.Module:
+    del num_classes  # it reconstructs, whatever the rows' labels
+    return PtychoNN(**fields)
+
+
+_MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, _Option]]] = {
     "mlp": (MLP, {"hidden": _HIDDEN, "kernel_init": _one_of(*KERNEL_INITS)}),
     "convnet": (ConvNet, {"width": _WIDTH, "norm": _NORM}),
-    "resnet18": (
-        ResNet18,
-        {"width": _WIDTH, "norm": _NORM, "stem": _one_of("small", "imagenet"), "zero_init": _one_of(False, True)},
-    ),
+    "resnet18": (partial(ResNet, blocks=(2, 2, 2, 2)), _RESNET),
+    "resnet50": (partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True), _RESNET),
+    "ghostnet": (GhostNet, {"width": _SCALE, "norm": _NORM, "stem": _STEM}),
+    "mobilenet_v3_small": (MobileNetV3Small, {"norm": _NORM, "stem": _STEM}),
+    "convnext_tiny": (ConvNeXt, {"width": _WIDTH, "stem": _STEM}),
+    "ptychonn": (_ptychonn, {"width": _WIDTH}),
 }
 
 
@@ -100,12 +118,16 @@ def make_model(
     """Builds a network.
 
     Args:
-      name: "mlp", "convnet" or "resnet18".
+      name: "mlp", "convnet", "resnet18", "resnet50", "ghostnet", "mobilenet_v3_small", "convnext_tiny" or "ptychonn".
       num_classes: K, outputs of the head.
       options: of the model; what is left out keeps its default.
         mlp: hidden = (100, 100), kernel_init = "lecun" | "xavier".
         convnet: width = 32, norm = "local" | "sync".
-        resnet18: width = 64, norm = "local" | "sync", stem = "small" | "imagenet", zero_init = False.
+        resnet18, resnet50: width = 64, norm = "local" | "sync", stem = "small" | "imagenet", zero_init = False.
+        ghostnet: width = 1.0 (a factor), norm = "local" | "sync", stem = "small" | "imagenet".
+        mobilenet_v3_small: norm = "local" | "sync", stem = "small" | "imagenet".
+        convnext_tiny: width = 96, stem = "small" | "imagenet".
+        ptychonn: width = 32.
       dtype: of the computation, "float32" or "bfloat16"; parameters, statistics and outputs are float32.
       axis_name: mesh axis of the batch; norm = "sync" sums its statistics over it, norm = "local" leaves it unused.
 
@@ -116,7 +138,7 @@ def make_model(
         raise UserError(f"model: unknown {name!r}; allowed: {', '.join(_MODELS)}")
     _check("num_classes", num_classes, _WIDTH)
     _check("dtype", dtype, _DTYPE)
-    module_class, allowed = _MODELS[name]
+    make, allowed = _MODELS[name]
     fields = dict(options or {})
     for key, value in fields.items():
         if key not in allowed:
@@ -126,7 +148,7 @@ def make_model(
         fields["axis_name"] = axis_name
     if "hidden" in fields:
         fields["hidden"] = tuple(fields["hidden"])  # a module's fields must be hashable
-    module = module_class(num_classes=num_classes, dtype=jnp.dtype(dtype), **fields)
+    module = make(num_classes=num_classes, dtype=jnp.dtype(dtype), **fields)
 
     @jax.jit  # compiled, the forward pass that only gives the shapes is dead code
     def initialise(key: jax.Array, images: jax.Array) -> dict[str, PyTree]:

@@ -1,7 +1,8 @@
-"""ResNet-18 (He et al. 2016) as the continual-learning literature runs it: with a stem for 32x32 images, or ImageNet's.
+"""ResNet-18 and ResNet-50 (He et al. 2016), with a stem for 32x32 images or with ImageNet's.
 
-With 64 channels and 10 classes the 32x32 form has 11,173,962 parameters, the usual PyTorch network to the last weight.
-Padding is PyTorch's too (symmetric; XLA's SAME pads one side only where it strides).
+Parameters are those of the usual PyTorch networks to the last weight: 11,689,512 and 25,557,032 with 1,000 classes and
+ImageNet's stem (torchvision), 11,173,962 for ResNet-18 with 10 classes and the stem for 32x32. Padding is PyTorch's too
+(symmetric; XLA's SAME pads one side only where it strides). A bottleneck strides in its 3x3 convolution, as torchvision's.
 """
 
 from functools import partial
@@ -10,38 +11,49 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxcl.models.blocks import he_fan_out
 from jaxcl.models.norm import MaskedBatchNorm
-
-_he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes."""
+    """Convolutions beside a shortcut, which is a 1x1 convolution where the shape changes.
+
+    Basic: two 3x3 convolutions. Bottleneck: 1x1, 3x3 and a 1x1 that widens four times.
+    """
 
     channels: int
     stride: int
+    bottleneck: bool
     conv: partial
     norm: partial
     last_scale_init: nn.initializers.Initializer
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None) -> jax.Array:
-        y = self.conv(self.channels, (3, 3), self.stride, padding=1)(x)
-        y = nn.relu(self.norm()(y, train=train, mask=mask))
-        y = self.conv(self.channels, (3, 3), padding=1)(y)
+        c, s = self.channels, self.stride
+        # channels, kernel and stride of each convolution
+        plan = [(c, 1, 1), (c, 3, s), (4 * c, 1, 1)] if self.bottleneck else [(c, 3, s), (c, 3, 1)]
+        *inner, (channels, kernel, stride) = plan
+        y = x
+        for width, side, step in inner:
+            y = self.conv(width, (side, side), step, padding=side // 2)(y)
+            y = nn.relu(self.norm()(y, train=train, mask=mask))
+        y = self.conv(channels, (kernel, kernel), stride, padding=kernel // 2)(y)
         y = self.norm(scale_init=self.last_scale_init)(y, train=train, mask=mask)
         if x.shape != y.shape:
-            x = self.conv(self.channels, (1, 1), self.stride, padding=0, name="shortcut")(x)
+            x = self.conv(channels, (1, 1), self.stride, padding=0, name="shortcut")(x)
             x = self.norm(name="shortcut_norm")(x, train=train, mask=mask)
         return nn.relu(x + y)
 
 
-class ResNet18(nn.Module):
-    """Eight basic blocks in four stages, global average pooling, a linear head.
+class ResNet(nn.Module):
+    """Residual blocks in four stages, global average pooling, a linear head.
 
     Attributes:
       num_classes: K.
-      width: channels of the first stage; each stage doubles them, features have 8 * width.
+      blocks: of each stage; (2, 2, 2, 2) makes ResNet-18, (3, 4, 6, 3) with `bottleneck` ResNet-50.
+      bottleneck: the kind of block; it widens the features from 8 to 32 times `width`.
+      width: channels of the first stage; each stage doubles them.
       stem: "small" (3x3, for 32x32 images) or "imagenet" (7x7 with stride 2, then a 3x3 max-pool with stride 2).
       zero_init: start each block as the identity, its last norm at scale 0 (Goyal et al. 2017).
       axis_name: mesh axis over which the norm sums its statistics, None for local ones.
@@ -49,6 +61,8 @@ class ResNet18(nn.Module):
     """
 
     num_classes: int
+    blocks: tuple[int, ...] = (2, 2, 2, 2)
+    bottleneck: bool = False
     width: int = 64
     stem: str = "small"
     zero_init: bool = False
@@ -57,8 +71,8 @@ class ResNet18(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
-        """images [B, H, W, C] floats, mask [B] -> logits [B, K], features [B, 8 * width]."""
-        conv = partial(nn.Conv, use_bias=False, kernel_init=_he_fan_out, dtype=self.dtype)
+        """images [B, H, W, C] floats, mask [B] -> logits [B, K], features [B, D], D = 8 or 32 times width."""
+        conv = partial(nn.Conv, use_bias=False, kernel_init=he_fan_out, dtype=self.dtype)
         norm = partial(MaskedBatchNorm, axis_name=self.axis_name, dtype=self.dtype)
         last_scale_init = nn.initializers.zeros if self.zero_init else nn.initializers.ones
         x = images.astype(self.dtype)
@@ -69,8 +83,10 @@ class ResNet18(nn.Module):
         x = nn.relu(norm(name="stem_norm")(x, train=train, mask=mask))
         if self.stem == "imagenet":
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        for stage in range(4):
-            for stride in (1 if stage == 0 else 2, 1):
-                x = _Block(self.width * 2**stage, stride, conv, norm, last_scale_init)(x, train=train, mask=mask)
+        for stage, count in enumerate(self.blocks):
+            for i in range(count):
+                stride = 2 if stage and i == 0 else 1
+                block = _Block(self.width * 2**stage, stride, self.bottleneck, conv, norm, last_scale_init)
+                x = block(x, train=train, mask=mask)
         features = x.astype(jnp.float32).mean((1, 2))
         return {"logits": nn.Dense(self.num_classes, name="head")(features), "features": features}

@@ -40,6 +40,7 @@ def default_config() -> ConfigDict:
                 "augment": (),  # crop, flip: on device, afresh at every replay
                 "mean": config_dict.placeholder(tuple),  # per channel of images in 0..1
                 "std": config_dict.placeholder(tuple),
+                "image_size": config_dict.placeholder(int),  # of TFDS: cut images to this side, at random in training
                 "threads": 2,  # that read ahead
             },
             "model": {
@@ -55,12 +56,14 @@ def default_config() -> ConfigDict:
                 "weight_decay": 0.0,  # of sgd: L2 in the gradient; of adamw: decoupled
                 "clip_norm": config_dict.placeholder(float),  # of the global gradient
                 "schedule": "constant",  # constant | cosine | steps; each task begins anew
-                "warmup_epochs": 0.0,
+                "warmup_epochs": 0.0,  # of every task; the learning rate rises linearly
+                "warmup_from": 0.0,  # the share of the learning rate with which it begins
                 "decay_epochs": (),  # of schedule = steps: from these epochs on
                 "decay_factors": (),  # the learning rate is multiplied by these
             },
             "buffer": {
                 "capacity": 200,  # rows in the union of all devices' shards
+                "share": config_dict.placeholder(float),  # of all tasks' training rows: gives the capacity instead
                 "policy": "class_random",
                 "representatives": 64,  # rows drawn a step
                 "candidates": 16,  # of a batch: expected rows stored once a class is full (class_random)
@@ -114,6 +117,9 @@ def check_config(config: ConfigDict, devices: int) -> None:
     if strategy.draws:
         for field in ("buffer.capacity", "buffer.representatives", "buffer.candidates", "buffer.queue"):
             _positive(field, _get(config, field))
+        share = config.buffer.share
+        if share is not None and not 0 < share <= 1:
+            raise UserError(f"buffer.share: {share} is not allowed, give a number above 0 and at most 1")
         if config.buffer.tier == "host" and strategy.visit is not None and strategy.visits == "buffer":
             raise UserError(
                 f"buffer.tier: host is not allowed with {config.strategy}, which reads the memory on the devices"
@@ -144,6 +150,8 @@ def check_config(config: ConfigDict, devices: int) -> None:
         raise UserError(f"optimizer.decay_epochs: {tuple(o.decay_epochs)} must ascend")
     if o.schedule == "steps" and not o.decay_epochs:
         raise UserError("optimizer.decay_epochs: () is not allowed with schedule = steps, give the epochs of the decay")
+    if not 0 <= o.warmup_from <= 1:
+        raise UserError(f"optimizer.warmup_from: {o.warmup_from} is not allowed, give a number from 0 to 1")
     if not o.warmup_epochs < config.epochs and o.warmup_epochs > 0:
         raise UserError(f"optimizer.warmup_epochs: {o.warmup_epochs} must be less than epochs = {config.epochs}")
 

@@ -58,7 +58,7 @@ def make_tasks(config: ConfigDict) -> tuple[data.Scenario, data.Source, data.Sou
       UserError: one line on what is wrong with the data or its split.
     """
     d = config.data
-    train, test = data.open_source(d.source, d.data_dir)
+    train, test = data.open_source(d.source, d.data_dir, image_size=d.image_size)
     if d.validation:
         train, test = data.hold_out(train, d.validation, d.scenario_seed)
     return data.make_scenario(
@@ -100,7 +100,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ex
         record = _record(model, strategy, train.image_shape)
         buffer = make_buffer(
             record,
-            capacity=config.buffer.capacity,
+            capacity=_capacity(config.buffer, scenario),
             representatives=config.buffer.representatives,
             policy=config.buffer.policy,
             num_classes=train.num_classes,
@@ -377,7 +377,7 @@ def _restore(config: ConfigDict, run: Experiment, session: Session, state: Train
     buffer = reshard(
         state.buffer,
         policy=config.buffer.policy,
-        capacity=config.buffer.capacity,
+        capacity=_capacity(config.buffer, run.scenario),
         num_classes=run.train.num_classes,
         old=old,
         new=new,
@@ -458,6 +458,13 @@ def _rehearse(
     return state
 
 
+def _capacity(config: ConfigDict, scenario: data.Scenario) -> int:
+    """Rows of the memory."""
+    if config.share is None:
+        return config.capacity
+    return round(config.share * sum(len(task.train) for task in scenario.tasks))
+
+
 def _record(model: Model, strategy: Strategy, image_shape: tuple[int, int, int]) -> Any:
     """Shapes and dtypes of one record of the strategy."""
 
@@ -490,7 +497,8 @@ def _top5(matrix: list[list[float]], num_classes: int) -> dict[str, Any]:
     """Top-5 accuracy says something only above five classes."""
     if num_classes <= 5:
         return {}
-    return {"top5_matrix": matrix, "average_top5": metrics.average_accuracy(matrix)}
+    so_far = metrics.accuracy_so_far(matrix).tolist()
+    return {"top5_matrix": matrix, "average_top5": metrics.average_accuracy(matrix), "top5_so_far": so_far}
 
 
 def _buffer_report(buffer: Buffer | None, state: TrainState) -> dict[str, Any] | None:

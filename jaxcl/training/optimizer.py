@@ -21,7 +21,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def make_schedule(config: ConfigDict, epochs: int) -> Callable[[jax.Array], jax.Array]:
-    """Learning rate as a function of the epoch within a task (float, 0 at its first step)."""
+    """Learning rate as a function of the epoch within a task (float, 0 at its first step): every task begins it anew."""
     peak = config.learning_rate
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, max(epochs - config.warmup_epochs, 1e-6))
@@ -36,5 +36,5 @@ def make_schedule(config: ConfigDict, epochs: int) -> Callable[[jax.Array], jax.
         after = optax.constant_schedule(peak)
     if not config.warmup_epochs:
         return after
-    warmup = optax.linear_schedule(0.0, peak, config.warmup_epochs)
+    warmup = optax.linear_schedule(config.warmup_from * peak, peak, config.warmup_epochs)
     return optax.join_schedules([warmup, after], [config.warmup_epochs])

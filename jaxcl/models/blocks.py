@@ -1,0 +1,72 @@
+"""Layers that several families of convolutional networks share. Padding is PyTorch's: symmetric, also where it strides."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def identity(x: jax.Array) -> jax.Array:
+    return x
+
+
+def divisible(channels: float, by: int) -> int:
+    """The multiple of `by` nearest to `channels`, at least `by` and not below 90 % of `channels` (MobileNet's rule)."""
+    rounded = max(by, int(channels + by / 2) // by * by)
+    return rounded + by if rounded < 0.9 * channels else rounded
+
+
+class ConvNorm(nn.Module):
+    """A convolution without bias, a norm, an activation.
+
+    Attributes:
+      channels: of the output; with `depthwise` those of the input, each convolved alone.
+      kernel, stride: of the square window.
+      norm: makes the norm layer, as `partial(MaskedBatchNorm, ...)`.
+      dtype: of the computation.
+    """
+
+    channels: int
+    kernel: int
+    norm: Callable[..., nn.Module]
+    stride: int = 1
+    depthwise: bool = False
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None) -> jax.Array:
+        """x [B, H, W, C], mask [B] -> [B, H / stride, W / stride, channels], sides rounded up."""
+        x = nn.Conv(
+            self.channels,
+            (self.kernel, self.kernel),
+            self.stride,
+            padding=self.kernel // 2,
+            feature_group_count=self.channels if self.depthwise else 1,
+            use_bias=False,
+            kernel_init=he_fan_out,
+            dtype=self.dtype,
+        )(x)
+        return self.activation(self.norm()(x, train=train, mask=mask))
+
+
+class SqueezeExcite(nn.Module):
+    """Scales each channel by a gate computed from the means of all channels. Hu et al. 2018.
+
+    Attributes:
+      squeezed: units of the hidden layer.
+      dtype: of the computation.
+    """
+
+    squeezed: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, H, W, C] -> the same shape."""
+        means = x.astype(jnp.float32).mean((1, 2), keepdims=True)
+        hidden = nn.relu(nn.Dense(self.squeezed, dtype=self.dtype)(means))
+        return x * nn.hard_sigmoid(nn.Dense(x.shape[-1], dtype=self.dtype)(hidden))
