@@ -71,8 +71,8 @@ def make_train_step(
 
     def make_parts(state: TrainState, batch: Batch, key: jax.Array, context: Context) -> tuple[Part, ...]:
         """The new rows, then those of each draw, augmented."""
-        parts = [Part(batch["image"], batch["label"], batch["valid"])]
-        parts += [Part(d.record["image"], d.label, d.valid, d.record) for d in state.staged]
+        parts = [Part(batch["image"], batch["label"], batch["valid"], batch["id"])]
+        parts += [Part(d.record["image"], d.label, d.valid, d.id, d.record) for d in state.staged]
         sizes = [len(part.label) for part in parts]
         images = augment(key, _positions(sizes), jnp.concatenate([part.image for part in parts]))
         split = jnp.split(images, np.cumsum(sizes)[:-1])
@@ -126,7 +126,12 @@ def make_train_step(
             metrics |= {"loss": found.loss, **_scores(found.parts)}
         if buffer is not None and state.buffer is not None:
             record = strategy.record(batch["image"], outputs)
-            offered = batch["valid"] & ((state.task_step < state.steps_per_epoch) | (buffer.repeats != "first_epoch"))
+            streams = strategy.exemplars is None  # else rows enter at the task's end
+            offered = (
+                batch["valid"]
+                & streams
+                & ((state.task_step < state.steps_per_epoch) | (buffer.repeats != "first_epoch"))
+            )
             candidates = Rows(record, batch["label"], batch["id"], offered)
             stored, staged, handover = buffer.local.turn(state.buffer, candidates, insert_key, draw_keys, state.step)
             update |= {"buffer": stored, "staged": staged}
