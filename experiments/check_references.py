@@ -2,6 +2,8 @@
 
     python -m experiments.check_references --protocol=split_mnist_mammoth --workdir=DIR [--data_dir=TFDS_DIR]
         [--source=npz:FILE] [--rows=er-200,der-200] [--seeds=5]
+    python -m experiments.check_references --protocol=split_cifar10_small --source=npz:FILE --mammoth=CHECKOUT
+        [--peer_python=PEERS_ENV/bin/python]      # the reference's side, by experiments/peers/mammoth_accuracy.py
     python -m experiments.check_references        # only writes docs/benchmarks.md anew, from the JSON files
 
 The rows of a protocol are those of configs/PROTOCOL.py; what the reference reached stands in
@@ -10,14 +12,18 @@ experiments/results/PROTOCOL.reference.json. Each run has its own folder, DIR/RO
 
 import importlib
 import json
+import os
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from experiments import main as common
-from jaxcl import metrics
+from jaxcl import data, metrics
 from jaxcl.errors import UserError
 from jaxcl.training.loop import train_and_evaluate
 
@@ -29,6 +35,8 @@ SOURCE = flags.DEFINE_string("source", None, "config.data.source, where the prot
 DATA_DIR = flags.DEFINE_string("data_dir", None, "config.data.data_dir")
 ROWS = flags.DEFINE_list("rows", [], "rows to run; all of them if not given")
 SEEDS = flags.DEFINE_integer("seeds", 5, "runs of each row, with seeds from 0")
+MAMMOTH = flags.DEFINE_string("mammoth", None, "a checkout of Mammoth: runs the reference's side instead of ours")
+PEER_PYTHON = flags.DEFINE_string("peer_python", sys.executable, "interpreter that has PyTorch, with --mammoth")
 
 
 def main() -> None:
@@ -37,7 +45,10 @@ def main() -> None:
             raise UserError(f"--protocol: there is no configs/{PROTOCOL.value}.py")
         if SEEDS.value < 2:
             raise UserError(f"--seeds: {SEEDS.value} is not allowed, a deviation needs at least 2")
-        check(PROTOCOL.value, pathlib.Path(common.required(common.WORKDIR)))
+        if MAMMOTH.value is None:
+            check(PROTOCOL.value, pathlib.Path(common.required(common.WORKDIR)))
+        else:
+            run_reference(PROTOCOL.value, MAMMOTH.value)
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(RESULTS))
     print(PAGE.relative_to(ROOT))
@@ -49,10 +60,8 @@ def check(protocol: str, workdir: pathlib.Path) -> None:
     for row in ROWS.value or module.ROWS:
         runs = []
         for seed in range(SEEDS.value):
-            config = module.get_config(row)
+            config = config_of(module, row)
             config.seed = config.data.scenario_seed = seed
-            config.data.source = SOURCE.value or config.data.source
-            config.data.data_dir = DATA_DIR.value
             runs.append(train_and_evaluate(config, workdir / row / f"seed_{seed}", progress=False))
         found = summary(runs)
         print(f"{row}: {figure(found)}", flush=True)
@@ -63,14 +72,64 @@ def check(protocol: str, workdir: pathlib.Path) -> None:
         path.write_text(json.dumps({name: rows[name] for name in module.ROWS if name in rows}, indent=1) + "\n")
 
 
-def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is kept of the runs of one row: final accuracy of each seed in percent, their mean and sample deviation."""
-    accuracy = [100 * run["average_accuracy"] for run in runs]
-    mean, deviation = metrics.mean_and_deviation(accuracy)
+def config_of(module: Any, row: str) -> ConfigDict:
+    config = module.get_config(row)
+    config.data.source = SOURCE.value or config.data.source
+    config.data.data_dir = DATA_DIR.value
+    return config
+
+
+def run_reference(protocol: str, checkout: str) -> None:
+    """Runs Mammoth on the rows asked for and puts them into the reference's JSON file."""
+    module = importlib.import_module(f"configs.{protocol}")
+    path = RESULTS / f"{protocol}.reference.json"
+    for row in ROWS.value or module.ROWS:
+        asked = {**mammoth_protocol(config_of(module, row)), "path": checkout, "seeds": list(range(SEEDS.value))}
+        command = [PEER_PYTHON.value, "-m", "experiments.peers.mammoth_accuracy"]
+        done = subprocess.run(command, cwd=ROOT, input=json.dumps(asked), stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise UserError(f"--mammoth: the run of {row} ended with status {done.returncode}")
+        runs = [json.loads(line) for line in done.stdout.splitlines()]
+        found = accuracies([100 * run["accuracy"] for run in runs]) | {"version": runs[0]["version"]}
+        print(f"{row}: {figure(found)}", flush=True)
+        reference = json.loads(path.read_text())
+        reference["rows"][row] = found
+        path.write_text(json.dumps(reference, indent=1, ensure_ascii=False) + "\n")
+
+
+def mammoth_protocol(config: ConfigDict) -> dict[str, Any]:
+    """A row's config in the words of `experiments/peers/mammoth_accuracy.py`."""
+    kind, _, file = config.data.source.partition(":")
+    if kind != "npz":
+        raise UserError(f"--source: {config.data.source} is not allowed with --mammoth, give npz:FILE")
+    train, test = data.open_source(config.data.source)
+    scenario, _, _ = data.make_scenario(train, test, config.data.scenario, config.data.tasks)
     return {
-        "accuracy": [round(a, 3) for a in accuracy],
-        "mean": round(mean, 3),
-        "std": round(deviation, 3),
+        "data": os.path.abspath(file),
+        "strategy": config.strategy,
+        "options": dict(config.strategies.get(config.strategy, {})),
+        "capacity": config.buffer.capacity,
+        "replayed": config.buffer.representatives,
+        "batch_size": config.batch_size,
+        "epochs": config.epochs,
+        "learning_rate": config.optimizer.learning_rate,
+        "momentum": config.optimizer.momentum,
+        "model": {"name": config.model.name, **config.model.options},
+        "mean": config.data.mean,
+        "std": config.data.std,
+        "tasks": [list(task.classes) for task in scenario.tasks],
+    }
+
+
+def accuracies(accuracy: list[float]) -> dict[str, Any]:
+    """Final accuracy of each seed in percent, their mean and sample deviation."""
+    mean, deviation = metrics.mean_and_deviation(accuracy)
+    return {"accuracy": [round(a, 3) for a in accuracy], "mean": round(mean, 3), "std": round(deviation, 3)}
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is kept of the runs of one row."""
+    return accuracies([100 * run["average_accuracy"] for run in runs]) | {
         "seconds": round(float(np.median([run["seconds"] for run in runs])), 1),
         "devices": runs[0]["devices"],
         "versions": runs[0]["versions"],
@@ -103,14 +162,14 @@ def page(folder: pathlib.Path) -> str:
 
 
 def table(reference: dict[str, Any], ours: dict[str, Any], seeds: int) -> str:
-    lines = [f"| row | reference ({seeds} seeds) | ours | seeds | holds | s a run |", "|---|---|---|---|---|---|"]
+    lines = ["| row | reference | seeds | ours | seeds | holds | s a run |", "|---|---|---|---|---|---|---|"]
     for name, theirs in reference.items():
-        row = ours.get(name)
+        row, count = ours.get(name), len(theirs.get("accuracy", ())) or seeds
         if row is None:
-            lines.append(f"| {name} | {figure(theirs)} | not run | | | |")
+            lines.append(f"| {name} | {figure(theirs)} | {count} | not run | | | |")
             continue
         holds = "yes" if row["mean"] >= theirs["mean"] - theirs["std"] else "**no**"
-        cells = (name, figure(theirs), figure(row), len(row["accuracy"]), holds, row["seconds"])
+        cells = (name, figure(theirs), count, figure(row), len(row["accuracy"]), holds, row["seconds"])
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

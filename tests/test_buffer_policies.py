@@ -300,6 +300,32 @@ def test_rows_are_ranked_towards_the_mean_of_all_devices(selection, devices):
                 assert ranked.tolist() == mine[expected_order(selection, features[mine], mean, quota)].tolist()
 
 
+@pytest.mark.parametrize("devices", [1, 4])
+def test_devices_that_herd_together_choose_as_one_would(devices):
+    """48 rows of 3 of 4 classes, some invalid, one class short of rows and rows that are equal: the oracle's order over all."""
+    n, quota, rng = 48, 9, np.random.default_rng(6)
+    features = np.tile(rng.normal(size=(n // 2, 5)).astype(np.float32), (2, 1))  # every row has its equal
+    label, valid = np.tile(rng.choice(3, n // 2, p=[0.6, 0.3, 0.1]).astype(np.int32), 2), rng.random(n) < 0.9
+    means = rng.normal(size=(K, 5)).astype(np.float32)
+    order = rng.permutation(n).astype(np.int32)
+
+    def herd(means, *rows):
+        return herding.herd(means, *rows, quota, AXIS)
+
+    split, whole = jax.sharding.PartitionSpec(AXIS), jax.sharding.PartitionSpec()
+    mesh = mesh_lib.make_mesh(jax.devices()[:devices])
+    herd = jax.shard_map(herd, mesh=mesh, in_specs=(whole, *[split] * 4), out_specs=split, check_vma=False)
+    ranks = np.asarray(jax.jit(herd)(means, features, label, valid, order))
+    for k in range(3):
+        mine = np.flatnonzero((label == k) & valid)
+        mine = mine[np.argsort(order[mine])]
+        ranked = mine[np.argsort(ranks[mine], kind="stable")]
+        chosen = min(quota, len(mine))
+        assert ranked[:chosen].tolist() == mine[greedy(features[mine], means[k], chosen)].tolist()
+        assert (ranks[ranked[chosen:]] == herding.UNRANKED).all()
+    assert (ranks[~valid] == herding.UNRANKED).all()
+
+
 def test_random_ranks_are_uniform():
     label, valid = jnp.array([0, 1, 0, 0, 1, 0, 0]), jnp.arange(7) != 3
 

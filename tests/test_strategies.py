@@ -8,16 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import optimize
 
+from jaxcl import mesh as mesh_lib
+from jaxcl.buffer import Rows
 from jaxcl.data import make_normalize
 from jaxcl.errors import UserError
 from jaxcl.strategies import STRATEGIES, Strategy, default_options, make_strategy
 from jaxcl.strategies.agem import project
+from jaxcl.strategies.bic import PULL, is_held_out
 from jaxcl.strategies.wa import align
 from jaxcl.training.end_task import make_end_task
 from tests.rig import CLASSES, DRAWN, RATE, SHAPE, K, Rig, close, make_batch, make_draw
 
 OLD, SEEN = np.arange(K) < 2, np.arange(K) < 4  # in task 1 of three
+THETA = (0.8, -0.4)  # bic's correction of class 1, as if an earlier task had brought that class alone
 STEPPED = sorted(set(STRATEGIES) - {"from_scratch", "joint"})  # these two differ in their rows alone
 
 
@@ -29,6 +34,7 @@ OPTIONS = {
     "lwf": {"alpha": 0.7, "temperature": 3.0},
     "feature_distillation": {"strength": 0.7},
     "mir": {"replayed": 3},
+    "bic": {"temperature": 3.0, "held_out": 0.3},
 }
 
 
@@ -56,6 +62,8 @@ def own_state(name: str, rig: Rig):
         return params, batch_stats
     if name == "icarl":
         return {**rig.strategy.init(params, batch_stats), "model": (params, batch_stats)}
+    if name == "bic":
+        return {"model": (params, batch_stats), "theta": np.float32(THETA), "new": OLD & (np.arange(K) > 0)}
     return {}
 
 
@@ -136,18 +144,28 @@ def icarl(new, replay, ask, params, old):
     return jnp.concatenate(losses).mean()
 
 
-FORMULAS = (er_ace, der, der_pp, l2, ewc, lwf, feature_distillation, icarl)
+def bic(new, replay, ask, params, old):
+    losses = []
+    for part in (new, replay):
+        learned = ~np.asarray(is_held_out(part.id, 0.3))
+        logits, teacher = ask(params, part)[learned], ask(old, part)[learned, :2]
+        p = jax.nn.softmax(jnp.stack([teacher[:, 0], THETA[0] * teacher[:, 1] + THETA[1]], axis=1) / 3.0)
+        kept = (p * jnp.log(p / jax.nn.softmax(logits[:, :2] / 3.0))).sum(1)
+        losses.append(0.5 * entropy(logits, part.label[learned]) + 0.5 * kept)  # 2 old classes of 4
+    return jnp.concatenate(losses).mean()
+
+
+FORMULAS = (er_ace, der, der_pp, l2, ewc, lwf, feature_distillation, icarl, bic)
 
 
 def only_valid(rows):
     """The valid rows, as something with the attributes of a Drawn."""
     if isinstance(rows, dict):
         rows = dataclasses.replace(
-            make_draw(0), record={"image": rows["image"]}, label=rows["label"], valid=rows["valid"]
+            make_draw(0), record={"image": rows["image"]}, label=rows["label"], id=rows["id"], valid=rows["valid"]
         )
-    return dataclasses.replace(
-        rows, **jax.tree.map(lambda x: x[rows.valid], {"record": rows.record, "label": rows.label})
-    )
+    parts = {"record": rows.record, "label": rows.label, "id": rows.id}
+    return dataclasses.replace(rows, **jax.tree.map(lambda x: x[rows.valid], parts))
 
 
 @pytest.mark.parametrize("formula", FORMULAS, ids=lambda f: f.__name__)
@@ -259,7 +277,14 @@ def test_the_logits_stored_are_those_of_the_step_that_saw_the_row(name, mesh_of)
 
 
 def end_of_task(rig: Rig, state, batches=()):
-    return make_end_task(rig.mesh, rig.model, rig.strategy, make_normalize(SHAPE), CLASSES)(state, batches)
+    return make_end_task(rig.mesh, rig.model, rig.strategy, make_normalize(SHAPE), CLASSES)(state, lambda: batches)
+
+
+def remember(rig: Rig, state, batch):
+    """The state with the batch's valid rows in the buffer, which has room for them all."""
+    rows = Rows({"image": batch["image"]}, batch["label"], batch["id"], batch["valid"])
+    buffer = jax.jit(rig.buffer.insert)(state.buffer, mesh_lib.shard_rows(rig.mesh, rows), jax.random.key(0))
+    return dataclasses.replace(state, buffer=buffer)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -311,7 +336,7 @@ def test_ewc_over_two_tasks(online, mesh_of):
 def test_icarl_classifies_by_the_nearest_mean_of_what_is_stored(devices, mesh_of):
     rig = Rig(mesh_of(devices), make_strategy("icarl"))
     batch = make_batch(0, (0, 1, 3))
-    state, _ = rig.step(rig.state(), rig.rows(batch))
+    state = remember(rig, rig.state(), batch)
     ended = end_of_task(rig, state)
     own = jax.device_get(ended.strategy_state)
     valid = batch["valid"]  # the buffer has room for all of them
@@ -325,6 +350,44 @@ def test_icarl_classifies_by_the_nearest_mean_of_what_is_stored(devices, mesh_of
     for row, q in zip(np.asarray(scores), unit, strict=True):
         nearest = min(means, key=lambda k: np.linalg.norm(q - means[k] / np.linalg.norm(means[k])))
         assert row.argmax() == nearest
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_bic_finds_the_best_correction_of_the_held_out_rows(devices, mesh_of):
+    """Against SciPy's minimum of the balanced CE over the held-out rows, in task 1; without old classes, none."""
+    rig = Rig(mesh_of(devices), make_strategy("bic", {"held_out": 0.6}))
+    normalize, batch = make_normalize(SHAPE), make_batch(2, (0, 1, 2, 3), n=32)
+    params = jax.tree.map(lambda w: 3 * w, jax.device_get(rig.new_weights(jax.random.key(5))[0]))
+    state = rig.state(params=params, task=np.int32(1), strategy_state=own_state("bic", rig))
+    state = remember(rig, state, batch)
+    ended = end_of_task(rig, state).strategy_state
+    rows = only_valid(batch)
+    counted = np.asarray(is_held_out(rows.id, 0.6))
+    label = rows.label[counted]
+    assert len(set(label)) > 2 and 0 < counted.sum() < len(counted)
+    logits = np.asarray(rig.model.apply(params, {}, normalize(rows.record["image"]), train=False)[0]["logits"])[counted]
+
+    def loss(theta):
+        corrected = np.where(SEEN & ~OLD, theta[0] * logits + theta[1], logits)[:, :4].astype(np.float64)
+        each = np.log(np.exp(corrected).sum(1)) - corrected[np.arange(len(label)), label]
+        balanced = np.mean([each[label == k].mean() for k in set(label)])
+        return balanced + PULL / 2 * np.sum((theta - [1, 0]) ** 2)
+
+    best = optimize.minimize(loss, [1.0, 0.0], tol=1e-10)
+    np.testing.assert_allclose(ended["theta"], best.x, atol=2e-3)
+    assert ended["new"].tolist() == (SEEN & ~OLD).tolist()
+    first = end_of_task(rig, dataclasses.replace(state, task=rig.state(task=np.int32(0)).task)).strategy_state
+    assert first["theta"].tolist() == [1, 0]
+    outputs = {"logits": jnp.ones((1, K))}
+    np.testing.assert_allclose(
+        rig.strategy.scores(outputs, ended)[0], np.where(SEEN & ~OLD, best.x.sum(), 1), atol=4e-3
+    )
+
+
+def test_bic_holds_out_the_share_asked_for_of_any_run_of_ids():
+    for begin in (0, 12345, 10**9):
+        held = np.asarray(is_held_out(jnp.arange(begin, begin + 1000), 0.1))
+        assert abs(held.sum() - 100) <= 2
 
 
 def test_wa_gives_new_classes_the_norm_of_the_old():
@@ -374,6 +437,7 @@ def test_mistakes():
         ("der", {"beta": 1.0}, "strategies.der.beta: no such option; choose one of alpha"),
         ("er", {"alpha": 1.0}, "strategies.er.alpha: no such option; it has none"),
         ("mir", {"replayed": 0}, "strategies.mir.replayed: 0 is not allowed, give a positive number"),
+        ("bic", {"held_out": 1.0}, "strategies.bic.held_out: 1.0 is not allowed, give a share between 0 and 1"),
         ("gdumb", {"epochs": 0}, "strategies.gdumb.epochs: 0 is not allowed, give a positive number"),
     ):
         with pytest.raises(UserError) as info:

@@ -4,9 +4,10 @@
     state = buffer.local.insert(state, in_rank_order(rows, rank, count), key)      # policy = "herding"
 
 Every device ranks the rows it was given, towards class means over the rows of all devices, and keeps its share of the
-quota; with one device this is iCaRL (Rebuffi et al., iCaRL: Incremental Classifier and Representation Learning, CVPR 2017,
-algorithm 4). The policy `herding` keeps rows in the order in which they come and shrinks classes from the end, so the best
-of each class survive (algorithm 5). Features are used as they are: normalise them first, as iCaRL does.
+quota; with one device, or with `herd` over a mesh axis on any number of them, this is iCaRL (Rebuffi et al., iCaRL:
+Incremental Classifier and Representation Learning, CVPR 2017, algorithm 4). The policy `herding` keeps rows in the order in
+which they come and shrinks classes from the end, so the best of each class survive (algorithm 5). Features are used as they
+are: normalise them first, as iCaRL does.
 """
 
 import jax
@@ -78,7 +79,7 @@ def rank_rows(
         return _rank_by(jax.random.bits(key, label.shape, jnp.uint32), label, valid, quota)
     means = class_means(features, label, valid, num_classes, axis)
     if selection == "icarl":
-        return _herd(means, features, label, valid, quota)
+        return herd(means, features, label, valid, jnp.arange(len(label), dtype=jnp.int32), quota)
     distance = jnp.sum((features - means[label]) ** 2, axis=1)
     return _rank_by(distance if selection == "closest" else -distance, label, valid, quota)
 
@@ -92,24 +93,47 @@ def _rank_by(score: jax.Array, label: jax.Array, valid: jax.Array, quota: jax.Ar
     return jnp.zeros_like(position).at[row].set(rank, unique_indices=True)
 
 
-def _herd(
-    means: jax.Array, features: jax.Array, label: jax.Array, valid: jax.Array, quota: jax.Array | int
+def herd(
+    means: jax.Array,
+    features: jax.Array,
+    label: jax.Array,
+    valid: jax.Array,
+    order: jax.Array,
+    quota: jax.Array | int,
+    axis: str | None = None,
 ) -> jax.Array:
-    """Algorithm 4 for all classes at once: in round k each class chooses its row number k."""
-    n, num_classes = label.shape[0], means.shape[0]
-    position = jnp.arange(n, dtype=jnp.int32)
+    """iCaRL's algorithm 4 for all classes at once, over the rows of all devices: in round k each class chooses its row k.
+
+    The choice is that of one device that holds all rows, wherever they lie: a round costs one pass over this device's rows
+    and collectives of K scores and K rows of features.
+
+    Args:
+      means: float32 `[K, D]`, towards which the mean of the chosen rows is brought, see `class_means`.
+      features: float32 `[n, D]`; label: int32 `[n]`; valid: bool `[n]`.
+      order: int32 `[n]`, different for all rows of all devices; of equally good rows the least is chosen.
+      quota: rows wanted of each class.
+      axis: mesh axis along which devices choose together; None: this device alone.
+
+    Returns:
+      int32 `[n]`: 0 for the best row of its class; `UNRANKED` from the quota on and for invalid rows.
+    """
+    num_classes = means.shape[0]
+
+    def least(values: jax.Array) -> jax.Array:
+        """The least of each class, `[K]`."""
+        found = jax.ops.segment_min(values, label, num_classes)
+        return found if axis is None else lax.pmin(found, axis)
 
     def choose(k, carry):
         rank, total = carry
         mean = (total[label] + features) / (k + 1)
         distance = jnp.where(valid & (rank == UNRANKED), jnp.sum((means[label] - mean) ** 2, axis=1), jnp.inf)
-        least = jax.ops.segment_min(distance, label, num_classes)
-        best = jnp.where((distance == least[label]) & (distance < jnp.inf), position, n)
-        best = jax.ops.segment_min(best, label, num_classes)  # n, or more, in a class without a row left
-        rank = rank.at[best].set(k, mode="drop")
-        return rank, total + jnp.where((best < n)[:, None], features.at[best].get(mode="clip"), 0.0)
+        nearest = (distance == least(distance)[label]) & (distance < jnp.inf)
+        chosen = nearest & (order == least(jnp.where(nearest, order, UNRANKED))[label])
+        added = jax.ops.segment_sum(jnp.where(chosen[:, None], features, 0.0), label, num_classes)
+        return jnp.where(chosen, k, rank), total + (added if axis is None else lax.psum(added, axis))
 
-    start = jnp.full((n,), UNRANKED, jnp.int32), jnp.zeros_like(means)
+    start = jnp.full(label.shape, UNRANKED, jnp.int32), jnp.zeros_like(means)
     return lax.fori_loop(0, quota, choose, start)[0]
 
 

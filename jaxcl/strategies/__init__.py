@@ -11,6 +11,7 @@ from typing import Any
 from jaxcl.errors import UserError
 from jaxcl.strategies.agem import agem
 from jaxcl.strategies.base import Context, Descent, End, Part, Share, Strategy
+from jaxcl.strategies.bic import bic
 from jaxcl.strategies.der import der
 from jaxcl.strategies.der_pp import der_pp
 from jaxcl.strategies.er import er
@@ -53,6 +54,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
         mir,
         gdumb,
         icarl,
+        bic,
         wa,
         lwf,
         ewc,

@@ -32,6 +32,7 @@ class Part:
       image: float32 `[b, H, W, C]`, augmented and normalised.
       label: int32 `[b]`.
       valid: bool `[b]`; a row that is not valid holds anything and weighs nothing.
+      id: int32 `[b]`, each row's number in the data set, by which a row is known again; of invalid rows anything.
       record: what the buffer stored of each row, leaves `[b, ...]`; None for new rows.
       allowed: bool `[b, K]`, the classes that take part in each row's classification; None for all.
       outputs: of the model: {"logits": float32 `[b, K]`, "features": float32 `[b, D]`}; {} before the forward pass.
@@ -40,6 +41,7 @@ class Part:
     image: jax.Array
     label: jax.Array
     valid: jax.Array
+    id: jax.Array
     record: PyTree = None
     allowed: jax.Array | None = None
     outputs: Outputs = dataclasses.field(default_factory=dict)
@@ -199,6 +201,8 @@ class Strategy(NamedTuple):
       rows: `(scenario, task) -> int64 [n]`, the rows of the train source a task trains on; none: nothing is trained.
       fresh: each task starts from newly initialised weights and optimiser.
       draws: independent draws from the rehearsal buffer a step replays; 0 for strategies without a buffer.
+      exemplars: `(outputs) -> float32 [b, D]`: the memory is filled at a task's end with the rows that herding chooses by
+        these features from all rows of the task, and `buffer.policy` is then "herding". None: rows enter as they arrive.
       record: `(image uint8 [b, H, W, C], outputs) -> pytree`, what the buffer stores of new rows, leaves `[b, ...]`,
         "image" among them. `outputs` are the model's in this step if it `stores_outputs`, else {}.
       stores_outputs: whether `record` reads `outputs`; an insert then has to wait for the forward pass.
@@ -209,6 +213,8 @@ class Strategy(NamedTuple):
         batch on this device, the sum over its valid rows. `part.outputs` is empty, its images are not augmented.
       visits: whether that pass runs over the rows of the "task" or over those in the "buffer".
       end_task: `(End) -> (params, state)`, after a task.
+      rounds: how often `visit` and `end_task` take turns after a task, each turn from what the last one left: iterations of
+        a fit over all devices' rows.
       scores: `(outputs, state) -> [b, K]`, by which evaluation ranks the classes.
       rehearse: passes over the buffer which, at the end of a task, train newly initialised weights on it alone; the task
         itself then only fills the buffer. 0 for all that learn as they go.
@@ -217,6 +223,7 @@ class Strategy(NamedTuple):
     rows: Callable[[Scenario, int], np.ndarray] = task_rows
     fresh: bool = False
     draws: int = 0
+    exemplars: Callable[[Outputs], jax.Array] | None = None
     record: Callable[[jax.Array, Outputs], PyTree] = image_only
     stores_outputs: bool = False
     loss: Loss = pooled
@@ -225,5 +232,6 @@ class Strategy(NamedTuple):
     visit: Callable[[PyTree, PyTree, Part, Context], PyTree] | None = None
     visits: str = "task"
     end_task: Callable[[End], tuple[PyTree, PyTree]] | None = None
+    rounds: int = 1
     scores: Callable[[Outputs, PyTree], jax.Array] = lambda outputs, state: outputs["logits"]
     rehearse: int = 0

@@ -5,8 +5,10 @@ binary cross-entropy, summed over the classes seen, of sigmoid(logits) with thei
 sigmoid(old model's logits) for old ones (section 2.3, algorithm 3). At a task's end the features of the buffer's rows,
 scaled to length 1, are averaged class by class; evaluation ranks classes by the distance to these means (algorithm 1).
 
-Here the memory is filled as rows arrive, by `buffer.policy`, so it holds rows of the present task too; the paper picks
-them at the task's end, by herding.
+The memory changes at a task's end only: of all rows of the task herding takes those whose mean features come nearest to
+the mean of their class, and the old classes give up their last (algorithms 4 and 5). While a task lasts the memory thus
+holds earlier tasks alone. A class that comes again in a later task keeps its exemplars. The paper trains on the union of
+data and memory; here a draw of the memory joins every batch.
 """
 
 from collections.abc import Sequence
@@ -48,7 +50,19 @@ def icarl() -> Strategy:
         """Of unit vectors, the nearest is the one of the largest inner product."""
         return jnp.where(state["known"], unit(outputs["features"]) @ state["mean"].T, -2.0)
 
-    return Strategy(draws=1, loss=loss, init=init, visit=visit, visits="buffer", end_task=end_task, scores=scores)
+    def exemplars(outputs: Outputs) -> jax.Array:
+        return unit(outputs["features"])
+
+    return Strategy(
+        draws=1,
+        exemplars=exemplars,
+        loss=loss,
+        init=init,
+        visit=visit,
+        visits="buffer",
+        end_task=end_task,
+        scores=scores,
+    )
 
 
 def unit(vectors: jax.Array) -> jax.Array:

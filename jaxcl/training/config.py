@@ -64,7 +64,7 @@ def default_config() -> ConfigDict:
             "buffer": {
                 "capacity": 200,  # rows in the union of all devices' shards
                 "share": config_dict.placeholder(float),  # of all tasks' training rows: gives the capacity instead
-                "policy": "class_random",
+                "policy": "class_random",  # of rows that enter as they arrive; icarl, which herds, has "herding"
                 "representatives": 64,  # rows drawn a step
                 "candidates": 16,  # of a batch: expected rows stored once a class is full (class_random)
                 "memory": "sharded",  # sharded | replicated | independent

@@ -18,6 +18,7 @@ from jaxcl.strategies import End, Part, Strategy
 from jaxcl.training.state import PyTree, TrainState
 from jaxcl.training.step import make_context
 
+Batches = Callable[[], Iterable[dict[str, np.ndarray]]]
 CHUNK = 256  # rows of the buffer that a device visits at once
 
 
@@ -27,23 +28,24 @@ def make_end_task(
     strategy: Strategy,
     normalize: Callable[[jax.Array], jax.Array],
     classes: np.ndarray,
-) -> Callable[[TrainState, Iterable[dict[str, np.ndarray]]], TrainState]:
+) -> Callable[[TrainState, Batches], TrainState]:
     """`end_task(state, batches) -> state`, what the strategy makes of weights and its own state at a task's end.
 
-    `batches` are this process's rows of the task, each row once, not augmented; they are read only if the strategy
+    `batches()` are this process's rows of the task, each row once, not augmented; they are read only if the strategy
     visits the task's rows. The state passed in is used up.
     """
     if strategy.end_task is None:
         return lambda state, batches: state
     visit, end_task = strategy.visit, strategy.end_task
 
-    def visit_part(weights: PyTree, image: jax.Array, label: jax.Array, valid: jax.Array) -> PyTree:
+    def visit_part(weights: PyTree, rows: dict[str, jax.Array]) -> PyTree:
         assert visit is not None
         params, batch_stats, own, task = weights
-        return visit(params, batch_stats, Part(normalize(image), label, valid), make_context(model, own, task, classes))
+        part = Part(normalize(rows["image"]), rows["label"], rows["valid"], rows["id"])
+        return visit(params, batch_stats, part, make_context(model, own, task, classes))
 
     def visit_batch(weights: PyTree, total: PyTree, batch: dict[str, jax.Array]) -> PyTree:
-        return _add(total, lax.psum(visit_part(weights, batch["image"], batch["label"], batch["valid"]), AXIS))
+        return _add(total, lax.psum(visit_part(weights, batch), AXIS))
 
     def visit_shard(weights: PyTree, total: PyTree, shard: Shard) -> PyTree:
         slots = len(shard.id)
@@ -51,8 +53,9 @@ def make_end_task(
 
         def chunk(i, sums):
             slot = i * size + jnp.arange(size)
-            image, label, ident = (x.at[slot].get(mode="clip") for x in (shard.record["image"], shard.label, shard.id))
-            return _add(sums, visit_part(weights, image, label, (slot < slots) & (ident >= 0)))
+            stored = {"image": shard.record["image"], "label": shard.label, "id": shard.id}
+            rows = {name: x.at[slot].get(mode="clip") for name, x in stored.items()}
+            return _add(sums, visit_part(weights, rows | {"valid": (slot < slots) & (rows["id"] >= 0)}))
 
         sums = lax.fori_loop(0, -(-slots // size), chunk, jax.tree.map(jnp.zeros_like, total))
         return _add(total, lax.psum(sums, AXIS))
@@ -74,26 +77,31 @@ def make_end_task(
     visit_task, visit_buffer = over_mesh(visit_batch), over_mesh(visit_shard)
 
     def zeros(weights: PyTree, batch: dict[str, Any]) -> PyTree:
-        shapes = jax.eval_shape(visit_part, weights, batch["image"], batch["label"], batch["valid"])
+        shapes = jax.eval_shape(visit_part, weights, batch)
         return mesh_lib.replicate(mesh, jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes))
 
-    def run(state: TrainState, batches: Iterable[dict[str, np.ndarray]]) -> TrainState:
+    def turn(state: TrainState, batches: Batches) -> TrainState:
         weights = (state.params, state.batch_stats, state.strategy_state, state.task)
         visited = None
         if visit is not None and strategy.visits == "buffer":
             assert state.buffer is not None, "the strategy visits the buffer and has none"
             image = state.buffer.record["image"]
-            rows = {"image": (image.shape[1:], image.dtype), "label": ((), np.int32), "valid": ((), bool)}
-            spec = {name: jax.ShapeDtypeStruct((1, *shape), dtype) for name, (shape, dtype) in rows.items()}
+            rows = {"image": image.dtype, "label": np.int32, "id": np.int32, "valid": bool}
+            shapes = {"image": image.shape[1:]}
+            spec = {name: jax.ShapeDtypeStruct((1, *shapes.get(name, ())), dtype) for name, dtype in rows.items()}
             visited = visit_buffer(weights, zeros(weights, spec), state.buffer)
         elif visit is not None:
-            for batch in batches:
-                inputs = {name: batch[name] for name in ("image", "label", "valid")}
+            for batch in batches():
                 if visited is None:
-                    visited = zeros(weights, inputs)
-                visited = visit_task(weights, visited, mesh_lib.shard_rows(mesh, inputs))
+                    visited = zeros(weights, batch)
+                visited = visit_task(weights, visited, mesh_lib.shard_rows(mesh, batch))
         params, own = finish(weights, visited)
         return dataclasses.replace(state, params=params, strategy_state=own)
+
+    def run(state: TrainState, batches: Batches) -> TrainState:
+        for _ in range(strategy.rounds):
+            state = turn(state, batches)
+        return state
 
     return run
 

@@ -1,6 +1,7 @@
 """The loop around the compiled step: tasks, batches, evaluation, logs, checkpoints."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import pathlib
 import time
@@ -26,6 +27,7 @@ from jaxcl.training import workdir as workdir_lib
 from jaxcl.training.config import check_config
 from jaxcl.training.end_task import make_end_task
 from jaxcl.training.evaluate import make_evaluate
+from jaxcl.training.exemplars import make_store_exemplars
 from jaxcl.training.optimizer import make_optimizer, make_schedule
 from jaxcl.training.session import Progress, Session, diverged, open_session
 from jaxcl.training.state import TrainState, initial_state, make_weights
@@ -47,6 +49,7 @@ class Experiment:
     new_weights: Callable[[jax.Array], Any]
     train_step: Any  # jitted: see make_train_step
     rehearse_step: Any  # the step of strategy.rehearse, None without
+    store_exemplars: Callable | None  # of strategies that fill the memory at a task's end
     end_task: Callable
     evaluate: Callable
 
@@ -102,7 +105,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ex
             record,
             capacity=_capacity(config.buffer, scenario),
             representatives=config.buffer.representatives,
-            policy=config.buffer.policy,
+            policy=_policy(config, strategy),
             num_classes=train.num_classes,
             accept=config.buffer.candidates / config.batch_size,
             mesh=mesh,
@@ -134,6 +137,20 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ex
             learn=learn,
         )
 
+    store_exemplars = None
+    if buffer is not None and strategy.exemplars is not None:
+        store_exemplars = make_store_exemplars(
+            mesh,
+            model,
+            strategy,
+            buffer,
+            normalize,
+            train,
+            scenario.class_table,
+            batch_size=config.eval.batch_size,
+            sharded=config.buffer.memory == "sharded",
+        )
+
     return Experiment(
         mesh=mesh,
         strategy=strategy,
@@ -144,6 +161,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ex
         new_weights=make_weights(mesh, model, optimizer, train.image_shape),
         train_step=train_step(learn=not strategy.rehearse),
         rehearse_step=train_step(learn=True) if strategy.rehearse else None,
+        store_exemplars=store_exemplars,
         end_task=make_end_task(mesh, model, strategy, normalize, scenario.class_table),
         evaluate=make_evaluate(mesh, model, normalize, scenario, strategy.scores),
     )
@@ -246,9 +264,12 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
                 state = _train_task(run.mesh, step, state, loader, config.log_every, session, bar)
                 at.images += config.epochs * len(_rows(run, task.index))
                 with phases("end of task"):
-                    state = run.end_task(
-                        state, session.watched(_task_batches(config, run, task.index), "a batch at a task's end")
+                    task_batches = functools.partial(
+                        session.watched, _task_batches(config, run, task.index), "a batch at a task's end"
                     )
+                    if run.store_exemplars is not None:
+                        state = run.store_exemplars(state, task.index, task_batches())
+                    state = run.end_task(state, task_batches)
                     if run.rehearse_step is not None:
                         weights = run.new_weights(weights_key(task.index))
                         state = _rehearse(config, run, session, state, weights, task.index)
@@ -376,7 +397,7 @@ def _restore(config: ConfigDict, run: Experiment, session: Session, state: Train
         return state
     buffer = reshard(
         state.buffer,
-        policy=config.buffer.policy,
+        policy=_policy(config, run.strategy),
         capacity=_capacity(config.buffer, run.scenario),
         num_classes=run.train.num_classes,
         old=old,
@@ -384,6 +405,11 @@ def _restore(config: ConfigDict, run: Experiment, session: Session, state: Train
         memory=config.buffer.memory,
     )
     return dataclasses.replace(state, buffer=mesh_lib.split_rows(run.mesh, buffer))
+
+
+def _policy(config: ConfigDict, strategy: Strategy) -> str:
+    """Of the buffer: a strategy with exemplars stores them in rank order."""
+    return config.buffer.policy if strategy.exemplars is None else "herding"
 
 
 def _rows(run: Experiment, task: int) -> np.ndarray:

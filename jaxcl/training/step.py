@@ -77,8 +77,8 @@ def make_train_step(
 
     def make_parts(state: TrainState, batch: Batch, key: jax.Array, context: Context) -> tuple[Part, ...]:
         """The new rows, then those of each draw, augmented."""
-        parts = [Part(batch["image"], batch["label"], batch["valid"])]
-        parts += [Part(d.record["image"], d.label, d.valid, d.record) for d in state.staged]
+        parts = [Part(batch["image"], batch["label"], batch["valid"], batch["id"])]
+        parts += [Part(d.record["image"], d.label, d.valid, d.id, d.record) for d in state.staged]
         sizes = [len(part.label) for part in parts]
         images = augment(key, _positions(sizes), jnp.concatenate([part.image for part in parts]))
         split = jnp.split(images, np.cumsum(sizes)[:-1])
@@ -123,7 +123,8 @@ def make_train_step(
         assert buffer is not None
         step, task_step, steps_per_epoch = clock
         _, insert_key, draw_keys = keys(step)
-        offered = batch["valid"] & ((task_step < steps_per_epoch) | (buffer.repeats != "first_epoch"))
+        streams = strategy.exemplars is None  # else rows enter at the task's end
+        offered = batch["valid"] & streams & ((task_step < steps_per_epoch) | (buffer.repeats != "first_epoch"))
         candidates = Rows(strategy.record(batch["image"], outputs), batch["label"], batch["id"], offered)
         return buffer.local.turn(shard, candidates, insert_key, draw_keys, step)
 

@@ -1,0 +1,53 @@
+"""Split-CIFAR-10 cut down to a CPU, beside Mammoth; one row of docs/benchmarks.md each: STRATEGY-CAPACITY, for example der-200.
+
+    python -m experiments.small_pack --source=tfds:cifar10 --data_dir=TFDS_DIR --train=500 --test=100 --out=FILE
+    python -m experiments.check_references --protocol=split_cifar10_small --source=npz:FILE --workdir=DIR
+    python -m experiments.check_references --protocol=split_cifar10_small --source=npz:FILE --mammoth=CHECKOUT
+
+5 tasks of 2 classes, the first 500 training and 100 test images of each class, one epoch in batches of 10 + 10, not augmented,
+a convolutional net of three blocks from 8 channels, float32, SGD without momentum, a reservoir; learning rates and coefficients
+are those of the DER paper's Split-CIFAR-10 (50 epochs, ResNet-18), whose accuracies are far out of reach here: the rows compare
+two programs, not methods. Time: about 5 s a run on one quiet CPU core.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.split_cifar10 import MEAN, STD
+from jaxcl.errors import UserError
+from jaxcl.training.config import default_config
+
+# row: learning rate, options of the strategy
+ROWS: dict[str, tuple[float, dict[str, float]]] = {
+    "er-200": (0.1, {}),
+    "er-500": (0.1, {}),
+    "der-200": (0.03, {"alpha": 0.3}),
+    "der-500": (0.03, {"alpha": 0.3}),
+    "der_pp-200": (0.03, {"alpha": 0.1, "beta": 0.5}),
+    "der_pp-500": (0.03, {"alpha": 0.2, "beta": 0.5}),
+}
+
+
+def get_config(row: str = "er-200") -> ConfigDict:
+    if row not in ROWS:
+        raise UserError(f"--config=configs/split_cifar10_small.py:{row}: no such row, choose one of {', '.join(ROWS)}")
+    strategy, _, capacity = row.partition("-")
+    learning_rate, options = ROWS[row]
+    config = default_config()
+    config.name = f"Split-CIFAR-10 cut down, {row}"
+    config.strategy = strategy
+    if options:
+        config.strategies[strategy].update(options)
+    config.batch_size = 10
+    config.log_every = 100
+    config.data.source = "npz:cifar10_small.npz"
+    config.data.tasks = 5
+    config.data.mean, config.data.std = MEAN, STD
+    config.model.name = "convnet"
+    config.model.options = {"width": 8, "norm": "sync"}
+    config.optimizer.learning_rate = learning_rate
+    config.buffer.capacity = int(capacity)
+    config.buffer.policy = "reservoir"
+    config.buffer.representatives = 10
+    config.buffer.candidates = 10
+    config.eval.batch_size = 500
+    return config

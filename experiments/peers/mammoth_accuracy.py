@@ -1,0 +1,156 @@
+"""Mammoth's strategies (PyTorch) from a checkout, trained on a class-incremental protocol: the reference of a benchmark.
+
+`models/er.py`, `models/der.py`, `models/derpp.py` and `utils/buffer.py` are Mammoth's own: what a step computes, stores and
+replays. The rest, which Mammoth spreads over argument parsers, data set classes and loggers that need torchvision, Kornia
+and timm, is written out here: networks like those of `jaxcl.models` with the same initialisers, plain SGD, shuffled
+batches without augmentation, and the unweighted mean over the tasks' test accuracies after the last one.
+
+`experiments.check_references --mammoth=CHECKOUT` calls this with a protocol as JSON on stdin, see `main`; every seed's
+accuracy comes back as a line of JSON.
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import math
+import sys
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from experiments.peers import torch_peer
+
+CLASSES = {"er": ("models.er", "Er"), "der": ("models.der", "Der"), "der_pp": ("models.derpp", "Derpp")}
+Protocol = dict[str, Any]
+
+
+def import_strategy(name: str, path: str) -> tuple[type, str]:
+    """Mammoth's class for a strategy, and the checkout's version. Its base class and argument parser are stand-ins."""
+    import torch
+
+    checkout = torch_peer.enter(path, "models/der.py")
+    importlib.import_module("PIL.Image")  # Mammoth relies on torchvision having done so
+
+    class ContinualModel(torch.nn.Module):
+        def __init__(self, net: Any, loss: Any, args: Any, transform: Any, dataset: Any = None) -> None:
+            super().__init__()
+            self.net, self.loss, self.args, self.transform = net, loss, args, transform
+            self.device = torch.device("cpu")
+            self.opt = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.optim_mom)
+
+    def module(name: str, **contents: Any) -> None:
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(contents)
+
+    module("torchvision", transforms=None)
+    module("torchvision.transforms", functional=None)
+    module("utils.kornia_utils", KorniaAugNoGrad=type("KorniaAugNoGrad", (), {}))
+    module("utils.args", add_rehearsal_args=None, ArgumentParser=argparse.ArgumentParser)
+    torch_peer.bare_package("models", checkout / "models")
+    torch_peer.bare_package("models.utils", checkout / "models" / "utils")
+    module("models.utils.continual_model", ContinualModel=ContinualModel)
+    file, cls = CLASSES[name]
+    return getattr(importlib.import_module(file), cls), torch_peer.version(checkout)
+
+
+def network(model: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -> Any:
+    """`jaxcl.models`' mlp with Xavier weights or convnet, newly initialised, for images `[b, C, H, W]`."""
+    import torch
+    from torch import nn
+
+    def normal(layer: Any, gain: float) -> Any:
+        """Flax's variance scaling by fan-in: a normal cut off at two deviations, then scaled to the variance wanted."""
+        std = math.sqrt(gain / layer.weight[0].numel())
+        nn.init.trunc_normal_(layer.weight, std=std / 0.87962566, a=-2 * std / 0.87962566, b=2 * std / 0.87962566)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+        return layer
+
+    def xavier(layer: Any) -> Any:
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        return layer
+
+    if model["name"] == "mlp":
+        assert model["kernel_init"] == "xavier"
+        sizes = [math.prod(shape), *model["hidden"]]
+        hidden = [m for n, k in itertools.pairwise(sizes) for m in (xavier(nn.Linear(n, k)), nn.ReLU())]
+        return nn.Sequential(nn.Flatten(), *hidden, xavier(nn.Linear(sizes[-1], num_classes)))
+    blocks: list[Any] = []
+    channels = shape[2]
+    for width in (model["width"], 2 * model["width"], 4 * model["width"]):
+        conv = normal(nn.Conv2d(channels, width, 3, padding=1, bias=False), gain=2.0)
+        blocks += [conv, nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
+        channels = width
+    head = normal(nn.Linear(channels, num_classes), gain=1.0)
+    net = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    return net.to(memory_format=torch.channels_last)  # faster
+
+
+def run(protocol: Protocol, strategy: type, seed: int, data: dict[str, Any]) -> float:
+    """Final average accuracy in 0..1 of one seed."""
+    import torch
+
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # the generator of Mammoth's buffer
+    args = types.SimpleNamespace(
+        lr=protocol["learning_rate"],
+        optim_mom=protocol["momentum"],
+        buffer_size=protocol["capacity"],
+        minibatch_size=protocol["replayed"],
+        **protocol["options"],
+    )
+    shape = data["x_train"].permute(0, 2, 3, 1).shape[1:]
+    net = network(protocol["model"], tuple(shape), int(data["y_train"].max()) + 1)
+    model = strategy(net, torch.nn.functional.cross_entropy, args, None)
+    for classes in protocol["tasks"]:
+        rows = torch.nonzero(torch.isin(data["y_train"], torch.tensor(classes)))[:, 0]
+        net.train()
+        for epoch in range(protocol["epochs"]):
+            for batch in rows[torch.randperm(len(rows))].split(protocol["batch_size"]):
+                images = data["x_train"][batch]
+                model.observe(images, data["y_train"][batch], images, epoch=epoch)
+    net.eval()
+    accuracy = []
+    with torch.no_grad():
+        for classes in protocol["tasks"]:
+            rows = torch.isin(data["y_test"], torch.tensor(classes))
+            found = torch.cat([net(x).argmax(1) for x in data["x_test"][rows].split(1000)])
+            accuracy.append((found == data["y_test"][rows]).float().mean().item())
+    return float(np.mean(accuracy))
+
+
+def load(file: str, mean: list[float] | None, std: list[float] | None) -> dict[str, Any]:
+    """The pack as tensors: images float32 `[n, C, H, W]` in 0..1, normalised if mean and std are given."""
+    import torch
+
+    def images(x: np.ndarray) -> Any:
+        x = x.astype(np.float32).reshape(*x.shape[:3], -1) / 255
+        if mean is not None:
+            x = (x - np.array(mean, np.float32)) / np.array(std, np.float32)
+        return torch.from_numpy(x).permute(0, 3, 1, 2)
+
+    convert: dict[str, Callable] = {"x": images, "y": lambda y: torch.from_numpy(y.astype(np.int64))}
+    with np.load(file) as pack:
+        return {name: convert[name[0]](pack[name]) for name in ("x_train", "y_train", "x_test", "y_test")}
+
+
+def main() -> None:
+    """Reads the protocol: path, data (an npz file), strategy, options, capacity, replayed, batch_size, epochs, learning_rate,
+    momentum, model, mean, std, tasks, seeds."""
+    protocol = json.load(sys.stdin)
+    strategy, version = import_strategy(protocol["strategy"], protocol["path"])
+    data = load(protocol["data"], protocol["mean"], protocol["std"])
+    for seed in protocol["seeds"]:
+        begin = time.perf_counter()
+        accuracy = run(protocol, strategy, seed, data)
+        line = {"seed": seed, "accuracy": accuracy, "seconds": time.perf_counter() - begin, "version": version}
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
