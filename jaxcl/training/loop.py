@@ -216,40 +216,43 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
         run = dataclasses.replace(run, rehearse_step=run.rehearse_step and Fed(run.rehearse_step, store, phases))
         with phases("compile"):
             step.variant(state, first, store.take())
+    to_do = sum(len(x) for x in loaders[at.task + at.rehearsing :] if x) - (0 if at.rehearsing else at.batch)
     with tqdm(
-        total=sum(len(loader) for loader in loaders if loader),
-        initial=sum(len(x) for x in loaders[: at.task] if x) + (at.iterator["next_index"] if at.iterator else 0),
+        total=at.step + to_do,
+        initial=at.step,
         desc=config.strategy,
         unit="step",
         disable=not progress,
     ) as bar:
         for task, loader in list(zip(tasks, loaders, strict=True))[at.task :]:
+            bar.set_description(f"{config.strategy}, task {task.index + 1} of {len(tasks)}")
             if run.strategy.fresh and task.index and at.iterator is None:
-                params, batch_stats, opt_state = run.new_weights(weights_key(task.index))
-                state = dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state)
-            if loader is not None:  # else the strategy trains nothing in this task
+                state = _renew(state, run.new_weights(weights_key(task.index)))
+            if loader is not None and not at.rehearsing:  # without rows the strategy trains nothing in this task
                 if at.iterator is None:
                     state = _begin_task(run.mesh, state, task.index, loader.steps_per_epoch)
-                bar.set_description(f"{config.strategy}, task {task.index + 1} of {len(tasks)}")
-                state = _train_task(run.mesh, step, state, loader, config.log_every, session, bar)
+                state = _train(run.mesh, step, state, loader, config.log_every, session, bar)
                 at.images += config.epochs * len(_rows(run, task.index))
                 with phases("end of task"):
-                    state = run.end_task(
-                        state, session.watched(_task_batches(config, run, task.index), "a batch at a task's end")
-                    )
-                    if run.rehearse_step is not None:
-                        weights = run.new_weights(weights_key(task.index))
-                        state = _rehearse(config, run, session, state, weights, task.index)
+                    batches = session.watched(_task_batches(config, run, task.index), "a batch at a task's end")
+                    state = run.end_task(state, batches)
+            if loader is not None and run.rehearse_step is not None:
+                blank = _blank_batches(run, state)
+                if not at.rehearsing:
+                    at.rehearsing, at.iterator = True, None
+                    state = _renew(state, run.new_weights(weights_key(task.index)))
+                    state = _begin_task(run.mesh, state, task.index, blank.steps_per_epoch)
+                bar.total += len(blank) - at.batch
+                state = _train(run.mesh, run.rehearse_step, state, blank, config.log_every, session, bar)
             with phases("evaluate"):
                 batches = session.watched(_eval_batches(config, run), "a batch of the evaluation")
                 scores = run.evaluate(state.params, state.batch_stats, state.strategy_state, batches)
-            at.step = int(state.step)  # a strategy may have taken more at the task's end
             rows = {name: scores[name].tolist() for name in ("accuracy", "top5")}
             at.accuracy.append(rows["accuracy"])
             at.top5.append(rows["top5"])
             session.log.write("evaluation", at.step, {"task": task.index, **rows})
             bar.set_postfix(accuracy=f"{100 * np.mean(scores['accuracy'][: task.index + 1]):.1f} %")
-            at.task, at.iterator = task.index + 1, None
+            at.task, at.rehearsing, at.iterator = task.index + 1, False, None
             session.save(state)
             if at.task < len(tasks):
                 session.stop_if_asked()
@@ -293,7 +296,7 @@ def _result(
     }
 
 
-def _train_task(
+def _train(
     mesh: jax.sharding.Mesh,
     step: Callable,
     state: TrainState,
@@ -302,8 +305,8 @@ def _train_task(
     session: Session,
     bar: tqdm,
 ) -> TrainState:
-    """The steps of one task that are not done yet. Metrics are fetched a logging interval late, so that the devices never
-    wait for them; a checkpoint waits, so that the log it belongs to is complete."""
+    """The steps of one task, or of the rehearsal at its end, that are not done yet. Metrics are fetched a logging interval
+    late, so that the devices never wait for them; a checkpoint waits, so that the log it belongs to is complete."""
     pending: tuple[int, int, dict] | None = None
     at, phases = session.progress, session.phases
 
@@ -320,7 +323,7 @@ def _train_task(
     batches = iter(loader)
     if at.iterator is not None:
         batches.set_state(at.iterator)
-    for index in range(at.iterator["next_index"] if at.iterator else 0, len(loader)):
+    for index in range(at.batch, len(loader)):
         with phases("load"):
             batch = mesh_lib.shard_rows(mesh, next(batches))
         with phases("train"):
@@ -331,7 +334,7 @@ def _train_task(
                 pending = (at.step, index, values)
             answer = session.after_step(at.step, values)
         bar.update()
-        if answer != control.GO_ON and index + 1 < len(loader):  # after the last step comes the save at the task's end
+        if answer != control.GO_ON and index + 1 < len(loader):  # a save at the task's end, or rehearsal, follows
             with phases("train"):
                 flush()
             at.iterator = batches.get_state()
@@ -422,25 +425,22 @@ def _begin_task(mesh: jax.sharding.Mesh, state: TrainState, task: int, steps_per
     return dataclasses.replace(state, task_step=task_step, steps_per_epoch=per_epoch, task=number)
 
 
-def _rehearse(
-    config: ConfigDict, run: Experiment, session: Session, state: TrainState, weights: Any, task: int
-) -> TrainState:
-    """Trains new weights on the buffer alone: steps whose new rows, one a device, are not valid."""
-    assert run.buffer is not None and state.buffer is not None and run.rehearse_step is not None
-    per_epoch = -(-run.buffer.stats(state.buffer)["rows"] // run.buffer.representatives)
+def _renew(state: TrainState, weights: tuple[Any, Any, Any]) -> TrainState:
     params, batch_stats, opt_state = weights
-    state = dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state)
-    state = _begin_task(run.mesh, state, task, per_epoch)
-    local = run.mesh.size // jax.process_count()
-    blank = {
-        "image": np.zeros((local, *run.train.image_shape), np.uint8),
-        "label": np.zeros(local, np.int32),
-        "id": np.full(local, -1, np.int32),
-        "valid": np.zeros(local, bool),
-    }
-    for _ in session.watched(range(run.strategy.rehearse * per_epoch), "a step on the buffer alone"):
-        state, _ = run.rehearse_step(state, mesh_lib.shard_rows(run.mesh, blank))
-    return state
+    return dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state)
+
+
+def _blank_batches(run: Experiment, state: TrainState) -> data.Loader:
+    """The batches of a training on the buffer alone, one row a device and not valid: `Strategy.rehearse` passes over it."""
+    assert run.buffer is not None and state.buffer is not None
+    return data.blank_batches(
+        run.train,
+        batch_size=run.mesh.size,
+        steps_per_epoch=-(-run.buffer.stats(state.buffer)["rows"] // run.buffer.representatives),
+        epochs=run.strategy.rehearse,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
 
 
 def _record(model: Model, strategy: Strategy, image_shape: tuple[int, int, int]) -> Any:

@@ -49,7 +49,8 @@ class Progress:
     Attributes:
       step: steps taken.
       task: the present task.
-      iterator: state of the task's data iterator; None before the task has begun.
+      rehearsing: whether the task's own batches are done, and those of `Strategy.rehearse` are on.
+      iterator: state of the iterator over the present batches; None before the first of them.
       images: trained on in the tasks that are done.
       accuracy, top5: a row for each task that is done.
       seconds, phases: wall seconds of the run, over all its sessions.
@@ -59,6 +60,7 @@ class Progress:
 
     step: int = 0
     task: int = 0
+    rehearsing: bool = False
     iterator: dict[str, Any] | None = None
     images: int = 0
     accuracy: list[list[float]] = dataclasses.field(default_factory=list)
@@ -71,8 +73,13 @@ class Progress:
 
     @property
     def name(self) -> str:
-        """Of the checkpoint; names sort as the run goes on."""
-        return f"{self.task:04d}-{self.iterator['next_index'] if self.iterator else 0:09d}"
+        """Of the checkpoint, TASK-BATCH; names sort as the run goes on: batches of the rehearsal count from 100,000,000."""
+        return f"{self.task:04d}-{int(self.rehearsing)}{self.batch:08d}"
+
+    @property
+    def batch(self) -> int:
+        """The next of the present batches."""
+        return self.iterator["next_index"] if self.iterator else 0
 
 
 class Session:
