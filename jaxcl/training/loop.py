@@ -29,7 +29,7 @@ from jaxcl.training.evaluate import make_evaluate
 from jaxcl.training.optimizer import make_optimizer, make_schedule
 from jaxcl.training.session import Progress, Session, diverged, open_session
 from jaxcl.training.state import TrainState, initial_state, make_weights
-from jaxcl.training.step import make_train_step
+from jaxcl.training.step import make_train_step, step_keys
 
 STEPPING = ("load", "wait", "train", "accumulate")  # the phases of the steps: wait and accumulate are the host tier's
 
@@ -327,7 +327,14 @@ def _train(
         with phases("load"):
             batch = mesh_lib.shard_rows(mesh, next(batches))
         with phases("train"):
-            state, values = step(state, batch)
+            try:
+                state, values = step(state, batch)
+            except Exception:
+                if session.writer_failed and jax.process_count() == 1:  # else the others have gone on: no common state
+                    flush()
+                    at.iterator = {"next_index": index}
+                    session.save(state)  # of the step before; raises what the writer has met with
+                raise
             at.step += 1
             if index % log_every == 0 or index == len(loader) - 1:
                 flush()
@@ -353,17 +360,19 @@ def _restore(config: ConfigDict, run: Experiment, session: Session, state: Train
     old, new = session.progress.devices, run.mesh.size
     assert session.found is not None
     store = None if run.buffer is None else run.buffer.host
-    if store is not None:
-        if old != new:
-            raise UserError(
-                f"buffer.tier: a run with host memory on {old} devices cannot go on with {new}; give {old} devices"
-            )
-        store.restore(session.checkpoints.rows(session.found, store.payload(), store.row))
-    state = session.checkpoints.restore(session.found, target, reshaped=("buffer.",) if old != new else ())
-    if old == new or state.buffer is None:
-        return state
+    checkpoints, found = session.checkpoints, session.found
+    if old == new or run.buffer is None:
+        if store is not None:
+            store.restore(checkpoints.rows(found, store.payload(), store.row))
+        return checkpoints.restore(found, target)
+    target = dataclasses.replace(target, staged=())
+    state = checkpoints.restore(found, target, reshaped=("buffer.",), ignored=("staged.",))
+    assert state.buffer is not None
+    stored = state.buffer
+    if store is not None:  # the record of a slot is then its number, which tells where the row is to be found
+        stored = dataclasses.replace(stored, record=np.arange(len(stored.id)))
     buffer = reshard(
-        state.buffer,
+        stored,
         policy=config.buffer.policy,
         capacity=config.buffer.capacity,
         num_classes=run.train.num_classes,
@@ -371,7 +380,13 @@ def _restore(config: ConfigDict, run: Experiment, session: Session, state: Train
         new=new,
         memory=config.buffer.memory,
     )
-    return dataclasses.replace(state, buffer=mesh_lib.split_rows(run.mesh, buffer))
+    if store is not None:
+        store.restore(checkpoints.rows(found, range(old), store.row), np.where(buffer.id >= 0, buffer.record, -1))
+        buffer = dataclasses.replace(buffer, record={})
+    buffer = mesh_lib.split_rows(run.mesh, buffer)
+    # The draws that wait to be replayed are made anew, by the keys of the step that made them.
+    keys = step_keys(config.seed, state.step - 1, run.strategy.draws)[2:]
+    return dataclasses.replace(state, buffer=buffer, staged=jax.jit(run.buffer.stage)(buffer, keys))
 
 
 def _rows(run: Experiment, task: int) -> np.ndarray:

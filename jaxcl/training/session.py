@@ -124,6 +124,11 @@ class Session:
         self._store = self._stack.enter_context(store.serving(step, staged))
         return store
 
+    @property
+    def writer_failed(self) -> bool:
+        """Whether the writer of rows in host memory has; the rows handed over to it can still be stored."""
+        return self._store is not None and self._store.failed
+
     def seconds(self) -> float:
         """Wall seconds of the run, over all its sessions; what a killed one did after its last checkpoint does not count."""
         return time.perf_counter() - self._begin
@@ -154,8 +159,9 @@ class Session:
         Raises:
           Diverged: a parameter is not finite; such a state is never saved.
           StorageError: this save or the one before failed.
+          What the writer of rows in host memory has met with, when the checkpoint is complete.
         """
-        at = self.progress
+        at, failure = self.progress, None
         with self.phases("save"):
             if not self._finite(state.params):
                 raise Diverged(diverged("a parameter is not finite", at.step, at.task))
@@ -163,9 +169,12 @@ class Session:
             at.metrics_size = self.log.size()
             at.devices, at.processes = self._mesh.size, jax.process_count()
             if self._store is not None:
-                self._store.drain()
+                failure = self._store.settle()
             rows = {} if self._store is None else self._store.payload()
             self.checkpoints.save(at.name, state, dataclasses.asdict(at), rows)
+            if failure is not None:
+                self.checkpoints.wait()
+                raise failure
         self._agreement.forget()
         self._saved = time.monotonic()
         self._watchdog.done(f"the save at step {at.step}")

@@ -108,8 +108,7 @@ def make_train_step(
     def local_step(state: TrainState, batch: Batch, arrived: jax.Array | None = None) -> tuple[PyTree, ...]:
         if buffer is not None:
             state = dataclasses.replace(state, staged=buffer.local.receive(state.staged, arrived))
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        augment_key, insert_key, *draw_keys = jax.random.split(key, 2 + strategy.draws)
+        augment_key, insert_key, *draw_keys = step_keys(seed, state.step, strategy.draws)
         learning_rate = jnp.asarray(schedule(state.task_step / state.steps_per_epoch), jnp.float32)
         metrics = {"learning_rate": learning_rate}
         outputs: dict[str, jax.Array] = {}
@@ -143,6 +142,11 @@ def make_train_step(
         check_vma=False,
     )
     return jax.jit(mapped, donate_argnums=0)
+
+
+def step_keys(seed: int, step: jax.Array, draws: int) -> jax.Array:
+    """The keys of a step, `[2 + draws]`: of its augmentation, its insert and each of its draws."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 2 + draws)
 
 
 def make_context(
