@@ -135,13 +135,20 @@ class Checkpoints:
             self._commit_thread.join()
         self._orbax.close()
 
-    def restore(self, manifest: dict[str, Any], target: PyTree, reshaped: tuple[str, ...] = ()) -> PyTree:
+    def restore(
+        self,
+        manifest: dict[str, Any],
+        target: PyTree,
+        reshaped: tuple[str, ...] = (),
+        ignored: tuple[str, ...] = (),
+    ) -> PyTree:
         """Reads a checkpoint.
 
         Args:
           manifest: see `newest`.
           target: the arrays wanted, see `abstract`; any sharding and number of processes.
           reshaped: paths, or beginnings of paths, of leaves to be given as NumPy arrays in their stored shape.
+          ignored: the same of stored leaves that `target` may lack.
 
         Raises:
           UserError: the checkpoint holds other arrays than are wanted.
@@ -150,6 +157,9 @@ class Checkpoints:
         path = self._folder / manifest["name"]
         arguments: Flat = {}
         for key in sorted({*wanted, *stored}):
+            if key not in wanted and key.startswith(ignored):
+                arguments[key] = ocp.RestoreArgs(restore_type=np.ndarray)
+                continue
             if key not in wanted or key not in stored:
                 raise UserError(
                     f"workdir: {path} {'lacks' if key in wanted else 'has a needless'} {key}: another version's"

@@ -86,6 +86,7 @@ class Buffer:
         the state is donated.
       draw: `(state, key) -> Drawn` of `representatives` rows, split by rows over the devices, without replacement; invalid
         where the memory holds fewer. Draws with different keys are independent: call it again for a second set.
+      stage: `(state, keys) -> Staged`, a draw for each key, as a training step leaves it for the next one.
       stats: `(state) -> dict` of plain numbers, see `make_stats`.
       no_rows: `() -> Drawn` (host tier: `Pending`) without a valid row, the first value of double-buffered representatives.
       local: insert and draw for use inside `shard_map`.
@@ -100,6 +101,7 @@ class Buffer:
     init: Callable[[], Shard]
     insert: Callable[[Shard, Rows, jax.Array], Shard]
     draw: Callable[[Shard, jax.Array], Drawn]
+    stage: Callable[[Shard, Sequence[jax.Array]], Staged]
     stats: Callable[[Shard], dict[str, Any]]
     no_rows: Callable[[], Drawn | Pending]
     local: Local
@@ -290,25 +292,33 @@ def make_buffer(
         picked = pick(state, key)
         return bring(picked, lambda position: shard_lib.read(state, locate(state, picked, position)))
 
+    def request(state: Shard, key: jax.Array) -> Pending:
+        """A draw whose rows are still in host memory."""
+        picked = pick(state, key)
+        first, count = supplied(picked)
+        send = locate(state, picked, first + jnp.arange(count, dtype=jnp.int32))
+        send = jnp.clip(send, 0, rule.slots - 1)
+        if isinstance(picked, draw_lib.Plan):
+            picked = jax.tree.map(lambda x: x[None], picked)
+        return Pending(picked, send, state.label[send], state.id[send])
+
+    def stage(state: Shard, keys: Sequence[jax.Array]) -> Staged:
+        return tuple(draw(state, key) if store is None else request(state, key) for key in keys)
+
     def turn(
         state: Shard, rows: Rows, insert_key: jax.Array, draw_keys: Sequence[jax.Array], step: jax.Array
     ) -> tuple[Shard, Staged, Handover | tuple[()]]:
         state, record, slot = put(state, rows, insert_key)
+        staged = stage(state, draw_keys)
         if store is None:
-            return state, tuple(draw(state, key) for key in draw_keys), ()
-        staged, wide = [], jnp.bool_(False)
-        for key in draw_keys:
-            picked = pick(state, key)
-            first, count = supplied(picked)
-            send = locate(state, picked, first + jnp.arange(count, dtype=jnp.int32))
-            send = jnp.clip(send, 0, rule.slots - 1)
+            return state, staged, ()
+        wide = jnp.bool_(False)
+        for picked in (pending.picked for pending in staged):
             if isinstance(picked, draw_lib.Plan):
-                wide |= jnp.max(picked.first[1:] - picked.first[:-1]) > store.narrow
-                picked = jax.tree.map(lambda x: x[None], picked)
-            staged.append(Pending(picked, send, state.label[send], state.id[send]))
+                wide |= jnp.max(picked.first[0, 1:] - picked.first[0, :-1]) > store.narrow
         sent = jnp.stack([p.slot for p in staged]) if staged else jnp.zeros((0, 0), jnp.int32)
         what = Handover(step[None], slot, exchange_lib.pack(record)[0], sent[None], wide[None])
-        return state, tuple(staged), host_lib.hand_over(store, handover, device(), what)
+        return state, staged, host_lib.hand_over(store, handover, device(), what)
 
     def receive(staged: Staged, arrived: jax.Array | None) -> tuple[Drawn, ...]:
         def one(pending: Pending, packed: jax.Array) -> Drawn:
@@ -368,6 +378,7 @@ def make_buffer(
         init=jax.jit(over_mesh(init, keyed=False)),
         insert=over_mesh(insert, keyed=True),
         draw=over_mesh(draw, keyed=True),
+        stage=over_mesh(stage, keyed=True),
         stats=make_stats(shards, num_classes),
         no_rows=jax.jit(over_mesh(no_rows, keyed=False)),
         local=Local(insert=insert, draw=draw, turn=turn, receive=receive),

@@ -12,7 +12,8 @@ What is guaranteed, whatever the threads do:
   bounds   No device hands over step t before step t - queue is applied: at most `queue` steps' rows wait.
   waiting  A hand-over waits only at that bound; the loop waits only for the rows that a step replays, in `take`.
   the end  `drain` returns when every hand-over that was made is applied. An error of the writer is raised, with its own
-           traceback, by the next call of any of the functions below; hand-overs after it are dropped, so nothing hangs.
+           traceback, by the next call of any of the functions below but `settle`, which stores the rows that were handed
+           over before it, so that the state of the last step is whole; hand-overs after it are dropped, so nothing hangs.
 """
 
 import contextlib
@@ -39,6 +40,7 @@ PyTree = Any
 TIERS = ("device", "host")
 HANDOVERS = ("callback", "outputs")
 BACKGROUND = ("copy", "populate", "sample", "exchange")
+CHUNK = 2**24  # bytes of rows that are moved at once
 PATIENCE = 1.0  # seconds after which a hand-over that has not come is looked for
 
 
@@ -115,7 +117,7 @@ class Store:
         self._next = step  # the next to be applied
         self._waiting: dict[int, dict[int, Handover]] = {}
         self._handed = dict.fromkeys(self._devices, step - 1)  # the last step of each device
-        self._arrived: dict[int, jax.Array | None] = {}  # by the step that replays them
+        self._arrived: jax.Array | None = None
 
     @contextlib.contextmanager
     def serving(self, step: int, staged: tuple[Pending, ...] = ()) -> Iterator["Store"]:
@@ -131,7 +133,7 @@ class Store:
         wanted = {i: np.array([np.asarray(slot[i]) for slot in slots]) for i in self._devices}
         plans = [pending.picked for pending in staged if isinstance(pending.picked, Plan)]
         firsts = [np.asarray(self._parts(plan.first)[self._devices[0]]) for plan in plans]
-        self._arrived[step] = self._gather(wanted, any(np.diff(first).max() > self.narrow for first in firsts))
+        self._arrived = self._gather(wanted, any(np.diff(first).max() > self.narrow for first in firsts))
         writer = threading.Thread(target=self._write, name="buffer-writer", daemon=True)
         writer.start()
         try:
@@ -177,7 +179,7 @@ class Store:
             with self._changed:
                 if self._changed.wait_for(lambda: self._next >= self.step or self._error, timeout=PATIENCE):
                     self._raise()
-                    return self._arrived[self.step]
+                    return self._arrived
             if finished():
                 jax.effects_barrier()
                 with self._changed:
@@ -204,14 +206,50 @@ class Store:
             self._changed.wait_for(lambda: self._next >= self.step or self._error)
             self._raise()
 
+    @property
+    def failed(self) -> bool:
+        """Whether an error has ended the writer."""
+        return self._error is not None
+
+    def settle(self) -> BaseException | None:
+        """As `drain`, but if the writer has failed the rows that it owes are stored here and its error is returned.
+
+        Raises:
+          HandoverError: a hand-over never came: the rows are not those of the last step and cannot be saved.
+        """
+        try:
+            self.drain()
+        except HandoverError:
+            raise
+        except BaseException as error:
+            for step in range(self._next, self.step):
+                if len(self._waiting.get(step, ())) < len(self._devices):  # handed over after the error, and dropped
+                    raise
+                self._store(self._waiting[step])
+            return error
+        return None
+
     def payload(self) -> dict[int, np.ndarray]:
         """Each local device's rows, `[slots]` of dtype `row`, by its number in the mesh; to be called after `drain`."""
         return dict(self._stored)
 
-    def restore(self, payload: Mapping[int, np.ndarray]) -> None:
-        """Takes over what `payload` gave; to be called before `serving`."""
-        for device, rows in payload.items():
-            self._stored[device][...] = rows
+    def restore(self, payload: Mapping[int, np.ndarray], place: np.ndarray | None = None) -> None:
+        """Takes over what `payload` gave, here or on other devices; to be called before `serving`.
+
+        Args:
+          payload: of this process's devices; with `place`, of all devices of that time, only read where it is wanted.
+          place: int64 `[N * slots]`, for every slot of the devices of now the one its row had, counted over all devices of
+            that time; -1 for a slot without a row. None: rows lie as they lay.
+        """
+        for device, stored in self._stored.items():
+            if place is None:
+                stored[...] = payload[device]
+                continue
+            mine = place[device * self.slots : (device + 1) * self.slots]
+            for holder, rows in payload.items():
+                came = np.flatnonzero(mine // len(rows) == holder)
+                for some in np.array_split(came, 1 + len(came) * self.row.itemsize // CHUNK):
+                    stored[some] = rows[mine[some] % len(rows)]
 
     def _parts(self, x: jax.Array) -> dict[int, jax.Array]:
         """The local parts of a global array, by the number of the device that has them."""
@@ -225,7 +263,6 @@ class Store:
 
     def _fail(self, error: BaseException) -> None:
         self._error = self._error or error
-        self._waiting.clear()
         self._changed.notify_all()
 
     def _over(self) -> bool:
@@ -250,26 +287,29 @@ class Store:
                 arrived = self._apply(handovers)
                 with self._changed:
                     self._waiting.pop(self._next, None)
-                    self._next += 1
-                    self._arrived[self._next] = arrived
-                    # The loop is about to take those of its step, or has taken them; it takes none before.
-                    self._arrived = {step: rows for step, rows in self._arrived.items() if step >= self.step}
+                    self._arrived, self._next = arrived, self._next + 1
                     self._changed.notify_all()
         except BaseException as error:  # whatever it is, the run ends with it
             with self._changed:
                 self._fail(error)
 
     def _apply(self, handovers: Mapping[int, Handover]) -> jax.Array | None:
+        self._store(handovers)
         wanted, wide = {}, False
         for device in self._devices:
             with self._timed("copy"):
-                _, slot, rows, send, any_wide = (np.asarray(x) for x in handovers[device])
-                wide = bool(any_wide[0])
+                wanted[device] = np.asarray(handovers[device].send)[0]
+                wide = bool(np.asarray(handovers[device].wide)[0])
+        return self._gather(wanted, wide)
+
+    def _store(self, handovers: Mapping[int, Handover]) -> None:
+        """Stores the rows of a step; to do it again changes nothing."""
+        for device in self._devices:
+            with self._timed("copy"):
+                slot, rows = np.asarray(handovers[device].slot), np.asarray(handovers[device].rows)
             with self._timed("populate"):
                 kept = np.flatnonzero(slot < self.slots)
                 self._bytes[device][slot[kept]] = rows[kept]
-            wanted[device] = send[0]
-        return self._gather(wanted, wide)
 
     def _gather(self, wanted: Mapping[int, np.ndarray], wide: bool) -> jax.Array | None:
         """Starts the transfer of the rows at the slots int32 `[draws, n]` of each device; None without a draw."""
@@ -338,26 +378,21 @@ class Fed:
             self._made(self._step, state, batch, arrived)
 
     def __call__(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+        with self._phase("wait"):  # first: if the writer has failed, the state is still there to be saved
+            arrived = self._store.take(self._finished)
         if isinstance(self._step, InTwo):
             shard, clock, staged, rest = self._step.apart(state)
             with self._phase("accumulate"):
                 shard, clock, drawn, outputs = self._run(self._step.ahead, shard, clock, batch)
-            arrived = self._take()
-            with self._phase("accumulate"):
                 self._store.passed(outputs)
             with self._phase("train"):
                 rest, self._last = self._run(self._step.train, rest, clock, staged, batch, arrived)
             return self._step.together(shard, drawn, rest), self._last
-        arrived = self._take()
         with self._phase("train"):
             state, self._last, outputs = self._run(self._step, state, batch, arrived)
         with self._phase("accumulate"):
             self._store.passed(outputs)
         return state, self._last
-
-    def _take(self) -> jax.Array | None:
-        with self._phase("wait"):
-            return self._store.take(self._finished)
 
     def _run(self, program: Any, *args: PyTree) -> Any:
         return self._made(program, *args)(*args)

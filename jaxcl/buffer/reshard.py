@@ -56,7 +56,7 @@ def reshard(
     """The state of a buffer on `old` devices as one on `new` devices.
 
     Args:
-      state: global NumPy arrays, leaves `[old * slots, ...]`, metadata `[old, ...]`.
+      state: global NumPy arrays, leaves `[old * slots, ...]`, metadata `[old, ...]`. A record may be anything of each slot.
       policy, capacity, num_classes, memory: as given to `make_buffer`.
 
     Returns:
@@ -80,7 +80,13 @@ def reshard(
         out[to] = np.asarray(stored)[moves.take]
         return out
 
-    return Shard(jax.tree.map(move, state.record), move(state.label), move(state.id, empty=-1), moves.meta)
+    slot_of: Any = None
+    if state.slot_of is not None:
+        slot_of = np.zeros((new, len(state.slot_of) // old), np.int32)
+        slot_of[moves.shard, np.asarray(state.id)[moves.take]] = moves.slot
+        slot_of = slot_of.reshape(-1)
+    record = jax.tree.map(move, state.record)
+    return Shard(record, move(state.label), move(state.id, empty=-1), moves.meta, slot_of)
 
 
 def _dealt(rows: int, shards: int) -> np.ndarray:

@@ -17,7 +17,8 @@ Batch = dict[str, np.ndarray]
 
 
 class Loader:
-    """The batches of a training phase or an evaluation, by number; made by `train_batches` and `eval_batches`.
+    """The batches of a training phase or an evaluation, by number; made by `train_batches`, `eval_batches` and
+    `blank_batches`.
 
     `loader[t]` is this process's slice of global batch t, `len(loader)` the number of batches, and `iter(loader)` a
     Grain iterator over them all that reads ahead in threads. Its `get_state()` and `set_state(state)` resume exactly,
@@ -156,6 +157,29 @@ def eval_batches(
         process_index=process_index,
         process_count=process_count,
         num_threads=num_threads,
+    )
+
+
+def blank_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    steps_per_epoch: int,
+    epochs: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Loader:
+    """Batches of padding alone, for steps that train on what the memory replays. Arguments as in `train_batches`."""
+    nothing = np.zeros(0, np.int64)
+    return Loader(
+        source,
+        lambda epoch: nothing,
+        steps_per_epoch * batch_size,
+        batch_size=batch_size,
+        epochs=epochs,
+        process_index=process_index,
+        process_count=process_count,
+        num_threads=0,
     )
 
 

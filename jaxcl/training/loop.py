@@ -31,7 +31,7 @@ from jaxcl.training.exemplars import make_store_exemplars
 from jaxcl.training.optimizer import make_optimizer, make_schedule
 from jaxcl.training.session import Progress, Session, diverged, open_session
 from jaxcl.training.state import TrainState, initial_state, make_weights
-from jaxcl.training.step import make_train_step
+from jaxcl.training.step import make_train_step, step_keys
 
 STEPPING = ("load", "assemble", "wait", "train", "accumulate")  # of the steps; wait and accumulate are the host tier's
 
@@ -246,22 +246,22 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
         run = dataclasses.replace(run, rehearse_step=run.rehearse_step and Fed(run.rehearse_step, store, phases))
         with phases("compile"):
             step.compile(state, first)
+    to_do = sum(len(x) for x in loaders[at.task + at.rehearsing :] if x) - (0 if at.rehearsing else at.batch)
     with tqdm(
-        total=sum(len(loader) for loader in loaders if loader),
-        initial=sum(len(x) for x in loaders[: at.task] if x) + (at.iterator["next_index"] if at.iterator else 0),
+        total=at.step + to_do,
+        initial=at.step,
         desc=config.strategy,
         unit="step",
         disable=not progress,
     ) as bar:
         for task, loader in list(zip(tasks, loaders, strict=True))[at.task :]:
+            bar.set_description(f"{config.strategy}, task {task.index + 1} of {len(tasks)}")
             if run.strategy.fresh and task.index and at.iterator is None:
-                params, batch_stats, opt_state = run.new_weights(weights_key(task.index))
-                state = dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state)
-            if loader is not None:  # else the strategy trains nothing in this task
+                state = _renew(state, run.new_weights(weights_key(task.index)))
+            if loader is not None and not at.rehearsing:  # without rows the strategy trains nothing in this task
                 if at.iterator is None:
                     state = _begin_task(run.mesh, state, task.index, loader.steps_per_epoch)
-                bar.set_description(f"{config.strategy}, task {task.index + 1} of {len(tasks)}")
-                state = _train_task(run.mesh, step, state, loader, config.log_every, session, bar)
+                state = _train(run.mesh, step, state, loader, config.log_every, session, bar)
                 at.images += config.epochs * len(_rows(run, task.index))
                 with phases("end of task"):
                     task_batches = functools.partial(
@@ -270,19 +270,23 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
                     if run.store_exemplars is not None:
                         state = run.store_exemplars(state, task.index, task_batches())
                     state = run.end_task(state, task_batches)
-                    if run.rehearse_step is not None:
-                        weights = run.new_weights(weights_key(task.index))
-                        state = _rehearse(config, run, session, state, weights, task.index)
+            if loader is not None and run.rehearse_step is not None:
+                blank = _blank_batches(run, state)
+                if not at.rehearsing:
+                    at.rehearsing, at.iterator = True, None
+                    state = _renew(state, run.new_weights(weights_key(task.index)))
+                    state = _begin_task(run.mesh, state, task.index, blank.steps_per_epoch)
+                bar.total += len(blank) - at.batch
+                state = _train(run.mesh, run.rehearse_step, state, blank, config.log_every, session, bar)
             with phases("evaluate"):
                 batches = session.watched(_eval_batches(config, run), "a batch of the evaluation")
                 scores = run.evaluate(state.params, state.batch_stats, state.strategy_state, batches)
-            at.step = int(state.step)  # a strategy may have taken more at the task's end
             rows = {name: scores[name].tolist() for name in ("accuracy", "top5")}
             at.accuracy.append(rows["accuracy"])
             at.top5.append(rows["top5"])
             session.log.write("evaluation", at.step, {"task": task.index, **rows})
             bar.set_postfix(accuracy=f"{100 * np.mean(scores['accuracy'][: task.index + 1]):.1f} %")
-            at.task, at.iterator = task.index + 1, None
+            at.task, at.rehearsing, at.iterator = task.index + 1, False, None
             session.save(state)
             if at.task < len(tasks):
                 session.stop_if_asked()
@@ -327,7 +331,7 @@ def _result(
     }
 
 
-def _train_task(
+def _train(
     mesh: jax.sharding.Mesh,
     step: Callable,
     state: TrainState,
@@ -336,8 +340,8 @@ def _train_task(
     session: Session,
     bar: tqdm,
 ) -> TrainState:
-    """The steps of one task that are not done yet. Metrics are fetched a logging interval late, so that the devices never
-    wait for them; a checkpoint waits, so that the log it belongs to is complete."""
+    """The steps of one task, or of the rehearsal at its end, that are not done yet. Metrics are fetched a logging interval
+    late, so that the devices never wait for them; a checkpoint waits, so that the log it belongs to is complete."""
     pending: tuple[int, int, dict] | None = None
     at, phases = session.progress, session.phases
 
@@ -354,20 +358,27 @@ def _train_task(
     batches = iter(loader)
     if at.iterator is not None:
         batches.set_state(at.iterator)
-    for index in range(at.iterator["next_index"] if at.iterator else 0, len(loader)):
+    for index in range(at.batch, len(loader)):
         with phases("load"):
             rows = next(batches)
         with phases("assemble"):
             batch = mesh_lib.shard_rows(mesh, rows)
         with phases("train"):
-            state, values = step(state, batch)
+            try:
+                state, values = step(state, batch)
+            except Exception:
+                if session.writer_failed and jax.process_count() == 1:  # else the others have gone on: no common state
+                    flush()
+                    at.iterator = {"next_index": index}
+                    session.save(state)  # of the step before; raises what the writer has met with
+                raise
             at.step += 1
             if index % log_every == 0 or index == len(loader) - 1:
                 flush()
                 pending = (at.step, index, values)
             answer = session.after_step(at.step, values)
         bar.update()
-        if answer != control.GO_ON and index + 1 < len(loader):  # after the last step comes the save at the task's end
+        if answer != control.GO_ON and index + 1 < len(loader):  # a save at the task's end, or rehearsal, follows
             with phases("train"):
                 flush()
             at.iterator = batches.get_state()
@@ -386,17 +397,19 @@ def _restore(config: ConfigDict, run: Experiment, session: Session, state: Train
     old, new = session.progress.devices, run.mesh.size
     assert session.found is not None
     store = None if run.buffer is None else run.buffer.host
-    if store is not None:
-        if old != new:
-            raise UserError(
-                f"buffer.tier: a run with host memory on {old} devices cannot go on with {new}; give {old} devices"
-            )
-        store.restore(session.checkpoints.rows(session.found, store.payload(), store.row))
-    state = session.checkpoints.restore(session.found, target, reshaped=("buffer.",) if old != new else ())
-    if old == new or state.buffer is None:
-        return state
+    checkpoints, found = session.checkpoints, session.found
+    if old == new or run.buffer is None:
+        if store is not None:
+            store.restore(checkpoints.rows(found, store.payload(), store.row))
+        return checkpoints.restore(found, target)
+    target = dataclasses.replace(target, staged=())
+    state = checkpoints.restore(found, target, reshaped=("buffer.",), ignored=("staged.",))
+    assert state.buffer is not None
+    stored = state.buffer
+    if store is not None:  # the record of a slot is then its number, which tells where the row is to be found
+        stored = dataclasses.replace(stored, record=np.arange(len(stored.id)))
     buffer = reshard(
-        state.buffer,
+        stored,
         policy=_policy(config, run.strategy),
         capacity=_capacity(config.buffer, run.scenario),
         num_classes=run.train.num_classes,
@@ -404,7 +417,13 @@ def _restore(config: ConfigDict, run: Experiment, session: Session, state: Train
         new=new,
         memory=config.buffer.memory,
     )
-    return dataclasses.replace(state, buffer=mesh_lib.split_rows(run.mesh, buffer))
+    if store is not None:
+        store.restore(checkpoints.rows(found, range(old), store.row), np.where(buffer.id >= 0, buffer.record, -1))
+        buffer = dataclasses.replace(buffer, record={})
+    buffer = mesh_lib.split_rows(run.mesh, buffer)
+    # The draws that wait to be replayed are made anew, by the keys of the step that made them.
+    keys = step_keys(config.seed, state.step - 1, run.strategy.draws)[2:]
+    return dataclasses.replace(state, buffer=buffer, staged=jax.jit(run.buffer.stage)(buffer, keys))
 
 
 def _policy(config: ConfigDict, strategy: Strategy) -> str:
@@ -463,25 +482,22 @@ def _begin_task(mesh: jax.sharding.Mesh, state: TrainState, task: int, steps_per
     return dataclasses.replace(state, task_step=task_step, steps_per_epoch=per_epoch, task=number)
 
 
-def _rehearse(
-    config: ConfigDict, run: Experiment, session: Session, state: TrainState, weights: Any, task: int
-) -> TrainState:
-    """Trains new weights on the buffer alone: steps whose new rows, one a device, are not valid."""
-    assert run.buffer is not None and state.buffer is not None and run.rehearse_step is not None
-    per_epoch = -(-run.buffer.stats(state.buffer)["rows"] // run.buffer.representatives)
+def _renew(state: TrainState, weights: tuple[Any, Any, Any]) -> TrainState:
     params, batch_stats, opt_state = weights
-    state = dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state)
-    state = _begin_task(run.mesh, state, task, per_epoch)
-    local = run.mesh.size // jax.process_count()
-    blank = {
-        "image": np.zeros((local, *run.train.image_shape), np.uint8),
-        "label": np.zeros(local, np.int32),
-        "id": np.full(local, -1, np.int32),
-        "valid": np.zeros(local, bool),
-    }
-    for _ in session.watched(range(run.strategy.rehearse * per_epoch), "a step on the buffer alone"):
-        state, _ = run.rehearse_step(state, mesh_lib.shard_rows(run.mesh, blank))
-    return state
+    return dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state)
+
+
+def _blank_batches(run: Experiment, state: TrainState) -> data.Loader:
+    """The batches of a training on the buffer alone, one row a device and not valid: `Strategy.rehearse` passes over it."""
+    assert run.buffer is not None and state.buffer is not None
+    return data.blank_batches(
+        run.train,
+        batch_size=run.mesh.size,
+        steps_per_epoch=-(-run.buffer.stats(state.buffer)["rows"] // run.buffer.representatives),
+        epochs=run.strategy.rehearse,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
 
 
 def _capacity(config: ConfigDict, scenario: data.Scenario) -> int:

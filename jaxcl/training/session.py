@@ -49,7 +49,8 @@ class Progress:
     Attributes:
       step: steps taken.
       task: the present task.
-      iterator: state of the task's data iterator; None before the task has begun.
+      rehearsing: whether the task's own batches are done, and those of `Strategy.rehearse` are on.
+      iterator: state of the iterator over the present batches; None before the first of them.
       images: trained on in the tasks that are done.
       accuracy, top5: a row for each task that is done.
       seconds, phases: wall seconds of the run, over all its sessions.
@@ -59,6 +60,7 @@ class Progress:
 
     step: int = 0
     task: int = 0
+    rehearsing: bool = False
     iterator: dict[str, Any] | None = None
     images: int = 0
     accuracy: list[list[float]] = dataclasses.field(default_factory=list)
@@ -71,8 +73,13 @@ class Progress:
 
     @property
     def name(self) -> str:
-        """Of the checkpoint; names sort as the run goes on."""
-        return f"{self.task:04d}-{self.iterator['next_index'] if self.iterator else 0:09d}"
+        """Of the checkpoint, TASK-BATCH; names sort as the run goes on: batches of the rehearsal count from 100,000,000."""
+        return f"{self.task:04d}-{int(self.rehearsing)}{self.batch:08d}"
+
+    @property
+    def batch(self) -> int:
+        """The next of the present batches."""
+        return self.iterator["next_index"] if self.iterator else 0
 
 
 class Session:
@@ -117,6 +124,11 @@ class Session:
         self._store = self._stack.enter_context(store.serving(step, staged))
         return store
 
+    @property
+    def writer_failed(self) -> bool:
+        """Whether the writer of rows in host memory has; the rows handed over to it can still be stored."""
+        return self._store is not None and self._store.failed
+
     def seconds(self) -> float:
         """Wall seconds of the run, over all its sessions; what a killed one did after its last checkpoint does not count."""
         return time.perf_counter() - self._begin
@@ -147,8 +159,9 @@ class Session:
         Raises:
           Diverged: a parameter is not finite; such a state is never saved.
           StorageError: this save or the one before failed.
+          What the writer of rows in host memory has met with, when the checkpoint is complete.
         """
-        at = self.progress
+        at, failure = self.progress, None
         with self.phases("save"):
             if not self._finite(state.params):
                 raise Diverged(diverged("a parameter is not finite", at.step, at.task))
@@ -156,9 +169,12 @@ class Session:
             at.metrics_size = self.log.size()
             at.devices, at.processes = self._mesh.size, jax.process_count()
             if self._store is not None:
-                self._store.drain()
+                failure = self._store.settle()
             rows = {} if self._store is None else self._store.payload()
             self.checkpoints.save(at.name, state, dataclasses.asdict(at), rows)
+            if failure is not None:
+                self.checkpoints.wait()
+                raise failure
         self._agreement.forget()
         self._saved = time.monotonic()
         self._watchdog.done(f"the save at step {at.step}")

@@ -111,18 +111,11 @@ def make_train_step(
 
         return descend
 
-    def keys(step: jax.Array) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-        """For augmentation, insert and draws."""
-        augment_key, insert_key, *draw_keys = jax.random.split(
-            jax.random.fold_in(jax.random.key(seed), step), 2 + strategy.draws
-        )
-        return augment_key, insert_key, draw_keys
-
     def local_turn(shard: Shard, clock: Clock, batch: Batch, outputs: Outputs) -> tuple[Shard, Staged, Any]:
         """The buffer's part of a step: insert, then draw."""
         assert buffer is not None
         step, task_step, steps_per_epoch = clock
-        _, insert_key, draw_keys = keys(step)
+        _, insert_key, *draw_keys = step_keys(seed, step, strategy.draws)
         streams = strategy.exemplars is None  # else rows enter at the task's end
         offered = batch["valid"] & streams & ((task_step < steps_per_epoch) | (buffer.repeats != "first_epoch"))
         candidates = Rows(strategy.record(batch["image"], outputs), batch["label"], batch["id"], offered)
@@ -131,7 +124,7 @@ def make_train_step(
     def local_step(state: TrainState, batch: Batch, arrived: jax.Array | None = None) -> tuple[PyTree, ...]:
         if buffer is not None:
             state = dataclasses.replace(state, staged=buffer.local.receive(state.staged, arrived))
-        augment_key, *_ = keys(state.step)
+        augment_key = step_keys(seed, state.step, strategy.draws)[0]
         learning_rate = jnp.asarray(schedule(state.task_step / state.steps_per_epoch), jnp.float32)
         metrics = {"learning_rate": learning_rate}
         outputs: dict[str, jax.Array] = {}
@@ -191,6 +184,11 @@ def make_train_step(
 
 def _clock(state: TrainState) -> Clock:
     return state.step, state.task_step, state.steps_per_epoch
+
+
+def step_keys(seed: int, step: jax.Array, draws: int) -> jax.Array:
+    """The keys of a step, `[2 + draws]`: of its augmentation, its insert and each of its draws."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 2 + draws)
 
 
 def make_context(
