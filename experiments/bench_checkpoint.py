@@ -4,10 +4,12 @@ python -m experiments.bench_checkpoint [--devices=8] [--gib=1.0] [--seconds=60] 
 
 Prints JSON. A training step runs on a buffer of --gib GiB for a while without saving, then as many steps with one save: what
 the second stretch took longer is what the save costs, waits and slower steps included. It is given as a share of --seconds, the
-time between saves, and holds for the device and disk it was measured on.
+time between saves, and holds for the device and disk it was measured on. The same in processor seconds of all threads, as a
+share of what the cores have in that time, hardly depends on what else the machine does.
 """
 
 import json
+import os
 import pathlib
 import shutil
 import statistics
@@ -51,41 +53,35 @@ def main() -> None:
     )
     step = run.train_step.lower(state, batch).compile()
 
-    def steps(state: Any, count: int) -> tuple[Any, float]:
-        begin = time.perf_counter()
+    def steps(state: Any, count: int) -> tuple[Any, float, float]:
+        """The state after so many steps, the seconds they took and the processor seconds."""
+        begin, begin_processor = time.perf_counter(), time.process_time()
         for _ in range(count):
             state, _ = step(state, batch)
             jax.block_until_ready(state)
-        return state, time.perf_counter() - begin
+        return state, time.perf_counter() - begin, time.process_time() - begin_processor
 
-    def processor_seconds_of_a_save(name: str) -> float:
-        """Of all threads, while no step runs: unlike the wall time it hardly depends on what else the machine does."""
-        begin = time.process_time()
-        checkpoints.save(name, state, {})
-        checkpoints.wait()
-        return time.process_time() - begin
-
-    state, _ = steps(state, 20)
-    state, spent = steps(state, 50)
+    state, *_ = steps(state, 20)
+    state, spent, _ = steps(state, 50)
     step_seconds = spent / 50
     folder = pathlib.Path(tempfile.mkdtemp(prefix="bench_checkpoint"))
     checkpoints = checkpoint.Checkpoints(folder, keep=2)
-    costs, blocked, complete, on_disk = [], [], [], 0
+    costs, processor, blocked, complete, on_disk = [], [], [], [], 0
     try:
         for i in range(REPEATS.value):
             count = max(50, int(10.0 / step_seconds))
-            state, plain = steps(state, count)
-            begin = time.perf_counter()
+            state, plain, plain_processor = steps(state, count)
+            begin, begin_processor = time.perf_counter(), time.process_time()
             checkpoints.save(f"{i:04d}", state, {})
             blocked.append(time.perf_counter() - begin)
-            state, spent = steps(state, count)
+            state, spent, _ = steps(state, count)
             slower = blocked[-1] + spent - plain
             begin_wait = time.perf_counter()
             checkpoints.wait()
             complete.append(blocked[-1] + spent + time.perf_counter() - begin_wait)
             costs.append(slower)
+            processor.append(time.process_time() - begin_processor - plain_processor)
             on_disk = sum(file.stat().st_size for file in (folder / f"{i:04d}").rglob("*") if file.is_file())
-        processor = processor_seconds_of_a_save("last")
         target = checkpoint.abstract(state)
         payload = sum(x.nbytes for x in jax.tree.leaves(state))
         jax.tree.map(lambda x: x.delete(), state)
@@ -98,7 +94,7 @@ def main() -> None:
     finally:
         checkpoints.close()
         shutil.rmtree(folder)
-    cost = statistics.median(costs)
+    cost, processor_cost = statistics.median(costs), statistics.median(processor)
     found = {
         "state_bytes": payload,
         "buffer_bytes": run.buffer.num_bytes,
@@ -108,9 +104,10 @@ def main() -> None:
         "save_blocks_seconds": blocked,
         "save_costs_seconds": costs,
         "complete_after_seconds": complete,
-        "save_processor_seconds": processor,
+        "save_costs_processor_seconds": processor,
         "seconds_between_saves": SECONDS.value,
         "share_of_wall_time": cost / SECONDS.value,
+        "share_of_processor_time": processor_cost / SECONDS.value / (os.cpu_count() or 1),
         "verify_seconds": verified,
         "verify_and_restore_seconds": restored,
         "devices": {"count": run.mesh.size, "kind": jax.devices()[0].device_kind, "processes": jax.process_count()},

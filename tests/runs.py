@@ -102,6 +102,13 @@ def last(workdir: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return manifest["run"], {key: np.asarray(x) for key, x in arrays.items()}
 
 
+def host_rows(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    """The bytes of the rows in host memory in the newest checkpoint, by device."""
+    files = sorted((workdir / "checkpoints").glob(f"*/{checkpoint.ROWS}/*"))
+    assert files
+    return {file.name: np.fromfile(file, np.uint8) for file in files if file.parent == files[-1].parent}
+
+
 def saved_step(folder: pathlib.Path) -> int:
     """Of the newest checkpoint; -1 without any."""
     found = [-1]

@@ -108,6 +108,20 @@ def test_a_moved_reservoir_is_still_a_uniform_sample_of_the_whole_stream(mesh_of
     assert abs(z) < 4
 
 
+def test_copies_are_still_refused(mesh_of):
+    """`repeats` "distinct": after the move as before it, a row that comes again is known on whatever shard it lies."""
+    record = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), oracle.record_of(np.arange(1)))
+    options = {"capacity": CAPACITY, "representatives": 16, "repeats": "distinct", "num_ids": 64}
+    eight, four = (make_buffer(record, mesh=mesh_of(n), **options) for n in (8, 4))
+    state = eight.init()
+    for i in range(0, 32, BATCH):
+        state = insert((eight, jax.jit(eight.insert)), mesh_of(8), state, np.arange(i, i + BATCH), i)
+    state = move(state, "reservoir", 8, 4, mesh_of(4))
+    for i in range(0, 48, BATCH):  # the last of them is new
+        state = insert((four, jax.jit(four.insert)), mesh_of(4), state, np.arange(i, i + BATCH), 100 + i)
+    assert len(set(stored(state))) == len(stored(state)) == CAPACITY
+
+
 def test_memories_that_are_not_shared(mesh_of):
     ids = np.arange(16, dtype=np.int32)
     record = oracle.record_of(ids[:1])

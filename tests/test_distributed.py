@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxcl import data
 from jaxcl import mesh as mesh_lib
 from jaxcl.errors import PEER_LOST, UserError
 from jaxcl.training import control
@@ -49,8 +50,9 @@ def test_several_processes_are_one_run(processes, devices, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_as_two_and_the_other_way_round(tmp_path, monkeypatch):
-    changes = {"checkpoint__every_steps": 4}
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_one_process_goes_on_as_two_and_the_other_way_round(tier, tmp_path, monkeypatch):
+    changes = {"checkpoint__every_steps": 4, "buffer__tier": tier}
     config = runs.small(**changes)
     runs.stop_at(monkeypatch, [9])
     with pytest.raises(RuntimeError, match="SIGTERM"):
@@ -68,25 +70,34 @@ def test_one_process_goes_on_as_two_and_the_other_way_round(tmp_path, monkeypatc
     assert progress["devices"] == 4 and progress["processes"] == 2 and progress["step"] > 9
     later = arrays["buffer.id"][arrays["buffer.id"] >= 0]
     assert len(later) >= len(kept) and len(set(later)) == len(later)
+    if tier == "device":
+        images = arrays["buffer.record.image"]
+    else:
+        images = np.concatenate(list(runs.host_rows(tmp_path / "moved").values()))
+    source, _ = data.open_source("digits", None)
+    images = images.reshape(-1, *source.image_shape)[arrays["buffer.id"] >= 0]
+    np.testing.assert_array_equal(images, source.read(later))
 
     result = train_and_evaluate(config, tmp_path / "moved", devices=jax.devices()[:8], progress=False)
     assert result["devices"]["count"] == 8 and result["buffer"]["rows"] == 40
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_process_is_killed_the_others_end_and_the_run_continues_exactly(victim, tmp_path):
+def test_when_one_process_is_killed_the_other_ends_and_the_run_continues_exactly(tmp_path):
+    """First the one, then, of the continued run, the other, which is the coordinator."""
     changes = {"epochs": 4, "checkpoint__every_steps": 5}
     train_all(tmp_path / "whole", 2, 2, **changes)
-    processes = runs.start_all(tmp_path / "killed", 2, 2, "--heartbeat_seconds=10", "--stall_seconds=15", **changes)
-    runs.until(lambda: runs.saved_step(tmp_path / "killed" / "checkpoints") > 0, *processes)
-    processes[victim].kill()
-    runs.wait(processes[victim])
-    status, errors = runs.wait(processes[1 - victim])
-    assert status in GONE, errors
-    assert "another process has died" in errors or "another task died" in errors or "leader task" in errors
+    for victim in (1, 0):
+        before = runs.saved_step(tmp_path / "killed" / "checkpoints")
+        processes = runs.start_all(tmp_path / "killed", 2, 2, "--heartbeat_seconds=10", "--stall_seconds=15", **changes)
+        runs.until(lambda: runs.saved_step(tmp_path / "killed" / "checkpoints") > before, *processes)  # noqa: B023
+        processes[victim].kill()
+        runs.wait(processes[victim])
+        status, errors = runs.wait(processes[1 - victim])
+        assert status in GONE, errors
+        assert "another process has died" in errors or "another task died" in errors or "leader task" in errors
     train_all(tmp_path / "killed", 2, 2, **changes)
-    assert runs.lines(tmp_path / "killed", "resume")
+    assert len(runs.lines(tmp_path / "killed", "resume")) == 2
     runs.assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 

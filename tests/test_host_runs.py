@@ -15,13 +15,6 @@ from jaxcl.training.loop import train_and_evaluate
 from tests import runs
 
 
-def rows_of(folder):
-    """The rows in the newest checkpoint, by device."""
-    files = sorted((folder / "checkpoints").glob(f"*/{checkpoint.ROWS}/*"))
-    assert files
-    return {file.name: np.fromfile(file, np.uint8) for file in files if file.parent == files[-1].parent}
-
-
 @pytest.mark.parametrize("strategy", ["er", "der_pp"])
 def test_two_processes_learn_the_same_in_both_tiers(strategy, tmp_path):
     for tier in ("device", "host"):
@@ -36,7 +29,7 @@ def test_two_processes_learn_the_same_in_both_tiers(strategy, tmp_path):
         np.testing.assert_array_equal(host[key], device[key], err_msg=key)
     assert runs.lines(tmp_path / "device", "train") == runs.lines(tmp_path / "host", "train")
     shards = np.split(device["buffer.record.image"].reshape(len(device["buffer.id"]), -1), 4)
-    for shard, stored in zip(shards, rows_of(tmp_path / "host").values(), strict=True):
+    for shard, stored in zip(shards, runs.host_rows(tmp_path / "host").values(), strict=True):
         np.testing.assert_array_equal(stored.reshape(len(shard), -1)[:, : shard.shape[1]], shard)
 
 
@@ -49,7 +42,7 @@ def test_a_run_stopped_and_continued_is_as_if_it_had_not_been(tmp_path, monkeypa
             train_and_evaluate(config, tmp_path / "stopped", devices=jax.devices()[:2], progress=False)
     train_and_evaluate(config, tmp_path / "stopped", devices=jax.devices()[:2], progress=False)
     runs.assert_same_run(tmp_path / "whole", tmp_path / "stopped")
-    expected, found = rows_of(tmp_path / "whole"), rows_of(tmp_path / "stopped")
+    expected, found = runs.host_rows(tmp_path / "whole"), runs.host_rows(tmp_path / "stopped")
     assert expected.keys() == found.keys() and any(x.any() for x in expected.values())
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name])
@@ -70,7 +63,7 @@ def test_both_tiers_move_alike_between_numbers_of_devices(tmp_path, monkeypatch)
     for key in {*device, *host} - {"buffer.record.image"}:
         if not key.startswith("staged."):
             np.testing.assert_array_equal(host[key], device[key], err_msg=key)
-    stored = np.concatenate(list(rows_of(tmp_path / "host").values()))
+    stored = np.concatenate(list(runs.host_rows(tmp_path / "host").values()))
     np.testing.assert_array_equal(stored, device["buffer.record.image"].reshape(-1))
 
 
@@ -94,7 +87,7 @@ def test_a_writer_that_fails_ends_the_run_which_is_saved_and_continues(part, tmp
     assert runs.last(tmp_path / "failed")[0]["step"] == steps
     train_and_evaluate(config, tmp_path / "failed", devices=jax.devices()[:2], progress=False)
     runs.assert_same_run(tmp_path / "whole", tmp_path / "failed")
-    np.testing.assert_equal(rows_of(tmp_path / "failed"), rows_of(tmp_path / "whole"))
+    np.testing.assert_equal(runs.host_rows(tmp_path / "failed"), runs.host_rows(tmp_path / "whole"))
 
 
 def test_a_state_whose_rows_are_lost_is_not_saved(tmp_path, monkeypatch):
