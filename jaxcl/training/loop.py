@@ -73,8 +73,10 @@ def make_tasks(config: ConfigDict) -> tuple[data.Scenario, data.Source, data.Sou
     )
 
 
-def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Experiment:
-    """Puts a run together from its config.
+def build(
+    config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds: Sequence[int] | None = None
+) -> Experiment:
+    """Puts a run together from its config; with `seeds`, several runs whose steps and evaluations are made as one.
 
     Raises:
       UserError: one line on what is wrong with the config or its data.
@@ -128,7 +130,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ex
             optimizer,
             schedule,
             augment,
-            config.seed,
+            config.seed if seeds is None else tuple(seeds),
             scenario.class_table,
             loss_classes=d.loss_classes,
             learn=learn,
@@ -145,7 +147,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ex
         train_step=train_step(learn=not strategy.rehearse),
         rehearse_step=train_step(learn=True) if strategy.rehearse else None,
         end_task=make_end_task(mesh, model, strategy, normalize, scenario.class_table),
-        evaluate=make_evaluate(mesh, model, normalize, scenario, strategy.scores),
+        evaluate=make_evaluate(mesh, model, normalize, scenario, strategy.scores, seeds=seeds is not None),
     )
 
 
@@ -191,12 +193,7 @@ def train_and_evaluate(
         if isinstance(session, dict):
             return session
         result = _run_tasks(config, run, session, progress and first)
-        seconds, by_phase = session.seconds(), session.phases.seconds
-        result |= {
-            "seconds": seconds,
-            "images_per_second": result["images"] / max(sum(by_phase.get(name, 0.0) for name in STEPPING), 1e-9),
-            "seconds_by_phase": {**by_phase, "other": seconds - sum(by_phase.values())},
-        }
+        result |= _times(result["images"], session)
         if run.buffer is not None and run.buffer.host is not None:
             result["background_seconds"] = run.buffer.host.seconds  # of the first process's writer in this session
         if first:
@@ -260,6 +257,7 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
             at.accuracy.append(rows["accuracy"])
             at.top5.append(rows["top5"])
             session.log.write("evaluation", at.step, {"task": task.index, **rows})
+            session.log.write_seconds(at.step, phases.seconds, {} if store is None else store.seconds)
             bar.set_postfix(accuracy=f"{100 * np.mean(scores['accuracy'][: task.index + 1]):.1f} %")
             at.task, at.iterator = task.index + 1, None
             session.save(state)
@@ -273,6 +271,16 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
             scores = run.evaluate(state.params, state.batch_stats, state.strategy_state, batches)
         untrained = _score_untrained(config, run, session, run.new_weights(weights_key(0)))
     return _result(config, run, at, state, scores, untrained)
+
+
+def _times(images: int, session: Session) -> dict[str, Any]:
+    """What result.json says of a run's times."""
+    seconds, by_phase = session.seconds(), session.phases.seconds
+    return {
+        "seconds": seconds,
+        "images_per_second": images / max(sum(by_phase.get(name, 0.0) for name in STEPPING), 1e-9),
+        "seconds_by_phase": {**by_phase, "other": seconds - sum(by_phase.values())},
+    }
 
 
 def _result(

@@ -40,7 +40,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array],
     augment: Augment,
-    seed: int,
+    seed: int | Sequence[int],
     classes: np.ndarray,
     *,
     loss_classes: str = "all",
@@ -53,6 +53,8 @@ def make_train_step(
     that are not valid weigh nothing.
 
     Args:
+      seed: of augmentation and buffer. Several: the step takes one step for each of them, alone as before; every leaf of
+        state, batch and metrics then has a leading axis of seeds (`vmap` within the `shard_map`). Device tier only.
       classes: bool `[T, K]`, the classes of each task.
       loss_classes: the classes among which rows are classified: "all" of the data set, those "seen" so far, or those of
         the "task" in which a row's class appears (one head a task).
@@ -105,10 +107,12 @@ def make_train_step(
 
         return descend
 
-    def local_step(state: TrainState, batch: Batch, arrived: jax.Array | None = None) -> tuple[PyTree, ...]:
+    def local_step(
+        seed_key: jax.Array, state: TrainState, batch: Batch, arrived: jax.Array | None = None
+    ) -> tuple[PyTree, ...]:
         if buffer is not None:
             state = dataclasses.replace(state, staged=buffer.local.receive(state.staged, arrived))
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(seed_key, state.step)
         augment_key, insert_key, *draw_keys = jax.random.split(key, 2 + strategy.draws)
         learning_rate = jnp.asarray(schedule(state.task_step / state.steps_per_epoch), jnp.float32)
         metrics = {"learning_rate": learning_rate}
@@ -132,11 +136,17 @@ def make_train_step(
             update |= {"buffer": stored, "staged": staged}
         return dataclasses.replace(state, **update), metrics, handover
 
-    spec = specs()
-    split = PartitionSpec(AXIS)
+    def steps(*inputs: PyTree) -> tuple[PyTree, ...]:
+        if isinstance(seed, int):
+            return local_step(jax.random.key(seed), *inputs)[: 3 if of_host else 2]
+        keys = jnp.stack([jax.random.key(number) for number in seed])
+        return jax.vmap(lambda *args: local_step(*args)[:2])(keys, *inputs)
+
+    several = not isinstance(seed, int)
+    spec, split = specs(several), PartitionSpec(None, AXIS) if several else PartitionSpec(AXIS)
     of_host = buffer is not None and buffer.host is not None
     mapped = jax.shard_map(
-        local_step if of_host else lambda *args: local_step(*args)[:2],
+        steps,
         mesh=mesh,
         in_specs=(spec, split, split) if of_host else (spec, split),
         out_specs=(spec, PartitionSpec(), split) if of_host else (spec, PartitionSpec()),
