@@ -1,12 +1,14 @@
 """Trains several strategies on the same tasks, prints a table and writes pictures and a page.
 
     python -m experiments.compare --config=configs/digits.py --workdir=DIR --strategies=from_scratch,incremental,er
-        [--seeds=3] [--devices=8] [--config.epochs=5 ...]
+        [--seeds=3] [--vmap] [--devices=8] [--config.epochs=5 ...]
 
 Each run has its own folder, DIR/STRATEGY/SEED; those that are finished are not run again, an unfinished one is continued.
+--vmap trains the seeds of a strategy together, as one program: see jaxcl/training/seeds.py.
 """
 
 import pathlib
+from typing import Any
 
 import jax
 from absl import flags
@@ -15,10 +17,11 @@ from experiments import main as common
 from jaxcl import report
 from jaxcl.errors import UserError
 from jaxcl.strategies import make_strategy
-from jaxcl.training.loop import train_and_evaluate
+from jaxcl.training.seeds import check_together, train_seeds
 
 STRATEGIES = flags.DEFINE_list("strategies", ["from_scratch", "incremental", "er"], "strategies to compare")
 SEEDS = flags.DEFINE_integer("seeds", 1, "runs of each strategy, with seeds from config.seed upwards")
+VMAP = flags.DEFINE_bool("vmap", False, "train the seeds of a strategy together, as one program")
 
 
 def main() -> None:
@@ -28,15 +31,18 @@ def main() -> None:
     runs = []
     for strategy in STRATEGIES.value:
         make_strategy(strategy)
-        for seed in range(config.seed, config.seed + SEEDS.value):
-            one = config.copy_and_resolve_references()
-            one.strategy, one.seed = strategy, seed
-            runs.append((one, workdir / strategy / f"seed_{seed}"))
-    for one, folder in runs:
-        train_and_evaluate(one, folder, overwrite=common.OVERWRITE.value, stall_seconds=common.STALL.value)
+        one = config.copy_and_resolve_references()
+        one.strategy = strategy
+        if VMAP.value:
+            check_together(one)
+        seeds = range(config.seed, config.seed + SEEDS.value)
+        runs.append((one, {seed: workdir / strategy / f"seed_{seed}" for seed in seeds}))
+    options: Any = {"overwrite": common.OVERWRITE.value, "stall_seconds": common.STALL.value}
+    for one, folders in runs:
+        train_seeds(one, folders, together=VMAP.value, **options)
     if jax.process_index() > 0:
         return
-    found = report.load_runs([folder for _, folder in runs])
+    found = report.load_runs([folder for _, folders in runs for folder in folders.values()])
     print(report.table(found))
     print(f"pictures and page: {report.write_report(found, workdir)}")
 

@@ -1,6 +1,7 @@
 """Searches hyper-parameters, chooses on validation data, and evaluates the choice on the test set.
 
-    python -m experiments.sweep --config=configs/digits.py --workdir=DIR [--devices=8] [--config.strategy=der ...]
+    python -m experiments.sweep --config=configs/digits.py --workdir=DIR [--vmap] [--devices=8]
+        [--config.strategy=der ...]
 
 What is searched is said by `get_sweep()` in the config file, called with the argument of `get_config` if it has one: see
 `jaxcl.training.sweep.Sweep`. The validation rows are held out of the training data; only the last row of the table has seen the
@@ -10,6 +11,7 @@ Leaves DIR/sweep.json and DIR/report.html.
 
 import importlib.util
 import pathlib
+from typing import Any
 
 import jax
 from absl import flags
@@ -20,11 +22,14 @@ from jaxcl import report
 from jaxcl.errors import UserError
 from jaxcl.training.sweep import Sweep, rows, run_sweep
 
+VMAP = flags.DEFINE_bool("vmap", False, "train the seeds of a setting together, as one program")
+
 
 def main() -> None:
     config, workdir = common.required(common.CONFIG), pathlib.Path(common.required(common.WORKDIR))
     sweep = load_sweep(config_flags.get_config_filename(flags.FLAGS["config"]))
-    found = run_sweep(config, sweep, workdir, overwrite=common.OVERWRITE.value, stall_seconds=common.STALL.value)
+    options: Any = {"overwrite": common.OVERWRITE.value, "stall_seconds": common.STALL.value}
+    found = run_sweep(config, sweep, workdir, together=VMAP.value, **options)
     if jax.process_index() > 0:
         return
     print(report.text_table(rows(found)))

@@ -5,12 +5,13 @@ and standard deviation over seeds); where a strategy ran in several configuratio
 """
 
 import base64
+import functools
 import html
 import io
 import json
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap
+from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -38,8 +39,11 @@ _COLORS = {
 }
 _OTHER_COLORS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#882255")  # Tol's muted palette
 _ORDER = ("from_scratch", "incremental", "er")
-_PHASES = {"load": "#E69F00", "compile": "#999999", "train": "#0072B2", "evaluate": "#009E73"}
-_OTHER_PHASE_COLORS = ("#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#332288", "#882255")
+# In the order of a step, by the names of Bouvier et al. 2024; then what is beside the steps.
+_FOREGROUND = {"load": "#E69F00", "wait": "#D55E00", "assemble": "#F0E442", "accumulate": "#CC79A7", "train": "#0072B2"}
+_FOREGROUND |= {"compile": "#999999", "evaluate": "#009E73"}
+_BACKGROUND = {"copy": "#CC6677", "sample": "#DDCC77", "exchange": "#88CCEE", "populate": "#44AA99"}
+_OTHER_PHASE_COLORS = ("#56B4E9", "#332288", "#882255", "#117733", "#AA4499", "#999933")
 _PER_RUN = {"seed", "name", "workdir"}  # config fields that do not make a different experiment
 _STYLE: Any = {
     "font.size": 10,
@@ -116,6 +120,7 @@ def _check(result: Any) -> None:
             raise ValueError(f"{key} is not an object")
     numbers = [result[key] for key in ("seed", "average_accuracy", "average_incremental_accuracy", "seconds")]
     numbers += [result["images_per_second"], result["devices"]["count"], *result["seconds_by_phase"].values()]
+    numbers += result.get("background_seconds", {}).values()
     numbers += [result["forgetting"][key] for key in ("chaudhry", "mammoth", "avalanche")]
     numbers += [result["backward_transfer"][key] for key in ("gem", "diaz_rodriguez")]
     numbers += [result["buffer"]["bytes"]] if result["buffer"] is not None else []
@@ -367,37 +372,62 @@ def accuracy_matrix(groups: Sequence[Group]) -> Figure:
 
 
 def time_by_phase(groups: Sequence[Group]) -> Figure:
-    """Seconds in each phase, mean over seeds, stacked; a bar a strategy."""
-    means = []
-    for group in groups:
-        total: Counter[str] = Counter()
-        for result in group.results:
-            total.update({phase: seconds / len(group.results) for phase, seconds in result["seconds_by_phase"].items()})
-        means.append(total)
-    phases = [phase for phase in _PHASES if any(phase in m for m in means)]
-    others = sorted({phase for m in means for phase in m} - _PHASES.keys())
-    colors = _PHASES | {p: _OTHER_PHASE_COLORS[i % len(_OTHER_PHASE_COLORS)] for i, p in enumerate(others)}
-    figure = Figure(figsize=(8, 0.55 * len(groups) + 1.3), layout="constrained")
+    """Seconds in each phase, mean over seeds, stacked; a bar a strategy, and where a thread works in the background its own
+    bar, hatched, below that of the loop, in whose time it lies."""
+    fore, back = (_mean_seconds(groups, key) for key in ("seconds_by_phase", "background_seconds"))
+    both = any(back)
+    figure = Figure(figsize=(8, (0.75 if both else 0.55) * len(groups) + 1.5), layout="constrained")
     axes = figure.subplots()
-    y = np.arange(len(groups))
-    left = np.zeros(len(groups))
-    for phase in phases + others:
-        width = np.array([m[phase] for m in means])
-        axes.barh(y, width, 0.62, left, label=phase, color=colors[phase], edgecolor="white", lw=0.8)
-        left += width
-    for i, total_seconds in enumerate(left):
-        axes.annotate(f"{total_seconds:.4g} s", (total_seconds, i), (5, 0), textcoords="offset points", va="center")
+    y, height = np.arange(len(groups)), 0.36 if both else 0.62
+    right = _stack(axes, y - 0.2 * np.array([bool(bar) for bar in back]), height, fore, _FOREGROUND)
+    if both:
+        right = np.maximum(right, _stack(axes, y + 0.2, height, back, _BACKGROUND, " (background)", hatch="///"))
     axes.set_yticks(y, [group.label for group in groups])
     for tick, group in zip(axes.get_yticklabels(), groups, strict=True):
         tick.set(color=_color(group.strategy), fontweight="bold")
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.1 * left.max() or 1)
+    axes.set_xlim(0, 1.1 * right.max() or 1)
     axes.set_xlabel("seconds")
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
     axes.tick_params(length=0)
-    figure.legend(loc="outside upper center", ncols=min(6, len(phases + others)))
+    figure.legend(loc="outside upper center", ncols=min(4 if both else 6, len(axes.containers)))
     return figure
+
+
+def _mean_seconds(groups: Sequence[Group], key: str) -> list[Counter[str]]:
+    """Seconds by phase under result[key], of each group the mean over its runs; empty where no run tells."""
+    means = []
+    for group in groups:
+        mean: Counter[str] = Counter()
+        for result in group.results:
+            mean.update({phase: seconds / len(group.results) for phase, seconds in result.get(key, {}).items()})
+        means.append(mean)
+    return means
+
+
+def _stack(
+    axes: Axes,
+    y: np.ndarray,
+    height: float,
+    bars: Sequence[Counter[str]],
+    known: dict[str, str],
+    suffix: str = "",
+    **style: Any,
+) -> np.ndarray:
+    """Draws stacked horizontal bars, the known phases in their order and any others after them -> where they end."""
+    others = sorted({phase for bar in bars for phase in bar} - known.keys())
+    colors = known | {p: _OTHER_PHASE_COLORS[i % len(_OTHER_PHASE_COLORS)] for i, p in enumerate(others)}
+    right = np.zeros(len(bars))
+    for phase in (phase for phase in colors if any(phase in bar for bar in bars)):
+        width = np.array([bar[phase] for bar in bars])
+        style |= {"color": colors[phase], "edgecolor": "white", "lw": 0.8, "label": phase + suffix}
+        axes.barh(y, width, height, right, **style)
+        right += width
+    for at, end, bar in zip(y, right, bars, strict=True):
+        if bar:
+            axes.annotate(f"{end:.4g} s", (end, at), (5, 0), textcoords="offset points", va="center")
+    return right
 
 
 def average_accuracy(groups: Sequence[Group]) -> Figure:
@@ -413,6 +443,45 @@ def average_accuracy(groups: Sequence[Group]) -> Figure:
     axes.set_ylabel("average accuracy, tasks seen so far")
     figure.legend(loc="outside upper center", ncols=min(3, len(groups)))
     return figure
+
+
+def classes_over_time(streams: Mapping[str, np.ndarray]) -> Figure:
+    """Of what arrives at each moment, the share of every class; a panel a stream, tasks divided by lines.
+
+    Args:
+      streams: title -> rows of each class in each task, int `[T, K]`, in order of arrival.
+    """
+    columns = min(len(streams), 3)
+    figure = Figure(figsize=(3.3 * columns + 1, 2.6 * -(-len(streams) // columns)), layout="constrained")
+    panels = list(figure.subplots(-(-len(streams) // columns), columns, squeeze=False).ravel())
+    norm = PowerNorm(0.5, 0, max((rows / rows.sum(1, keepdims=True)).max() for rows in streams.values()))
+    for axes, (title, rows) in zip(panels, streams.items(), strict=False):
+        edges = np.concatenate([[0], np.cumsum(rows.sum(1))])
+        shares = rows / rows.sum(1, keepdims=True)
+        image = axes.pcolormesh(edges, np.arange(rows.shape[1] + 1) - 0.5, shares.T, cmap=_BLUES, norm=norm)
+        axes.vlines(edges[1:-1], -0.5, rows.shape[1] - 0.5, color="#5b6670", lw=0.6)
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("rows that have arrived")
+        axes.set_ylabel("class")
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(min(10, rows.shape[1]), integer=True))
+        axes.tick_params(length=0)
+    for axes in panels[len(streams) :]:
+        axes.remove()
+    bar = figure.colorbar(
+        image, ax=panels[: len(streams)], aspect=30, shrink=0.8, pad=0.02, label="share of what arrives"
+    )
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    bar.outline.set_visible(False)
+    return figure
+
+
+def png(draw: Callable[[], Figure]) -> bytes:
+    """What `draw` draws, in the style of the report, as a PNG file."""
+    file = io.BytesIO()
+    with rc_context(_STYLE):  # restored on leaving: a library does not restyle its caller
+        draw().savefig(file, format="png", dpi=160)
+    return file.getvalue()
 
 
 _PICTURES: dict[str, tuple[Callable[[Sequence[Group]], Figure], str, str]] = {
@@ -431,7 +500,11 @@ _PICTURES: dict[str, tuple[Callable[[Sequence[Group]], Figure], str, str]] = {
         "Accuracy matrix",
         "Percent, mean over seeds. Above the stair: tasks not trained yet.",
     ),
-    "time_by_phase": (time_by_phase, "Time by phase", "Seconds, mean over seeds."),
+    "time_by_phase": (
+        time_by_phase,
+        "Time by phase",
+        "Seconds, mean over seeds. Hatched: the thread of the buffer in host memory, working while the loop goes on.",
+    ),
 }
 
 
@@ -524,11 +597,9 @@ def write_report(runs: Sequence[Run], out: str | Path, sections: Sequence[Sectio
         body.append(_html_rows(header, rows))
     if groups:
         for name, (draw, title, caption) in _PICTURES.items():
-            png = io.BytesIO()
-            with rc_context(_STYLE):  # restored on leaving: a library does not restyle its caller
-                draw(groups).savefig(png, format="png", dpi=160)
-            (out / f"{name}.png").write_bytes(png.getvalue())
-            source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+            picture = png(functools.partial(draw, groups))
+            (out / f"{name}.png").write_bytes(picture)
+            source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
             body += [
                 f"<h2>{title}</h2>",
                 f"<p>{caption}</p>",

@@ -166,7 +166,43 @@ def test_pictures_show_the_numbers():
     np.testing.assert_allclose([line.get_ydata() for line in axes.lines], [[90, 90], [90, 45], [90, 75]])
     assert [text.get_text() for text in report.accuracy_matrix(groups).axes[1].texts] == ["90", "0", "0", "90"]
     [axes] = report.time_by_phase(groups).axes
-    assert [bar.get_width() for bar in axes.patches[::3]] == [1, 1, 6, 2]  # load, compile, train, evaluate
+    assert [bar.get_width() for bar in axes.patches[::3]] == [1, 6, 1, 2]  # load, train, compile, evaluate
+
+
+def test_time_by_phase_of_loop_and_background():
+    """Each phase by its own name in the order of a step, unknown ones last; the background beside the loop, mean over seeds."""
+    loop = {"new": 1.0, "train": 6.0, "accumulate": 4.0, "assemble": 3.0, "wait": 2.0, "load": 1.0}
+    runs = [report.Run(Path(), _result("incremental"))]
+    for seed, copied in ((0, 1.0), (1, 3.0)):
+        background = {"own": 5.0, "populate": 4.0, "exchange": 3.0, "sample": 2.0, "copy": copied}
+        runs.append(report.Run(Path(), _result(seed=seed, seconds_by_phase=loop, background_seconds=background)))
+    [axes] = report.time_by_phase(report.group_runs(runs)).axes
+    names = [bars.get_label() for bars in axes.containers]
+    steps = ["load", "wait", "assemble", "accumulate", "train", "compile", "evaluate", "new"]
+    background = ["copy", "sample", "exchange", "populate", "own"]
+    assert names == steps + [f"{name} (background)" for name in background]
+    er = {bars.get_label(): bars.patches[1] for bars in axes.containers}
+    assert [er[name].get_width() for name in steps] == [1, 2, 3, 4, 6, 0, 0, 1]
+    assert [er[f"{name} (background)"].get_width() for name in background] == [2, 2, 3, 4, 5]
+    above, below = er["load"], er["copy (background)"]
+    assert above.get_y() + above.get_height() < below.get_y()  # the axis points down: side by side, no overlap
+    assert below.get_x() == 0
+
+
+def test_classes_over_time():
+    rows = np.array([[30, 0, 10], [0, 10, 10]])
+    figure = report.classes_over_time({"mine": rows, "even": np.ones((1, 2))})
+    mesh = figure.axes[0].collections[0]
+    np.testing.assert_allclose(np.reshape(mesh.get_array(), (3, 2)), [[0.75, 0], [0, 0.5], [0.25, 0.5]])
+    assert mesh.get_coordinates()[0, :, 0].tolist() == [0, 40, 60]  # a task is as wide as it has rows
+    assert [axes.get_title(loc="left") for axes in figure.axes[:2]] == ["mine", "even"]
+
+
+def test_sections_are_tables_of_the_page(tmp_path):
+    section = report.Section("Sweep <1>", "a & b", [["rate", "accuracy %"], ["<0.1>", "50.00"]])
+    text = report.write_report([report.Run(Path(), _result())], tmp_path, [section]).read_text()
+    assert "<h2>Sweep &lt;1&gt;</h2>" in text and "a &amp; b" in text
+    assert "<tr><td>&lt;0.1&gt;</td><td>50.00</td></tr>" in text
 
 
 @pytest.mark.parametrize("tasks, seeds", [(1, 1), (20, 2)])
@@ -182,12 +218,20 @@ def test_only_unfinished_runs(tmp_path):
     assert not list((tmp_path / "out").glob("*.png"))
 
 
-def test_command(folder):
-    def command(*arguments):
-        program = [sys.executable, "-m", "experiments.report", *map(str, arguments)]
-        root = Path(__file__).parent.parent
-        return subprocess.run(program, cwd=root, capture_output=True, text=True, timeout=120)
+def command(*arguments, module="experiments.report"):
+    program = [sys.executable, "-m", module, *map(str, arguments)]
+    root = Path(__file__).parent.parent
+    return subprocess.run(program, cwd=root, capture_output=True, text=True, timeout=120)
 
+
+def test_scenario_command(tmp_path):
+    flags = ("--config=configs/digits.py", "--scenarios=class,si_blurry", f"--out={tmp_path / 'x.png'}")
+    done = command(*flags, module="experiments.scenario")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_command(folder):
     done = command(folder)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == str(folder / "report.html")
     assert (folder / "report.html").is_file() and "from_scratch" in done.stdout

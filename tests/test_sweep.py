@@ -1,7 +1,5 @@
 """Sweeps: which settings, that the choice never sees the test set, what is run again, mistakes before anything runs."""
 
-import pathlib
-
 import jax
 import numpy as np
 import pytest
@@ -9,8 +7,8 @@ import pytest
 from jaxcl import report
 from jaxcl.data import array_source, hold_out
 from jaxcl.errors import Diverged, UserError
+from jaxcl.training import loop
 from jaxcl.training import sweep as sweep_lib
-from jaxcl.training.loop import make_tasks
 from jaxcl.training.sweep import Range, Sweep, run_sweep
 from tests.runs import small
 
@@ -48,7 +46,7 @@ def test_validation_rows_stand_in_for_the_test_set(scenario, tmp_path):
     x, y = rng.integers(0, 255, (140, 4, 4), np.uint8), np.arange(140) % 6
     np.savez(tmp_path / "data.npz", x_train=x[:100], y_train=y[:100], x_test=x[100:], y_test=y[100:])
     config = small(data__source=f"npz:{tmp_path / 'data.npz'}", data__scenario=scenario, data__validation=0.2)
-    scenario, train, test = make_tasks(config)
+    scenario, train, test = loop.make_tasks(config)
 
     def pixels(source, rows):  # sorted: a permutation does not hide an image
         return {np.sort(image.ravel()).tobytes() for image in source.read(rows)}
@@ -109,12 +107,12 @@ def test_the_best_on_validation_data_is_tested_once(tmp_path, monkeypatch):
         return {0.01: (0.5, 0.1), 0.1: (0.4, 0.9)}[rate][tested] + 0.02 * config.seed
 
     def run(config, folder, **options):
-        ran.append(pathlib.Path(folder).relative_to(tmp_path).as_posix())
+        ran.append(folder.relative_to(tmp_path).as_posix())
         if config.optimizer.learning_rate == 1.0:
             raise Diverged("the loss is nan")
         return {"average_accuracy": accuracy(config)}
 
-    monkeypatch.setattr(sweep_lib, "train_and_evaluate", run)
+    monkeypatch.setattr(loop, "train_and_evaluate", run)
     sweep = Sweep({"optimizer.learning_rate": (0.01, 0.1, 1.0)}, seeds=2)
     found = run_sweep(small(), sweep, tmp_path, devices=jax.devices()[:2])
     assert found["chosen"] == {"optimizer.learning_rate": 0.01}

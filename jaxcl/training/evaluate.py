@@ -26,6 +26,8 @@ def make_evaluate(
     normalize: Callable[[jax.Array], jax.Array],
     scenario: Scenario,
     scores: Callable[[dict[str, jax.Array], PyTree], jax.Array],
+    *,
+    seeds: bool = False,
 ) -> Callable[[PyTree, PyTree, PyTree, Iterable[dict[str, np.ndarray]]], dict[str, np.ndarray]]:
     """`evaluate(params, batch_stats, strategy_state, batches) -> scores`, each task's test rows apart:
 
@@ -36,6 +38,7 @@ def make_evaluate(
       normalize: uint8 images to the model's input.
       scenario: tells the task of each test row, and each task's classes.
       scores: `(outputs, strategy_state) -> [b, K]`, by which the classes of a row are ranked.
+      seeds: params, batch_stats and strategy_state have a leading axis of seeds, and so has every score.
     """
     tasks, num_classes = scenario.class_table.shape
     task_of_row = scenario.task_of_test_row
@@ -58,17 +61,21 @@ def make_evaluate(
         now["confusion"] = zeros.at[label, jnp.argmax(logits, axis=1)].add(batch["valid"].astype(jnp.int32))
         return jax.tree.map(jnp.add, counts, lax.psum(now, AXIS))
 
+    counted = jax.vmap(count, (0, 0, 0, 0, None)) if seeds else count
     whole, split = PartitionSpec(), PartitionSpec(AXIS)
     step = jax.jit(
-        jax.shard_map(count, mesh=mesh, in_specs=(whole, whole, whole, whole, split), out_specs=whole, check_vma=False),
+        jax.shard_map(
+            counted, mesh=mesh, in_specs=(whole, whole, whole, whole, split), out_specs=whole, check_vma=False
+        ),
         donate_argnums=3,
     )
 
     def evaluate(
         params: PyTree, batch_stats: PyTree, strategy_state: PyTree, batches: Iterable[dict[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
-        zeros = {name: np.zeros(tasks, np.int32) for name in ("rows", *_BY_TASK)}
-        counts = mesh_lib.replicate(mesh, zeros | {"confusion": np.zeros((num_classes, num_classes), np.int32)})
+        shapes = dict.fromkeys(("rows", *_BY_TASK), (tasks,)) | {"confusion": (num_classes, num_classes)}
+        lead = jax.tree.leaves(params)[0].shape[:1] if seeds else ()
+        counts = mesh_lib.replicate(mesh, {name: np.zeros(lead + shape, np.int32) for name, shape in shapes.items()})
         for batch in batches:
             inputs = {name: batch[name] for name in ("image", "label", "valid")}
             inputs["task"] = task_of_row[batch["id"]]  # that of padding, whose id is -1, does not count

@@ -76,8 +76,10 @@ def make_tasks(config: ConfigDict) -> tuple[data.Scenario, data.Source, data.Sou
     )
 
 
-def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Experiment:
-    """Puts a run together from its config.
+def build(
+    config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds: Sequence[int] | None = None
+) -> Experiment:
+    """Puts a run together from its config; with `seeds`, several runs whose steps and evaluations are made as one.
 
     Raises:
       UserError: one line on what is wrong with the config or its data.
@@ -131,7 +133,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ex
             optimizer,
             schedule,
             augment,
-            config.seed,
+            config.seed if seeds is None else tuple(seeds),
             scenario.class_table,
             loss_classes=d.loss_classes,
             learn=learn,
@@ -163,7 +165,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ex
         rehearse_step=train_step(learn=True) if strategy.rehearse else None,
         store_exemplars=store_exemplars,
         end_task=make_end_task(mesh, model, strategy, normalize, scenario.class_table),
-        evaluate=make_evaluate(mesh, model, normalize, scenario, strategy.scores),
+        evaluate=make_evaluate(mesh, model, normalize, scenario, strategy.scores, seeds=seeds is not None),
     )
 
 
@@ -209,12 +211,7 @@ def train_and_evaluate(
         if isinstance(session, dict):
             return session
         result = _run_tasks(config, run, session, progress and first)
-        seconds, by_phase = session.seconds(), session.phases.seconds
-        result |= {
-            "seconds": seconds,
-            "images_per_second": result["images"] / max(sum(by_phase.get(name, 0.0) for name in STEPPING), 1e-9),
-            "seconds_by_phase": {**by_phase, "other": seconds - sum(by_phase.values())},
-        }
+        result |= _times(result["images"], session)
         if run.buffer is not None and run.buffer.host is not None:
             result["background_seconds"] = run.buffer.host.seconds  # of the first process's writer in this session
         if first:
@@ -285,6 +282,7 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
             at.accuracy.append(rows["accuracy"])
             at.top5.append(rows["top5"])
             session.log.write("evaluation", at.step, {"task": task.index, **rows})
+            session.log.write_seconds(at.step, phases.seconds, {} if store is None else store.seconds)
             bar.set_postfix(accuracy=f"{100 * np.mean(scores['accuracy'][: task.index + 1]):.1f} %")
             at.task, at.rehearsing, at.iterator = task.index + 1, False, None
             session.save(state)
@@ -298,6 +296,16 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
             scores = run.evaluate(state.params, state.batch_stats, state.strategy_state, batches)
         untrained = _score_untrained(config, run, session, run.new_weights(weights_key(0)))
     return _result(config, run, at, state, scores, untrained)
+
+
+def _times(images: int, session: Session) -> dict[str, Any]:
+    """What result.json says of a run's times."""
+    seconds, by_phase = session.seconds(), session.phases.seconds
+    return {
+        "seconds": seconds,
+        "images_per_second": images / max(sum(by_phase.get(name, 0.0) for name in STEPPING), 1e-9),
+        "seconds_by_phase": {**by_phase, "other": seconds - sum(by_phase.values())},
+    }
 
 
 def _result(
@@ -422,7 +430,7 @@ def _restore(config: ConfigDict, run: Experiment, session: Session, state: Train
         buffer = dataclasses.replace(buffer, record={})
     buffer = mesh_lib.split_rows(run.mesh, buffer)
     # The draws that wait to be replayed are made anew, by the keys of the step that made them.
-    keys = step_keys(config.seed, state.step - 1, run.strategy.draws)[2:]
+    keys = step_keys(jax.random.key(config.seed), state.step - 1, run.strategy.draws)[2:]
     return dataclasses.replace(state, buffer=buffer, staged=jax.jit(run.buffer.stage)(buffer, keys))
 
 

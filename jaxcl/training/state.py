@@ -47,9 +47,9 @@ class TrainState:
     strategy_state: PyTree
 
 
-def specs() -> TrainState:
-    """How the state lies on the mesh: a prefix of partition specs for `shard_map`."""
-    whole, split = PartitionSpec(), PartitionSpec(mesh_lib.AXIS)
+def specs(seeds: bool = False) -> TrainState:
+    """How the state lies on the mesh, with or without a leading axis of seeds: a prefix of partition specs for `shard_map`."""
+    whole, split = PartitionSpec(), PartitionSpec(None, mesh_lib.AXIS) if seeds else PartitionSpec(mesh_lib.AXIS)
     return TrainState(whole, whole, whole, whole, whole, whole, whole, split, split, whole)  # type: ignore[arg-type]
 
 

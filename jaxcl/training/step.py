@@ -46,7 +46,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array],
     augment: Augment,
-    seed: int,
+    seed: int | Sequence[int],
     classes: np.ndarray,
     *,
     loss_classes: str = "all",
@@ -59,6 +59,8 @@ def make_train_step(
     that are not valid weigh nothing.
 
     Args:
+      seed: of augmentation and buffer. Several: the step takes one step for each of them, alone as before; every leaf of
+        state, batch and metrics then has a leading axis of seeds (`vmap` within the `shard_map`). Device tier only.
       classes: bool `[T, K]`, the classes of each task.
       loss_classes: the classes among which rows are classified: "all" of the data set, those "seen" so far, or those of
         the "task" in which a row's class appears (one head a task).
@@ -111,20 +113,24 @@ def make_train_step(
 
         return descend
 
-    def local_turn(shard: Shard, clock: Clock, batch: Batch, outputs: Outputs) -> tuple[Shard, Staged, Any]:
+    def local_turn(
+        key: jax.Array, shard: Shard, clock: Clock, batch: Batch, outputs: Outputs
+    ) -> tuple[Shard, Staged, Any]:
         """The buffer's part of a step: insert, then draw."""
         assert buffer is not None
         step, task_step, steps_per_epoch = clock
-        _, insert_key, *draw_keys = step_keys(seed, step, strategy.draws)
+        _, insert_key, *draw_keys = step_keys(key, step, strategy.draws)
         streams = strategy.exemplars is None  # else rows enter at the task's end
         offered = batch["valid"] & streams & ((task_step < steps_per_epoch) | (buffer.repeats != "first_epoch"))
         candidates = Rows(strategy.record(batch["image"], outputs), batch["label"], batch["id"], offered)
         return buffer.local.turn(shard, candidates, insert_key, draw_keys, step)
 
-    def local_step(state: TrainState, batch: Batch, arrived: jax.Array | None = None) -> tuple[PyTree, ...]:
+    def local_step(
+        key: jax.Array, state: TrainState, batch: Batch, arrived: jax.Array | None = None
+    ) -> tuple[PyTree, ...]:
         if buffer is not None:
             state = dataclasses.replace(state, staged=buffer.local.receive(state.staged, arrived))
-        augment_key = step_keys(seed, state.step, strategy.draws)[0]
+        augment_key = step_keys(key, state.step, strategy.draws)[0]
         learning_rate = jnp.asarray(schedule(state.task_step / state.steps_per_epoch), jnp.float32)
         metrics = {"learning_rate": learning_rate}
         outputs: dict[str, jax.Array] = {}
@@ -140,23 +146,36 @@ def make_train_step(
             update |= {"params": params, "batch_stats": found.batch_stats, "opt_state": opt_state}
             metrics |= {"loss": found.loss, **_scores(found.parts)}
         if buffer is not None and state.buffer is not None:
-            stored, staged, handover = local_turn(state.buffer, _clock(state), batch, outputs)
+            stored, staged, handover = local_turn(key, state.buffer, _clock(state), batch, outputs)
             update |= {"buffer": stored, "staged": staged}
         return dataclasses.replace(state, **update), metrics, handover
 
-    spec, whole, split = specs(), PartitionSpec(), PartitionSpec(AXIS)
+    several = not isinstance(seed, int)
+    spec, whole = specs(several), PartitionSpec()
+    split = PartitionSpec(None, AXIS) if several else PartitionSpec(AXIS)
 
-    def on_devices(function: Callable, in_specs: PyTree, out_specs: PyTree, donate: int = 0) -> Any:
+    def on_devices(function: Callable, in_specs: PyTree, out_specs: PyTree) -> Any:
         mapped = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return jax.jit(mapped, donate_argnums=donate)
+        return jax.jit(mapped, donate_argnums=0)
 
+    def one(*inputs: PyTree) -> tuple[PyTree, ...]:
+        assert isinstance(seed, int)
+        return local_step(jax.random.key(seed), *inputs)
+
+    def each(*inputs: PyTree) -> tuple[PyTree, ...]:
+        assert not isinstance(seed, int)
+        keys = jnp.stack([jax.random.key(number) for number in seed])
+        return jax.vmap(lambda *args: local_step(*args)[:2])(keys, *inputs)
+
+    if several:
+        return on_devices(each, (spec, split), (spec, whole))
     if buffer is None or buffer.host is None:
-        return on_devices(lambda *args: local_step(*args)[:2], (spec, split), (spec, whole))
+        return on_devices(lambda *inputs: one(*inputs)[:2], (spec, split), (spec, whole))
     if learn and strategy.stores_outputs:
-        return on_devices(local_step, (spec, split, split), (spec, whole, split))
+        return on_devices(one, (spec, split, split), (spec, whole, split))
 
     def ahead(shard: Shard, clock: Clock, batch: Batch) -> tuple[Shard, Clock, Staged, Any]:
-        stored, staged, handover = local_turn(shard, clock, batch, {})
+        stored, staged, handover = local_turn(jax.random.key(seed), shard, clock, batch, {})
         return stored, clock, staged, handover
 
     def train(
@@ -166,7 +185,7 @@ def make_train_step(
         state = dataclasses.replace(
             state, step=step, task_step=task_step, steps_per_epoch=steps_per_epoch, staged=staged
         )
-        state, metrics, _ = local_step(state, batch, arrived)
+        state, metrics, _ = one(state, batch, arrived)
         return dataclasses.replace(state, staged=()), metrics
 
     return InTwo(
@@ -186,9 +205,9 @@ def _clock(state: TrainState) -> Clock:
     return state.step, state.task_step, state.steps_per_epoch
 
 
-def step_keys(seed: int, step: jax.Array, draws: int) -> jax.Array:
-    """The keys of a step, `[2 + draws]`: of its augmentation, its insert and each of its draws."""
-    return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 2 + draws)
+def step_keys(key: jax.Array, step: jax.Array, draws: int) -> jax.Array:
+    """The keys of a step, `[2 + draws]`, of the run's: for its augmentation, its insert and each of its draws."""
+    return jax.random.split(jax.random.fold_in(key, step), 2 + draws)
 
 
 def make_context(

@@ -22,7 +22,8 @@ from ml_collections import ConfigDict
 from jaxcl import files, metrics
 from jaxcl.errors import Diverged, UserError
 from jaxcl.training.config import check_config
-from jaxcl.training.loop import build, train_and_evaluate
+from jaxcl.training.loop import build
+from jaxcl.training.seeds import check_together, train_seeds
 
 Setting = dict[str, Any]  # config field, with dots -> value
 SEARCHES, METRICS = ("grid", "random"), ("average_accuracy", "average_incremental_accuracy")
@@ -139,6 +140,7 @@ def run_sweep(
     sweep: Sweep,
     workdir: str | pathlib.Path,
     *,
+    together: bool = False,
     devices: Sequence[jax.Device] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -149,8 +151,7 @@ def run_sweep(
 
     Args:
       config: of all runs, but for what the sweep sets.
-      devices: to train on; default all.
-      options: of `train_and_evaluate`.
+      together, devices, options: see `train_seeds`.
 
     Returns:
       What sweep.json holds: the settings in order, each with `values` (one a seed), `mean` and `deviation` of the metric on
@@ -166,15 +167,18 @@ def run_sweep(
     count = len(jax.devices() if devices is None else devices)
     for validation in (sweep.validation, 0.0):
         for setting in settings:
-            check_config(configure(config, setting, config.seed, validation), count)
+            one = configure(config, setting, config.seed, validation)
+            check_config(one, count)
+            if together:
+                check_together(one)
     for setting in settings:
         build(configure(config, setting, config.seed, sweep.validation), devices)
 
     def values(setting: Setting, kind: str, validation: float) -> dict[str, Any]:
-        place, found = pathlib.Path(kind, folder_name(setting)), []
-        for seed in seeds:
-            one = configure(config, setting, seed, validation)
-            found.append(train_and_evaluate(one, folder / place / f"seed_{seed}", devices=devices, **options))
+        place = pathlib.Path(kind, folder_name(setting))
+        folders = {seed: folder / place / f"seed_{seed}" for seed in seeds}
+        one = configure(config, setting, config.seed, validation)
+        found = train_seeds(one, folders, together=together, devices=devices, **options)
         each = [result[sweep.metric] for result in found]
         mean, deviation = metrics.mean_and_deviation(each)
         return {"fields": setting, "folder": str(place), "values": each, "mean": mean, "deviation": deviation}

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -143,6 +143,14 @@ class Log:
         for name, value in values.items():
             if isinstance(value, float):
                 self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def write_seconds(self, step: int, foreground: Mapping[str, float], background: Mapping[str, float]) -> None:
+        """Seconds by phase so far, of the loop and of the buffer's writer; to TensorBoard alone, as metrics.jsonl holds what
+        a repeated run has again."""
+        if self._events is not None:
+            for kind, seconds in (("foreground", foreground), ("background", background)):
+                for name, value in seconds.items():
+                    self._events.add_scalar(f"seconds_{kind}/{name}", value, step)
 
     def close(self) -> None:
         if self._lines is not None and self._events is not None:
