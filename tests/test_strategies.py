@@ -1,8 +1,11 @@
 """Every strategy: its update against the formula of its paper written out on one device, and N devices against one."""
 
+import ast
 import dataclasses
 import functools
 import itertools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -427,6 +430,23 @@ def test_rows_of_a_task():
     assert rows["from_scratch"] == [sorted(x) for x in itertools.accumulate(alone)]
     assert rows["joint"] == [list(range(12)), [], []]
     assert all(found == alone for name, found in rows.items() if name not in ("from_scratch", "joint"))
+
+
+def test_the_example_of_the_documentation_is_the_file():
+    root = pathlib.Path(__file__).parent.parent
+    (example,) = re.findall(r"```python\n(.*?)```", (root / "docs" / "strategies.md").read_text(), re.DOTALL)
+    tree = ast.parse((root / "jaxcl" / "strategies" / "der.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node):
+            del node.body[0]
+    assert ast.dump(ast.parse(example)) == ast.dump(tree)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_is_documented_with_its_options(name):
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "strategies.md").read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+    assert re.findall(r"`(\w+)`", row.split("|")[4]) == list(default_options(name))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
