@@ -1,6 +1,6 @@
 """Cuts a data set down to the first rows of each class, as a NumPy archive for `data.source = npz:FILE`.
 
-python -m experiments.small_pack --source=tfds:cifar10 [--data_dir=TFDS_DIR] --train=500 --test=100 --out=FILE
+python -m experiments.small_pack --from=tfds:cifar10 [--from_dir=TFDS_DIR] --train=500 --test=100 --out=FILE
 """
 
 import numpy as np
@@ -10,8 +10,8 @@ from experiments import main as common
 from jaxcl import data
 from jaxcl.errors import UserError
 
-SOURCE = flags.DEFINE_string("source", None, "as config.data.source")
-DATA_DIR = flags.DEFINE_string("data_dir", None, "as config.data.data_dir")
+SOURCE = flags.DEFINE_string("from", None, "as config.data.source")
+DATA_DIR = flags.DEFINE_string("from_dir", None, "as config.data.data_dir")
 TRAIN = flags.DEFINE_integer("train", 500, "training rows of each class")
 TEST = flags.DEFINE_integer("test", 100, "test rows of each class")
 OUT = flags.DEFINE_string("out", None, "the file to write")

@@ -1,8 +1,11 @@
 """Every strategy: its update against the formula of its paper written out on one device, and N devices against one."""
 
+import ast
 import dataclasses
 import functools
 import itertools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +19,14 @@ from jaxcl.data import make_normalize
 from jaxcl.errors import UserError
 from jaxcl.strategies import STRATEGIES, Strategy, default_options, make_strategy
 from jaxcl.strategies.agem import project
-from jaxcl.strategies.bic import PULL, is_held_out
+from jaxcl.strategies.bic import is_held_out
 from jaxcl.strategies.wa import align
 from jaxcl.training.end_task import make_end_task
 from tests.rig import CLASSES, DRAWN, RATE, SHAPE, K, Rig, close, make_batch, make_draw
 
 OLD, SEEN = np.arange(K) < 2, np.arange(K) < 4  # in task 1 of three
-THETA = (0.8, -0.4)  # bic's correction of class 1, as if an earlier task had brought that class alone
+SCALE = np.float32([1.0, 0.8, 1.0, 1.0, 1.0, 1.0])  # bic's correction, as if an earlier task had brought class 1 alone
+SHIFT = np.float32([0.0, -0.4, 0.0, 0.0, 0.0, 0.0])
 STEPPED = sorted(set(STRATEGIES) - {"from_scratch", "joint"})  # these two differ in their rows alone
 
 
@@ -63,7 +67,7 @@ def own_state(name: str, rig: Rig):
     if name == "icarl":
         return {**rig.strategy.init(params, batch_stats), "model": (params, batch_stats)}
     if name == "bic":
-        return {"model": (params, batch_stats), "theta": np.float32(THETA), "new": OLD & (np.arange(K) > 0)}
+        return {"model": (params, batch_stats), "scale": SCALE, "shift": SHIFT}
     return {}
 
 
@@ -148,8 +152,8 @@ def bic(new, replay, ask, params, old):
     losses = []
     for part in (new, replay):
         learned = ~np.asarray(is_held_out(part.id, 0.3))
-        logits, teacher = ask(params, part)[learned], ask(old, part)[learned, :2]
-        p = jax.nn.softmax(jnp.stack([teacher[:, 0], THETA[0] * teacher[:, 1] + THETA[1]], axis=1) / 3.0)
+        logits, teacher = (SCALE * ask(weights, part)[learned] + SHIFT for weights in (params, old))
+        p = jax.nn.softmax(teacher[:, :2] / 3.0)
         kept = (p * jnp.log(p / jax.nn.softmax(logits[:, :2] / 3.0))).sum(1)
         losses.append(0.5 * entropy(logits, part.label[learned]) + 0.5 * kept)  # 2 old classes of 4
     return jnp.concatenate(losses).mean()
@@ -368,19 +372,21 @@ def test_bic_finds_the_best_correction_of_the_held_out_rows(devices, mesh_of):
     logits = np.asarray(rig.model.apply(params, {}, normalize(rows.record["image"]), train=False)[0]["logits"])[counted]
 
     def loss(theta):
-        corrected = np.where(SEEN & ~OLD, theta[0] * logits + theta[1], logits)[:, :4].astype(np.float64)
+        corrected = np.where(SEEN & ~OLD, theta[0] * logits + theta[1], SCALE * logits + SHIFT)[:, :4].astype(
+            np.float64
+        )
         each = np.log(np.exp(corrected).sum(1)) - corrected[np.arange(len(label)), label]
         balanced = np.mean([each[label == k].mean() for k in set(label)])
-        return balanced + PULL / 2 * np.sum((theta - [1, 0]) ** 2)
+        return balanced + np.sum((theta - [1, 0]) ** 2) / 2 / len(label)  # the prior weighs as much as one row
 
     best = optimize.minimize(loss, [1.0, 0.0], tol=1e-10)
-    np.testing.assert_allclose(ended["theta"], best.x, atol=2e-3)
-    assert ended["new"].tolist() == (SEEN & ~OLD).tolist()
-    first = end_of_task(rig, dataclasses.replace(state, task=rig.state(task=np.int32(0)).task)).strategy_state
-    assert first["theta"].tolist() == [1, 0]
-    outputs = {"logits": jnp.ones((1, K))}
+    for name, before, fitted in (("scale", SCALE, best.x[0]), ("shift", SHIFT, best.x[1])):
+        np.testing.assert_allclose(ended[name], np.where(SEEN & ~OLD, fitted, before), atol=2e-3)
+    begin = rig.state()
+    first = end_of_task(rig, dataclasses.replace(begin, buffer=state.buffer)).strategy_state
+    assert (first["scale"] == 1).all() and (first["shift"] == 0).all()
     np.testing.assert_allclose(
-        rig.strategy.scores(outputs, ended)[0], np.where(SEEN & ~OLD, best.x.sum(), 1), atol=4e-3
+        rig.strategy.scores({"logits": jnp.ones((1, K))}, ended)[0], ended["scale"] + ended["shift"], rtol=1e-6
     )
 
 
@@ -424,6 +430,23 @@ def test_rows_of_a_task():
     assert rows["from_scratch"] == [sorted(x) for x in itertools.accumulate(alone)]
     assert rows["joint"] == [list(range(12)), [], []]
     assert all(found == alone for name, found in rows.items() if name not in ("from_scratch", "joint"))
+
+
+def test_the_example_of_the_documentation_is_the_file():
+    root = pathlib.Path(__file__).parent.parent
+    (example,) = re.findall(r"```python\n(.*?)```", (root / "docs" / "strategies.md").read_text(), re.DOTALL)
+    tree = ast.parse((root / "jaxcl" / "strategies" / "der.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node):
+            del node.body[0]
+    assert ast.dump(ast.parse(example)) == ast.dump(tree)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_is_documented_with_its_options(name):
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "strategies.md").read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+    assert re.findall(r"`(\w+)`", row.split("|")[4]) == list(default_options(name))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -2,8 +2,8 @@
 
 `models/er.py`, `models/der.py`, `models/derpp.py` and `utils/buffer.py` are Mammoth's own: what a step computes, stores and
 replays. The rest, which Mammoth spreads over argument parsers, data set classes and loggers that need torchvision, Kornia
-and timm, is written out here: networks like those of `jaxcl.models` with the same initialisers, plain SGD, shuffled
-batches without augmentation, and the unweighted mean over the tasks' test accuracies after the last one.
+and timm, is written out here: the network, plain SGD, shuffled batches without augmentation, and the unweighted mean over
+the tasks' test accuracies after the last one.
 
 `experiments.check_references --mammoth=CHECKOUT` calls this with a protocol as JSON on stdin, see `main`; every seed's
 accuracy comes back as a line of JSON.
@@ -13,7 +13,6 @@ import argparse
 import importlib
 import itertools
 import json
-import math
 import sys
 import time
 import types
@@ -57,38 +56,20 @@ def import_strategy(name: str, path: str) -> tuple[type, str]:
     return getattr(importlib.import_module(file), cls), torch_peer.version(checkout)
 
 
-def network(model: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -> Any:
-    """`jaxcl.models`' mlp with Xavier weights or convnet, newly initialised, for images `[b, C, H, W]`."""
-    import torch
+def network(model: dict[str, Any], inputs: int, num_classes: int) -> Any:
+    """`jaxcl.models`' mlp with Xavier weights, which is Mammoth's MNIST network, newly initialised."""
     from torch import nn
 
-    def normal(layer: Any, gain: float) -> Any:
-        """Flax's variance scaling by fan-in: a normal cut off at two deviations, then scaled to the variance wanted."""
-        std = math.sqrt(gain / layer.weight[0].numel())
-        nn.init.trunc_normal_(layer.weight, std=std / 0.87962566, a=-2 * std / 0.87962566, b=2 * std / 0.87962566)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-        return layer
-
-    def xavier(layer: Any) -> Any:
+    if (model["name"], model["kernel_init"]) != ("mlp", "xavier"):
+        raise SystemExit(f"model: {model} is not known here, only an mlp with kernel_init = xavier")
+    sizes = [inputs, *model["hidden"], num_classes]
+    layers: list[Any] = [nn.Flatten()]
+    for n, units in itertools.pairwise(sizes):
+        layer = nn.Linear(n, units)
         nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)
-        return layer
-
-    if model["name"] == "mlp":
-        assert model["kernel_init"] == "xavier"
-        sizes = [math.prod(shape), *model["hidden"]]
-        hidden = [m for n, k in itertools.pairwise(sizes) for m in (xavier(nn.Linear(n, k)), nn.ReLU())]
-        return nn.Sequential(nn.Flatten(), *hidden, xavier(nn.Linear(sizes[-1], num_classes)))
-    blocks: list[Any] = []
-    channels = shape[2]
-    for width in (model["width"], 2 * model["width"], 4 * model["width"]):
-        conv = normal(nn.Conv2d(channels, width, 3, padding=1, bias=False), gain=2.0)
-        blocks += [conv, nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
-        channels = width
-    head = normal(nn.Linear(channels, num_classes), gain=1.0)
-    net = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
-    return net.to(memory_format=torch.channels_last)  # faster
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 def run(protocol: Protocol, strategy: type, seed: int, data: dict[str, Any]) -> float:
@@ -104,8 +85,7 @@ def run(protocol: Protocol, strategy: type, seed: int, data: dict[str, Any]) -> 
         minibatch_size=protocol["replayed"],
         **protocol["options"],
     )
-    shape = data["x_train"].permute(0, 2, 3, 1).shape[1:]
-    net = network(protocol["model"], tuple(shape), int(data["y_train"].max()) + 1)
+    net = network(protocol["model"], data["x_train"][0].numel(), int(data["y_train"].max()) + 1)
     model = strategy(net, torch.nn.functional.cross_entropy, args, None)
     for classes in protocol["tasks"]:
         rows = torch.nonzero(torch.isin(data["y_train"], torch.tensor(classes)))[:, 0]

@@ -1,32 +1,17 @@
 """What distinguishes one way of continual learning from another; one file a strategy.
 
-Each file has one function `NAME(options...) -> Strategy`; the options' names, types and defaults are those of
+A file NAME.py has a function `NAME(options...) -> Strategy`; the options' names, types and defaults are those of
 `config.strategies.NAME`. docs/strategies.md shows how to add one.
 """
 
+import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxcl.errors import UserError
-from jaxcl.strategies.agem import agem
 from jaxcl.strategies.base import Context, Descent, End, Part, Share, Strategy
-from jaxcl.strategies.bic import bic
-from jaxcl.strategies.der import der
-from jaxcl.strategies.der_pp import der_pp
-from jaxcl.strategies.er import er
-from jaxcl.strategies.er_ace import er_ace
-from jaxcl.strategies.ewc import ewc
-from jaxcl.strategies.feature_distillation import feature_distillation
-from jaxcl.strategies.from_scratch import from_scratch
-from jaxcl.strategies.gdumb import gdumb
-from jaxcl.strategies.icarl import icarl
-from jaxcl.strategies.incremental import incremental
-from jaxcl.strategies.joint import joint
-from jaxcl.strategies.l2 import l2
-from jaxcl.strategies.lwf import lwf
-from jaxcl.strategies.mir import mir
-from jaxcl.strategies.wa import wa
 
 __all__ = [
     "STRATEGIES",
@@ -41,26 +26,9 @@ __all__ = [
 ]
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
-    make.__name__: make
-    for make in (
-        from_scratch,
-        joint,
-        incremental,
-        er,
-        er_ace,
-        der,
-        der_pp,
-        agem,
-        mir,
-        gdumb,
-        icarl,
-        bic,
-        wa,
-        lwf,
-        ewc,
-        l2,
-        feature_distillation,
-    )
+    file.name: getattr(importlib.import_module(f"{__name__}.{file.name}"), file.name)
+    for file in pkgutil.iter_modules(__path__)
+    if file.name != "base"
 }
 
 

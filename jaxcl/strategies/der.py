@@ -3,6 +3,9 @@
 Buzzega et al. 2020, Dark experience for general continual learning, equation 5. With z the logits stored:
 
     mean over new rows of CE + alpha * mean over replayed rows and classes of (logits - z)^2
+
+New and replayed rows pass through the network together, so that a batch norm sees them as one batch; in Mammoth they pass one
+after the other.
 """
 
 from collections.abc import Sequence

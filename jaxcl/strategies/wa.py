@@ -4,6 +4,10 @@ Zhao et al. 2020, Maintaining discrimination and fairness in class incremental l
 the classifier's bias towards new classes, on top of experience replay. With w_k the head's weights of class k,
 
     w_new <- w_new * (mean norm of old w_k) / (mean norm of new w_k)
+
+The paper's distillation, and its restriction to weights that are not negative, are left out. It supposes new classes of the
+larger norms, as many epochs beside a small memory leave them; where replay is as large as the new data it is the old classes
+that have them, and the same formula then favours the new.
 """
 
 import jax

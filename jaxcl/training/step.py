@@ -158,24 +158,22 @@ def make_train_step(
         mapped = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return jax.jit(mapped, donate_argnums=0)
 
-    def one(*inputs: PyTree) -> tuple[PyTree, ...]:
-        assert isinstance(seed, int)
-        return local_step(jax.random.key(seed), *inputs)
+    def run_key() -> jax.Array:
+        return jax.random.key(seed) if isinstance(seed, int) else jnp.stack([jax.random.key(one) for one in seed])
 
-    def each(*inputs: PyTree) -> tuple[PyTree, ...]:
-        assert not isinstance(seed, int)
-        keys = jnp.stack([jax.random.key(number) for number in seed])
-        return jax.vmap(lambda *args: local_step(*args)[:2])(keys, *inputs)
+    def one(*inputs: PyTree) -> tuple[PyTree, ...]:
+        return local_step(run_key(), *inputs)
 
     if several:
-        return on_devices(each, (spec, split), (spec, whole))
+        each = jax.vmap(lambda *args: local_step(*args)[:2])
+        return on_devices(lambda *inputs: each(run_key(), *inputs), (spec, split), (spec, whole))
     if buffer is None or buffer.host is None:
         return on_devices(lambda *inputs: one(*inputs)[:2], (spec, split), (spec, whole))
     if learn and strategy.stores_outputs:
         return on_devices(one, (spec, split, split), (spec, whole, split))
 
     def ahead(shard: Shard, clock: Clock, batch: Batch) -> tuple[Shard, Clock, Staged, Any]:
-        stored, staged, handover = local_turn(jax.random.key(seed), shard, clock, batch, {})
+        stored, staged, handover = local_turn(run_key(), shard, clock, batch, {})
         return stored, clock, staged, handover
 
     def train(
