@@ -51,7 +51,7 @@ class Progress:
       task: the present task.
       iterator: state of the task's data iterator; None before the task has begun.
       images: trained on in the tasks that are done.
-      accuracy, top5: a row for each task that is done.
+      accuracy, top5, error: a row for each task that is done; accuracies or, of reconstruction, errors.
       seconds, phases: wall seconds of the run, over all its sessions.
       metrics_size: bytes of metrics.jsonl; None before the first checkpoint.
       devices, processes: of the session that saved it.
@@ -63,6 +63,7 @@ class Progress:
     images: int = 0
     accuracy: list[list[float]] = dataclasses.field(default_factory=list)
     top5: list[list[float]] = dataclasses.field(default_factory=list)
+    error: list[list[float]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     phases: dict[str, float] = dataclasses.field(default_factory=dict)
     metrics_size: int | None = None
