@@ -1,9 +1,13 @@
-"""Per-row losses and scores; the caller weighs the rows (invalid rows weigh nothing) and reduces.
+"""Per-row losses and scores of classification and of reconstruction.
+
+The caller weighs the rows (invalid rows weigh nothing) and reduces.
 
 Everything is computed in float32 whatever the logits' dtype. A class mask restricts the rows to some classes: those of
 the task (task-incremental evaluation) or those seen so far. Labels outside 0..K-1 are clipped, never an error or a
 NaN, so that padding may hold any label; give such rows weight 0.
 """
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +39,20 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, class_mask: jax.Array | 
       [n] float32, in nats; about 1e30 for a label that the mask forbids.
     """
     return -_at(jax.nn.log_softmax(_allowed(logits, class_mask)), labels)[:, 0]
+
+
+def reconstruction_error(outputs: Mapping[str, jax.Array], target: Mapping[str, jax.Array]) -> jax.Array:
+    """Mean absolute error of each row, summed over the target's tensors.
+
+    Args:
+      outputs: of the model, those of `target`'s names among them; [n, ...] floats.
+      target: [n, ...] floats by name, at least one.
+
+    Returns:
+      [n] float32, in the units of the tensors.
+    """
+    errors = [jnp.abs(outputs[name].astype(jnp.float32) - x).reshape(len(x), -1).mean(1) for name, x in target.items()]
+    return sum(errors[1:], errors[0])
 
 
 def topk_correct(logits: jax.Array, labels: jax.Array, k: int = 1, class_mask: jax.Array | None = None) -> jax.Array:

@@ -116,6 +116,20 @@ def mean_and_deviation(values: ArrayLike) -> tuple[float, float]:
     return float(v.mean()), float(v.std(ddof=1)) if len(v) > 1 else 0.0
 
 
+def summarize_errors(matrix: ArrayLike) -> dict[str, Any]:
+    """As `summarize`, of a matrix of errors: averages of it, and as forgetting the rise of an error above its best.
+
+    With A = -errors the definitions stay what they are: forgetting is positive and backward transfer negative where the
+    error on an earlier task has risen.
+    """
+    found = summarize(-_square(matrix))
+    return {
+        "average_error": -found.pop("average_accuracy"),
+        "average_incremental_error": -found.pop("average_incremental_accuracy"),
+        **found,
+    }
+
+
 def summarize(matrix: ArrayLike) -> dict[str, Any]:
     """Every summary of the matrix by named definition, in the shape that result.json holds."""
     return {

@@ -64,6 +64,31 @@ _BLUES = LinearSegmentedColormap.from_list("blues", ["#f7fafd", "#9cc4e4", "#007
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What the matrix of a run holds.
+
+    Attributes:
+      name: in the keys of result.json and in titles.
+      unit: appended to the heads of columns.
+      scale: from the matrix to what is shown.
+      digits: behind the point, in the table.
+      full: what is shown of a perfect or worthless entry: the end of an axis; None: the data's own.
+      forgets: what a curve does when a task is forgotten.
+    """
+
+    name: str
+    unit: str
+    scale: float
+    digits: int
+    full: float | None
+    forgets: str
+
+
+_ACCURACY = Measure("accuracy", " %", 100, 2, 100, "falls")
+_ERROR = Measure("error", "", 1, 4, None, "rises")
+
+
+@dataclass(frozen=True)
 class Run:
     """One run found on disk.
 
@@ -95,30 +120,49 @@ class Group:
 
     @property
     def matrices(self) -> np.ndarray:
-        """[seeds, T, T] accuracies in 0..1."""
-        return self.values("accuracy_matrix")
+        """[seeds, T, T] accuracies in 0..1, or errors."""
+        return self.values(f"{_measure(self.results[0]).name}_matrix")
 
 
 # Reading
+
+
+def _measure(result: dict[str, Any]) -> Measure:
+    return _ERROR if "error_matrix" in result else _ACCURACY
+
+
+def _common_measure(groups: Sequence[Group]) -> Measure:
+    """What all runs measure.
+
+    Raises:
+      UserError: not all measure the same.
+    """
+    found = {_measure(result) for group in groups for result in group.results}
+    if len(found) > 1:
+        raise UserError("run folders: some runs measure accuracy, others error; give runs of one kind")
+    return found.pop()
 
 
 def _check(result: Any) -> None:
     """Raises ValueError, KeyError or TypeError where the report would stumble later."""
     if not isinstance(result, dict):
         raise ValueError("not a JSON object")
-    matrix = np.asarray(result["accuracy_matrix"], np.float64)
+    measure = _measure(result)
+    key = f"{measure.name}_matrix"
+    matrix = np.asarray(result[key], np.float64)
     tasks = len(result["tasks"])
     if tasks < 1 or matrix.shape != (tasks, tasks):
-        raise ValueError(f"accuracy_matrix has shape {matrix.shape}; allowed: {(tasks, tasks)}, the number of tasks")
-    if not ((matrix >= 0) & (matrix <= 1)).all():
-        raise ValueError("accuracy_matrix has values outside 0..1")
+        raise ValueError(f"{key} has shape {matrix.shape}; allowed: {(tasks, tasks)}, the number of tasks")
+    if not ((matrix >= 0) & (matrix <= (1 if measure is _ACCURACY else np.inf))).all():
+        raise ValueError(f"{key} has values outside {'0..1' if measure is _ACCURACY else '0..'}")
     for key in ("strategy", "source", "model"):
         if not isinstance(result[key], str):
             raise ValueError(f"{key} is not a string")
     for key in ("seconds_by_phase", "devices", "versions", "config"):
         if not isinstance(result[key], dict):
             raise ValueError(f"{key} is not an object")
-    numbers = [result[key] for key in ("seed", "average_accuracy", "average_incremental_accuracy", "seconds")]
+    averages = (f"average_{measure.name}", f"average_incremental_{measure.name}")
+    numbers = [result[key] for key in ("seed", *averages, "seconds")]
     numbers += [result["images_per_second"], result["devices"]["count"], *result["seconds_by_phase"].values()]
     numbers += result.get("background_seconds", {}).values()
     numbers += [result["forgetting"][key] for key in ("chaudhry", "mammoth", "avalanche")]
@@ -234,12 +278,18 @@ def _bytes(count: float) -> str:
 def _rows(groups: Sequence[Group]) -> list[list[str]]:
     """The header, then a row a group."""
     top5 = any("average_top5" in result for group in groups for result in group.results)
-    header = ["strategy", "seeds", "accuracy %", "incremental %", "forgetting %", "backward transfer %"]
+    m = _common_measure(groups)
+    header = [
+        "strategy",
+        "seeds",
+        *(f"{x}{m.unit}" for x in (m.name, "incremental", "forgetting", "backward transfer")),
+    ]
     rows = [[*header, *(["top-5 %"] if top5 else []), "seconds", "images/s", "buffer"]]
     for g in groups:
-        row = [g.label, str(len(g.results)), _spread(g.values("average_accuracy"))]
-        row += [_spread(g.values("average_incremental_accuracy"))]
-        row += [_spread(g.values("forgetting", "chaudhry")), _spread(g.values("backward_transfer", "gem"))]
+        row = [g.label, str(len(g.results))]
+        keys: list[tuple[str, ...]] = [(f"average_{m.name}",), (f"average_incremental_{m.name}",)]
+        keys += [("forgetting", "chaudhry"), ("backward_transfer", "gem")]
+        row += [_spread(g.values(*path), m.scale, m.digits) for path in keys]
         if top5:
             row.append(_spread(g.values("average_top5")) if all("average_top5" in r for r in g.results) else "-")
         row += [_spread(g.values("seconds"), 1, 1), f"{g.values('images_per_second').mean():,.0f}"]
@@ -297,35 +347,37 @@ def _task_axis(axes: Axes, tasks: int) -> None:
     axes.set_xlabel("tasks trained")
 
 
-def _accuracy_axis(axes: Axes) -> None:
-    axes.set_ylim(0, 100)
-    axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+def _measure_axis(axes: Axes, measure: Measure) -> None:
+    axes.set_ylim(0, measure.full)
+    if measure is _ACCURACY:
+        axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
     axes.grid(axis="y")
     axes.tick_params(length=0)
 
 
-def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
+def _curve(axes: Axes, measure: Measure, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
     """Mean over seeds of y [seeds, points], with a band of one standard deviation."""
-    mean = 100 * y.mean(0)
+    mean = measure.scale * y.mean(0)
     axes.plot(x, mean, clip_on=False, **style)
     if len(y) > 1:
-        std = 100 * y.std(0, ddof=1)
-        low, high = np.clip(mean - std, 0, 100), np.clip(mean + std, 0, 100)
+        std = measure.scale * y.std(0, ddof=1)
+        low, high = np.clip(mean - std, 0, measure.full), np.clip(mean + std, 0, measure.full)
         axes.fill_between(x, low, high, color=style["color"], alpha=0.15, lw=0)
 
 
 def accuracy_by_task(groups: Sequence[Group]) -> Figure:
-    """Accuracy on each task from the moment it was trained; a panel a strategy."""
+    """Accuracy (or error) on each task from the moment it was trained; a panel a strategy."""
+    measure = _common_measure(groups)
     most = max(group.matrices.shape[1] for group in groups)
     shades = colormaps["viridis"](np.linspace(0.0, 0.88, most))
-    figure, panels = _panels(groups, 3.3, 3.0, "accuracy on each task")
+    figure, panels = _panels(groups, 3.3, 3.0, f"{measure.name} on each task")
     for axes, group in zip(panels, groups, strict=True):
         tasks = group.matrices.shape[1]
         for j in range(tasks):
             x = np.arange(j, tasks)
             style = {"color": shades[j], "lw": 2, "marker": "o", "ms": 4 if tasks <= 12 else 2}
-            _curve(axes, x + 1, group.matrices[:, j:, j], label=f"task {j + 1}", **style)
-        _accuracy_axis(axes)
+            _curve(axes, measure, x + 1, group.matrices[:, j:, j], label=f"task {j + 1}", **style)
+        _measure_axis(axes, measure)
         _task_axis(axes, tasks)
         axes.tick_params(labelleft=bool(axes.get_ylabel()))  # one scale for all
     if most <= 10:
@@ -346,18 +398,21 @@ def _ticks(tasks: int) -> list[int]:
 
 
 def accuracy_matrix(groups: Sequence[Group]) -> Figure:
-    """The accuracy matrix as a heat map, mean over seeds, in percent; a panel a strategy."""
+    """The matrix as a heat map, mean over seeds, accuracies in percent; a panel a strategy."""
+    measure = _common_measure(groups)
+    full = measure.full or max(group.matrices.mean(0).max() for group in groups)
     side = min(5.0, max(2.6, 0.5 * max(group.matrices.shape[1] for group in groups)))
     figure, panels = _panels(groups, side + 0.4, side + 0.8, "after training task")
     for axes, group in zip(panels, groups, strict=True):
-        matrix = 100 * group.matrices.mean(0)
+        matrix = measure.scale * group.matrices.mean(0)
         tasks = len(matrix)
-        image = axes.imshow(matrix, cmap=_BLUES, vmin=0, vmax=100)
+        image = axes.imshow(matrix, cmap=_BLUES, vmin=0, vmax=full)
         if tasks <= 12:
             for i, j in np.ndindex(matrix.shape):
-                color = "#9aa4ad" if j > i and matrix[i, j] < 50 else "white" if matrix[i, j] > 55 else "#23292f"
+                share, text = matrix[i, j] / full, f"{matrix[i, j]:.{0 if measure is _ACCURACY else 3}f}"
+                color = "#9aa4ad" if j > i and share < 0.5 else "white" if share > 0.55 else "#23292f"
                 size = 9 if tasks <= 6 else 7
-                axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", color=color, fontsize=size)
+                axes.text(j, i, text, ha="center", va="center", color=color, fontsize=size)
         # A stair under the tasks not trained yet.
         steps = np.arange(tasks) + 0.5
         axes.step(np.append(steps, tasks - 0.5), np.append(steps - 1, tasks - 0.5), where="pre", color="#23292f", lw=1)
@@ -366,7 +421,8 @@ def accuracy_matrix(groups: Sequence[Group]) -> Figure:
         axes.spines[:].set_visible(False)
         axes.set_xlabel("tested on task")
     bar = figure.colorbar(image, ax=panels, aspect=30, shrink=0.8, pad=0.02)
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    if measure is _ACCURACY:
+        bar.ax.yaxis.set_major_formatter(PercentFormatter(decimals=0))
     bar.outline.set_visible(False)
     return figure
 
@@ -431,16 +487,28 @@ def _stack(
 
 
 def average_accuracy(groups: Sequence[Group]) -> Figure:
-    """Mean accuracy over the tasks seen so far, after each task; all strategies together."""
+    """Mean accuracy (or error) over the tasks seen so far, after each task; all strategies together."""
+    measure = _common_measure(groups)
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     for group, dashes in zip(groups, _line_styles(groups), strict=True):
         curves = np.stack([accuracy_so_far(matrix) for matrix in group.matrices])
         x = np.arange(1, curves.shape[1] + 1)
-        _curve(axes, x, curves, color=_color(group.strategy), ls=dashes, lw=2.2, marker="o", ms=5, label=group.label)
-    _accuracy_axis(axes)
+        _curve(
+            axes,
+            measure,
+            x,
+            curves,
+            color=_color(group.strategy),
+            ls=dashes,
+            lw=2.2,
+            marker="o",
+            ms=5,
+            label=group.label,
+        )
+    _measure_axis(axes, measure)
     _task_axis(axes, max(group.matrices.shape[1] for group in groups))
-    axes.set_ylabel("average accuracy, tasks seen so far")
+    axes.set_ylabel(f"average {measure.name}, tasks seen so far")
     figure.legend(loc="outside upper center", ncols=min(3, len(groups)))
     return figure
 
@@ -487,18 +555,18 @@ def png(draw: Callable[[], Figure]) -> bytes:
 _PICTURES: dict[str, tuple[Callable[[Sequence[Group]], Figure], str, str]] = {
     "average_accuracy": (
         average_accuracy,
-        "Average accuracy",
-        "Mean accuracy over the tasks seen so far, after each task. Bands: one standard deviation over seeds.",
+        "Average {measure.name}",
+        "Mean {measure.name} over the tasks seen so far, after each task. Bands: one standard deviation over seeds.",
     ),
     "accuracy_by_task": (
         accuracy_by_task,
-        "Accuracy on each task",
-        "Each line is one task, from the moment it was trained. A line that falls is forgetting.",
+        "{measure.name} on each task",
+        "Each line is one task, from the moment it was trained. A line that {measure.forgets} is forgetting.",
     ),
     "accuracy_matrix": (
         accuracy_matrix,
-        "Accuracy matrix",
-        "Percent, mean over seeds. Above the stair: tasks not trained yet.",
+        "{measure.name} matrix",
+        "Mean over seeds, accuracies in percent. Above the stair: tasks not trained yet.",
     ),
     "time_by_phase": (
         time_by_phase,
@@ -589,14 +657,18 @@ def write_report(runs: Sequence[Run], out: str | Path, sections: Sequence[Sectio
         body += [f"<p>{html.escape(_about(groups))}</p>", _html_table(groups)]
         body.append(
             "<p>Mean ± standard deviation over seeds. Forgetting: best earlier accuracy minus the last (Chaudhry et "
-            "al. 2018). Backward transfer: last accuracy minus the first (Lopez-Paz &amp; Ranzato 2017).</p>"
+            "al. 2018). Backward transfer: last accuracy minus the first (Lopez-Paz &amp; Ranzato 2017). Of errors, the "
+            "same with their signs turned: where an error rises, forgetting is positive.</p>"
         )
     for section in sections:
         body += [f"<h2>{html.escape(section.title)}</h2>", f"<p>{html.escape(section.caption)}</p>"]
         header, *rows = ([html.escape(cell) for cell in row] for row in section.rows)
         body.append(_html_rows(header, rows))
     if groups:
-        for name, (draw, title, caption) in _PICTURES.items():
+        measure = _common_measure(groups)
+        for name, (draw, *texts) in _PICTURES.items():
+            title, caption = (text.format(measure=measure) for text in texts)
+            title = title[0].upper() + title[1:]
             picture = png(functools.partial(draw, groups))
             (out / f"{name}.png").write_bytes(picture)
             source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"

@@ -6,6 +6,7 @@ on the number of devices or processes. Each process reads its own contiguous sli
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from jaxcl.data.sources import Source
 from jaxcl.errors import UserError
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]
 
 
 class Loader:
@@ -26,7 +27,8 @@ class Loader:
 
     A batch holds b = batch_size / process_count rows:
       image: uint8 [b, H, W, C]; label: int32 [b]; id: int32 [b], the row's index in the source;
-      valid: bool [b], False for the padding that fills the last batch of an epoch (image 0, label 0, id -1).
+      valid: bool [b], False for the padding that fills the last batch of an epoch (image 0, label 0, id -1);
+      target: the source's targets by name, [b, ...], where it has any.
     """
 
     def __init__(
@@ -80,12 +82,15 @@ class Loader:
             images = self._source.read(rows)
         else:
             images = self._source.read_random(rows, (*self._crop_seed, epoch))
-        return {
+        batch: Batch = {
             "image": _pad(images, self._local, 0),
             "label": _pad(self._source.labels[rows], self._local, 0),
             "id": _pad(rows.astype(np.int32), self._local, -1),
             "valid": _pad(np.ones(len(rows), bool), self._local, False),
         }
+        if self._source.targets:
+            batch["target"] = {name: _pad(x[rows], self._local, 0) for name, x in self._source.targets.items()}
+        return batch
 
     def __iter__(self) -> grain.DatasetIterator[Batch]:
         options = grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=2 * self._num_threads)

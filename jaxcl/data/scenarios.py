@@ -119,6 +119,8 @@ def make_scenario(
         return _by_instance(train, test, int(tasks), rng), train, test
     if kind == "si_blurry":
         return _si_blurry(train, test, int(tasks), scattered, disjoint, rng), train, test
+    if train.targets:
+        raise UserError(f"scenario {kind!r}: not allowed with images to be reconstructed; they would no longer match")
     change = _permutations if kind == "permuted" else _rotations
     read = change(train.image_shape, int(tasks), rng)
     train, test = (_repeated(source, int(tasks), read) for source in (train, test))

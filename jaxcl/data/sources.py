@@ -12,9 +12,9 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ import numpy as np
 from jaxcl.data import crop
 from jaxcl.errors import UserError
 
-_ALLOWED = "digits, tfds:NAME or npz:FILE"
+_ALLOWED = "digits, tfds:NAME, npz:FILE or ptychography:SIDE"
 _CHUNK = 256  # rows a thread decodes at a time
 
 
@@ -37,6 +37,7 @@ class Source:
       read: `read(indices: int [m]) -> uint8 [m, H, W, C]`, a fresh array, in the order asked for. Thread-safe.
       read_random: `read_random(indices, seed)`, the same of a window of each image that seed and index choose; for training
         on images of many sizes. None where an image is read whole.
+      targets: what a model is to reconstruct from each image, float32 [n, ...] by name; {} where it classifies.
     """
 
     labels: np.ndarray
@@ -44,6 +45,7 @@ class Source:
     class_names: tuple[str, ...]
     read: Callable[[np.ndarray], np.ndarray]
     read_random: Callable[[np.ndarray, tuple[int, ...]], np.ndarray] | None = None
+    targets: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -65,7 +67,8 @@ def open_source(
     """Opens a data set and returns its (train, test) sources.
 
     Args:
-      name: `digits`, the built-in set; `tfds:NAME`, any TFDS image classification set whose images have one size
+      name: `digits`, the built-in set; `ptychography:SIDE`, simulated patterns of SIDE pixels (see `ptychography.py`), to be
+        reconstructed; `tfds:NAME`, any TFDS image classification set whose images have one size
         (its `validation` split stands in for a missing `test`); or `npz:FILE`, arrays x_train, y_train, x_test,
         y_test and optionally class_names, images uint8 [n, H, W] or [n, H, W, C].
       data_dir: the TFDS folder; None is TFDS's own default (`TFDS_DATA_DIR` or ~/tensorflow_datasets). A set that
@@ -91,6 +94,10 @@ def open_source(
         return _open_builder(name, digits.prepare(data_dir), data_dir, cache_bytes)
     if kind == "npz" and rest:
         return _open_npz(name, rest)
+    if kind == "ptychography" and rest.isdecimal():
+        from jaxcl.data import ptychography
+
+        return ptychography.simulate(int(rest))
     raise UserError(f"dataset {name!r}: unknown; allowed are {_ALLOWED}{_guess(_meant(name))}")
 
 

@@ -35,7 +35,9 @@ class Part:
       id: int32 `[b]`, each row's number in the data set, by which a row is known again; of invalid rows anything.
       record: what the buffer stored of each row, leaves `[b, ...]`; None for new rows.
       allowed: bool `[b, K]`, the classes that take part in each row's classification; None for all.
-      outputs: of the model: {"logits": float32 `[b, K]`, "features": float32 `[b, D]`}; {} before the forward pass.
+      outputs: of the model: {"logits": float32 `[b, K]`, "features": float32 `[b, D]`}, or the tensors of `target` as the
+        model reconstructs them; {} before the forward pass.
+      target: float32 `[b, ...]` by name, what the model is to reconstruct of each row; {} where it is to classify.
     """
 
     image: jax.Array
@@ -45,6 +47,7 @@ class Part:
     record: PyTree = None
     allowed: jax.Array | None = None
     outputs: Outputs = dataclasses.field(default_factory=dict)
+    target: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     @property
     def logits(self) -> jax.Array:
@@ -116,6 +119,11 @@ def cross_entropy(part: Part) -> jax.Array:
     return losses.cross_entropy(part.logits, part.label, part.allowed)
 
 
+def row_loss(part: Part) -> jax.Array:
+    """Each row's loss `[b]`: its reconstruction's error where there is something to reconstruct, else its cross-entropy."""
+    return losses.reconstruction_error(part.outputs, part.target) if part.target else cross_entropy(part)
+
+
 def pooled_mean(row_loss: Callable[[Part], jax.Array], parts: Sequence[Part]) -> Share:
     """The mean of `row_loss(part)` `[b]` over all valid rows, new and replayed alike."""
     value = [jnp.sum(jnp.where(part.valid, row_loss(part), 0.0)) for part in parts]
@@ -124,9 +132,9 @@ def pooled_mean(row_loss: Callable[[Part], jax.Array], parts: Sequence[Part]) ->
 
 
 def pooled(params: PyTree, parts: Sequence[Part], context: Context) -> Share:
-    """Mean cross-entropy over all rows, new and replayed alike."""
+    """Mean loss over all rows, new and replayed alike."""
     del params, context
-    return pooled_mean(cross_entropy, parts)
+    return pooled_mean(row_loss, parts)
 
 
 class Descent(NamedTuple):
@@ -235,3 +243,12 @@ class Strategy(NamedTuple):
     rounds: int = 1
     scores: Callable[[Outputs, PyTree], jax.Array] = lambda outputs, state: outputs["logits"]
     rehearse: int = 0
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it needs classes: all but plain training on rows, new and replayed, do."""
+        return self.loss is not pooled or self.gradients is not one_pass or bool(self.end_task or self.rehearse)
+
+    def stored(self, image: jax.Array, outputs: Outputs, target: dict[str, jax.Array]) -> PyTree:
+        """The whole record of new rows: `record`, and what is to be reconstructed of them."""
+        return self.record(image, outputs) | ({"target": target} if target else {})

@@ -21,7 +21,7 @@ from jaxcl.buffer.reshard import reshard
 from jaxcl.errors import Diverged, UserError
 from jaxcl.mesh import AXIS
 from jaxcl.models import Model, make_model
-from jaxcl.strategies import Strategy, make_strategy
+from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
 from jaxcl.training import control
 from jaxcl.training import workdir as workdir_lib
 from jaxcl.training.config import check_config
@@ -100,9 +100,10 @@ def build(
         dtype=config.model.dtype,
         axis_name=AXIS,
     )
+    _check_objective(config, strategy, model, train)
     buffer = None
     if strategy.draws:
-        record = _record(model, strategy, train.image_shape)
+        record = _record(model, strategy, train)
         buffer = make_buffer(
             record,
             capacity=_capacity(config.buffer, scenario),
@@ -165,7 +166,15 @@ def build(
         rehearse_step=train_step(learn=True) if strategy.rehearse else None,
         store_exemplars=store_exemplars,
         end_task=make_end_task(mesh, model, strategy, normalize, scenario.class_table),
-        evaluate=make_evaluate(mesh, model, normalize, scenario, strategy.scores, seeds=seeds is not None),
+        evaluate=make_evaluate(
+            mesh,
+            model,
+            normalize,
+            scenario,
+            strategy.scores,
+            seeds=seeds is not None,
+            reconstructs=bool(train.targets),
+        ),
     )
 
 
@@ -278,12 +287,13 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
             with phases("evaluate"):
                 batches = session.watched(_eval_batches(config, run), "a batch of the evaluation")
                 scores = run.evaluate(state.params, state.batch_stats, state.strategy_state, batches)
-            rows = {name: scores[name].tolist() for name in ("accuracy", "top5")}
-            at.accuracy.append(rows["accuracy"])
-            at.top5.append(rows["top5"])
+            rows = {name: scores[name].tolist() for name in ("accuracy", "top5", "error") if name in scores}
+            for name, row in rows.items():
+                getattr(at, name).append(row)
             session.log.write("evaluation", at.step, {"task": task.index, **rows})
             session.log.write_seconds(at.step, phases.seconds, {} if store is None else store.seconds)
-            bar.set_postfix(accuracy=f"{100 * np.mean(scores['accuracy'][: task.index + 1]):.1f} %")
+            so_far = {name: np.mean(row[: task.index + 1]) for name, row in rows.items()}
+            bar.set_postfix({name: f"{x:.4f}" if name == "error" else f"{100 * x:.1f} %" for name, x in so_far.items()})
             at.task, at.rehearsing, at.iterator = task.index + 1, False, None
             session.save(state)
             if at.task < len(tasks):
@@ -320,11 +330,7 @@ def _result(
         "model": config.model.name,
         "tasks": [list(task.classes) for task in run.scenario.tasks],
         "evaluated_on": "validation" if config.data.validation else "test",
-        "accuracy_matrix": at.accuracy,
-        **metrics.summarize(at.accuracy),
-        **_top5(at.top5, run.train.num_classes),
-        "forward_transfer": metrics.forward_transfer(at.accuracy, untrained),
-        **_last(scores),
+        **(_errors(at, untrained) if run.train.targets else _accuracies(run, at, scores, untrained)),
         "steps": at.step,
         "images": at.images,
         "buffer": _buffer_report(run.buffer, state),
@@ -515,24 +521,73 @@ def _capacity(config: ConfigDict, scenario: data.Scenario) -> int:
     return round(config.share * sum(len(task.train) for task in scenario.tasks))
 
 
-def _record(model: Model, strategy: Strategy, image_shape: tuple[int, int, int]) -> Any:
+def _outputs(model: Model, image: jax.Array) -> dict[str, jax.Array]:
+    """What a new model makes of images, for the shapes."""
+    _, h, w, channels = image.shape
+    variables = model.init(jax.random.key(0), (h, w, channels))
+    return model.apply(**variables, images=image.astype(np.float32), train=False)[0]
+
+
+def _record(model: Model, strategy: Strategy, source: data.Source) -> Any:
     """Shapes and dtypes of one record of the strategy."""
 
-    def record(image: jax.Array) -> Any:
-        variables = model.init(jax.random.key(0), image_shape)
-        outputs, _ = model.apply(**variables, images=image.astype(np.float32), train=False)
-        return strategy.record(image, outputs if strategy.stores_outputs else {})
+    def record(image: jax.Array, target: dict[str, jax.Array]) -> Any:
+        return strategy.stored(image, _outputs(model, image) if strategy.stores_outputs else {}, target)
 
-    rows = jax.eval_shape(record, jax.ShapeDtypeStruct((1, *image_shape), np.uint8))
+    target = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in source.targets.items()}
+    rows = jax.eval_shape(record, jax.ShapeDtypeStruct((1, *source.image_shape), np.uint8), target)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), rows)
 
 
+def _check_objective(config: ConfigDict, strategy: Strategy, model: Model, source: data.Source) -> None:
+    """Whether data, model and strategy are all for classification or all for reconstruction.
+
+    Raises:
+      UserError: they are not.
+    """
+    image = jax.ShapeDtypeStruct((1, *source.image_shape), np.uint8)
+    made = {name: x.shape[1:] for name, x in jax.eval_shape(functools.partial(_outputs, model), image).items()}
+    wanted = {name: x.shape[1:] for name, x in source.targets.items()}
+    if not wanted and "logits" not in made:
+        raise UserError(f"model.name: {model.name} reconstructs {', '.join(made)}, which {config.data.source} has not")
+    if any(made.get(name) != shape for name, shape in wanted.items()):
+        raise UserError(f"model.name: {model.name} does not reconstruct the {wanted} of {config.data.source}")
+    if wanted and strategy.classifies:
+        allowed = [name for name in STRATEGIES if not make_strategy(name).classifies]
+        raise UserError(
+            f"strategy: {config.strategy} classifies, {config.data.source} is to be reconstructed; choose one of "
+            f"{', '.join(allowed)}"
+        )
+    if wanted and config.data.augment:
+        raise UserError(
+            f"data.augment: {tuple(config.data.augment)} is not allowed where images are to be reconstructed, give ()"
+        )
+
+
 def _score_untrained(config: ConfigDict, run: Experiment, session: Session, weights: Any) -> np.ndarray:
-    """The accuracy of newly initialised weights on every task, against which forward transfer is measured."""
+    """The accuracy (or error) of newly initialised weights on every task, against which forward transfer is measured."""
     params, batch_stats, _ = weights
     batches = session.watched(_eval_batches(config, run), "a batch of the evaluation")
     own = jax.jit(run.strategy.init, out_shardings=mesh_lib.replicated(run.mesh))(params, batch_stats)
-    return run.evaluate(params, batch_stats, own, batches)["accuracy"]
+    return run.evaluate(params, batch_stats, own, batches)["error" if run.train.targets else "accuracy"]
+
+
+def _accuracies(run: Experiment, at: Progress, scores: dict[str, np.ndarray], untrained: Any) -> dict[str, Any]:
+    return {
+        "accuracy_matrix": at.accuracy,
+        **metrics.summarize(at.accuracy),
+        **_top5(at.top5, run.train.num_classes),
+        "forward_transfer": metrics.forward_transfer(at.accuracy, untrained),
+        **_last(scores),
+    }
+
+
+def _errors(at: Progress, untrained: Any) -> dict[str, Any]:
+    return {
+        "error_matrix": at.error,
+        **metrics.summarize_errors(at.error),
+        "untrained_error": untrained.tolist(),
+    }
 
 
 def _last(scores: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Progress:
       rehearsing: whether the task's own batches are done, and those of `Strategy.rehearse` are on.
       iterator: state of the iterator over the present batches; None before the first of them.
       images: trained on in the tasks that are done.
-      accuracy, top5: a row for each task that is done.
+      accuracy, top5, error: a row for each task that is done; accuracies or, of reconstruction, errors.
       seconds, phases: wall seconds of the run, over all its sessions.
       metrics_size: bytes of metrics.jsonl; None before the first checkpoint.
       devices, processes: of the session that saved it.
@@ -65,6 +65,7 @@ class Progress:
     images: int = 0
     accuracy: list[list[float]] = dataclasses.field(default_factory=list)
     top5: list[list[float]] = dataclasses.field(default_factory=list)
+    error: list[list[float]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     phases: dict[str, float] = dataclasses.field(default_factory=dict)
     metrics_size: int | None = None

@@ -33,7 +33,7 @@ from jaxcl.strategies.base import Outputs
 from jaxcl.training.state import TrainState, specs
 
 PyTree = Any
-Batch = dict[str, jax.Array]
+Batch = dict[str, Any]
 Augment = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Clock = tuple[jax.Array, jax.Array, jax.Array]  # step, task_step and steps_per_epoch of a `TrainState`
 
@@ -55,8 +55,8 @@ def make_train_step(
     """Binds the parts of a run to `train_step(state, batch) -> (state, metrics)`, jitted and donating the state; with a
     buffer of the host tier to what `buffer.host.Fed` makes such a step of.
 
-    `batch` is {"image": uint8 [B, H, W, C], "label": int32 [B], "id": int32 [B], "valid": bool [B]}, split by rows. Rows
-    that are not valid weigh nothing.
+    `batch` is {"image": uint8 [B, H, W, C], "label": int32 [B], "id": int32 [B], "valid": bool [B]}, split by rows, and where
+    images are to be reconstructed "target": {name: float32 [B, ...]}. Rows that are not valid weigh nothing.
 
     Args:
       seed: of augmentation and buffer. Several: the step takes one step for each of them, alone as before; every leaf of
@@ -67,7 +67,8 @@ def make_train_step(
       learn: False leaves the weights alone: a step then only fills the buffer and draws from it.
 
     Metrics are scalars of this step: loss, accuracy (new rows), replay_accuracy (representatives; 0 without any),
-    learning_rate, rows (valid new rows), replayed (valid representatives).
+    learning_rate, rows (valid new rows), replayed (valid representatives). Where images are to be reconstructed, error and
+    replay_error instead of the accuracies.
     """
     same_task = np.any(classes[:, :, None] & classes[:, None, :], axis=0)  # [K, K]
 
@@ -79,8 +80,11 @@ def make_train_step(
 
     def make_parts(state: TrainState, batch: Batch, key: jax.Array, context: Context) -> tuple[Part, ...]:
         """The new rows, then those of each draw, augmented."""
-        parts = [Part(batch["image"], batch["label"], batch["valid"], batch["id"])]
-        parts += [Part(d.record["image"], d.label, d.valid, d.id, d.record) for d in state.staged]
+        parts = [Part(batch["image"], batch["label"], batch["valid"], batch["id"], target=batch.get("target", {}))]
+        parts += [
+            Part(d.record["image"], d.label, d.valid, d.id, d.record, target=d.record.get("target", {}))
+            for d in state.staged
+        ]
         sizes = [len(part.label) for part in parts]
         images = augment(key, _positions(sizes), jnp.concatenate([part.image for part in parts]))
         split = jnp.split(images, np.cumsum(sizes)[:-1])
@@ -122,7 +126,8 @@ def make_train_step(
         _, insert_key, *draw_keys = step_keys(key, step, strategy.draws)
         streams = strategy.exemplars is None  # else rows enter at the task's end
         offered = batch["valid"] & streams & ((task_step < steps_per_epoch) | (buffer.repeats != "first_epoch"))
-        candidates = Rows(strategy.record(batch["image"], outputs), batch["label"], batch["id"], offered)
+        record = strategy.stored(batch["image"], outputs, batch.get("target", {}))
+        candidates = Rows(record, batch["label"], batch["id"], offered)
         return buffer.local.turn(shard, candidates, insert_key, draw_keys, step)
 
     def local_step(
@@ -220,18 +225,26 @@ def make_context(
 
 
 def _scores(parts: Sequence[Part]) -> dict[str, jax.Array]:
-    """Counts and accuracies of new and replayed rows over all devices."""
-    correct = [losses.topk_correct(p.logits, p.label, class_mask=p.allowed) & p.valid for p in parts]
-    counts = [[jnp.sum(x, dtype=jnp.float32) for x in (p.valid, c)] for p, c in zip(parts, correct, strict=True)]
+    """Counts and mean scores of new and replayed rows over all devices."""
+    name = "error" if parts[0].target else "accuracy"
+    scored = [jnp.where(p.valid, _score(p), 0) for p in parts]
+    counts = [[jnp.sum(x, dtype=jnp.float32) for x in (p.valid, s)] for p, s in zip(parts, scored, strict=True)]
     new, *replays = lax.psum(counts, AXIS)
-    rows, right = new
-    replayed, replay_right = (sum(x, jnp.float32(0)) for x in zip(*replays, strict=True)) if replays else (0.0, 0.0)
+    rows, score = new
+    replayed, replay_score = (sum(x, jnp.float32(0)) for x in zip(*replays, strict=True)) if replays else (0.0, 0.0)
     return {
-        "accuracy": right / jnp.maximum(rows, 1.0),
-        "replay_accuracy": jnp.asarray(replay_right / jnp.maximum(replayed, 1.0)),
+        name: score / jnp.maximum(rows, 1.0),
+        f"replay_{name}": jnp.asarray(replay_score / jnp.maximum(replayed, 1.0)),
         "rows": rows,
         "replayed": jnp.asarray(replayed),
     }
+
+
+def _score(part: Part) -> jax.Array:
+    """Of each row: its reconstruction's error, or whether it is classified correctly."""
+    if part.target:
+        return losses.reconstruction_error(part.outputs, part.target)
+    return losses.topk_correct(part.logits, part.label, class_mask=part.allowed)
 
 
 def _positions(sizes: Sequence[int]) -> jax.Array:
