@@ -40,8 +40,8 @@ _COLORS = {
 _OTHER_COLORS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#882255")  # Tol's muted palette
 _ORDER = ("from_scratch", "incremental", "er")
 # In the order of a step, by the names of Bouvier et al. 2024; then what is beside the steps.
-_FOREGROUND = {"load": "#E69F00", "wait": "#D55E00", "assemble": "#F0E442", "accumulate": "#CC79A7", "train": "#0072B2"}
-_FOREGROUND |= {"compile": "#999999", "evaluate": "#009E73"}
+_STEP = {"load": "#E69F00", "wait": "#D55E00", "assemble": "#F0E442", "accumulate": "#CC79A7", "train": "#0072B2"}
+_FOREGROUND = _STEP | {"compile": "#999999", "evaluate": "#009E73"}
 _BACKGROUND = {"copy": "#CC6677", "sample": "#DDCC77", "exchange": "#88CCEE", "populate": "#44AA99"}
 _OTHER_PHASE_COLORS = ("#56B4E9", "#332288", "#882255", "#117733", "#AA4499", "#999933")
 _PER_RUN = {"seed", "name", "workdir"}  # config fields that do not make a different experiment
@@ -430,7 +430,17 @@ def accuracy_matrix(groups: Sequence[Group]) -> Figure:
 def time_by_phase(groups: Sequence[Group]) -> Figure:
     """Seconds in each phase, mean over seeds, stacked; a bar a strategy, and where a thread works in the background its own
     bar, hatched, below that of the loop, in whose time it lies."""
-    fore, back = (_mean_seconds(groups, key) for key in ("seconds_by_phase", "background_seconds"))
+    return _time_bars(groups, _mean_seconds(groups, "seconds_by_phase"))
+
+
+def time_of_steps(groups: Sequence[Group]) -> Figure:
+    """As `time_by_phase`, of the loop the phases of the steps alone."""
+    means = _mean_seconds(groups, "seconds_by_phase")
+    return _time_bars(groups, [Counter({phase: m[phase] for phase in _STEP if phase in m}) for m in means])
+
+
+def _time_bars(groups: Sequence[Group], fore: Sequence[Counter[str]]) -> Figure:
+    back = _mean_seconds(groups, "background_seconds")
     both = any(back)
     figure = Figure(figsize=(8, (0.75 if both else 0.55) * len(groups) + 1.5), layout="constrained")
     axes = figure.subplots()
@@ -573,6 +583,7 @@ _PICTURES: dict[str, tuple[Callable[[Sequence[Group]], Figure], str, str]] = {
         "Time by phase",
         "Seconds, mean over seeds. Hatched: the thread of the buffer in host memory, working while the loop goes on.",
     ),
+    "time_of_steps": (time_of_steps, "Time of the steps", "The same without what comes once or between tasks."),
 }
 
 
@@ -639,7 +650,7 @@ class Section:
 
 
 def write_report(runs: Sequence[Run], out: str | Path, sections: Sequence[Section] = ()) -> Path:
-    """Writes four PNGs and report.html, which embeds them, into `out` (created if need be) -> path of the page.
+    """Writes five PNGs and report.html, which embeds them, into `out` (created if need be) -> path of the page.
 
     The sections come after the runs' own table. Runs without a result are listed on the page; with no finished run there
     are no pictures.

@@ -300,6 +300,17 @@ def test_shares_add_up_to_the_budget(policy, capacity, shards):
     assert total == capacity
 
 
+def test_draws_under_vmap_are_the_draws_alone():
+    """Also where the unions mapped over are emptier than a draw, so that no number of attempts could fill it."""
+    keys, sizes = jax.random.split(jax.random.key(0), 5), jnp.array([[0, 0], [2, 1], [4, 4], [9, 40], [500, 300]])
+    plan = jax.jit(functools.partial(draw.make_plan, count=8))
+    together = jax.jit(jax.vmap(plan))(keys, sizes)
+    for i in range(len(sizes)):
+        jax.tree.map(
+            np.testing.assert_array_equal, jax.tree.map(lambda x, i=i: x[i], together), plan(keys[i], sizes[i])
+        )
+
+
 def step_of(buffer):
     def step(state, rows, key):
         """One training step's use of the buffer: insert, then draw from the updated buffer."""

@@ -144,7 +144,7 @@ def test_page_is_self_contained(folder):
     assert page == folder / "new" / "out" / "report.html"
     text = page.read_text()
     embedded = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
-    names = ["average_accuracy", "accuracy_by_task", "accuracy_matrix", "time_by_phase"]
+    names = ["average_accuracy", "accuracy_by_task", "accuracy_matrix", "time_by_phase", "time_of_steps"]
     assert embedded == [(page.parent / f"{name}.png").read_bytes() for name in names]
     assert all(png.startswith(b"\x89PNG") for png in embedded)
     assert not re.search(r"https?://|<script|<link|url\(", text)
@@ -187,6 +187,8 @@ def test_time_by_phase_of_loop_and_background():
     above, below = er["load"], er["copy (background)"]
     assert above.get_y() + above.get_height() < below.get_y()  # the axis points down: side by side, no overlap
     assert below.get_x() == 0
+    [axes] = report.time_of_steps(report.group_runs(runs)).axes
+    assert [bars.get_label() for bars in axes.containers] == steps[:5] + names[8:]
 
 
 def test_classes_over_time():
