@@ -270,12 +270,7 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
                 state = _train(run.mesh, step, state, loader, config.log_every, session, bar)
                 at.images += config.epochs * len(_rows(run, task.index))
                 with phases("end of task"):
-                    task_batches = functools.partial(
-                        session.watched, _task_batches(config, run, task.index), "a batch at a task's end"
-                    )
-                    if run.store_exemplars is not None:
-                        state = run.store_exemplars(state, task.index, task_batches())
-                    state = run.end_task(state, task_batches)
+                    state = _end_task(config, run, session, state, task.index)
             if loader is not None and run.rehearse_step is not None:
                 blank = _blank_batches(run, state)
                 if not at.rehearsing:
@@ -287,9 +282,7 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
             with phases("evaluate"):
                 batches = session.watched(_eval_batches(config, run), "a batch of the evaluation")
                 scores = run.evaluate(state.params, state.batch_stats, state.strategy_state, batches)
-            rows = {name: scores[name].tolist() for name in ("accuracy", "top5", "error") if name in scores}
-            for name, row in rows.items():
-                getattr(at, name).append(row)
+            rows = _scored(at, scores)
             session.log.write("evaluation", at.step, {"task": task.index, **rows})
             session.log.write_seconds(at.step, phases.seconds, {} if store is None else store.seconds)
             so_far = {name: np.mean(row[: task.index + 1]) for name, row in rows.items()}
@@ -316,6 +309,16 @@ def _times(images: int, session: Session) -> dict[str, Any]:
         "images_per_second": images / max(sum(by_phase.get(name, 0.0) for name in STEPPING), 1e-9),
         "seconds_by_phase": {**by_phase, "other": seconds - sum(by_phase.values())},
     }
+
+
+def _scored(at: Progress, scores: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """Adds the scores of all tasks, as they are after this one, to the progress."""
+    rows: dict[str, list[float]] = {
+        name: scores[name].tolist() for name in ("accuracy", "top5", "error") if name in scores
+    }
+    for name, row in rows.items():
+        getattr(at, name).append(row)
+    return rows
 
 
 def _result(
@@ -489,6 +492,14 @@ def _task_batches(config: ConfigDict, run: Experiment, task: int) -> data.Loader
         process_count=jax.process_count(),
         num_threads=config.data.threads,
     )
+
+
+def _end_task(config: ConfigDict, run: Experiment, session: Session, state: TrainState, task: int) -> TrainState:
+    """What the strategy does when the steps of a task are done."""
+    batches = functools.partial(session.watched, _task_batches(config, run, task), "a batch at a task's end")
+    if run.store_exemplars is not None:
+        state = run.store_exemplars(state, task, batches())
+    return run.end_task(state, batches)
 
 
 def _begin_task(mesh: jax.sharding.Mesh, state: TrainState, task: int, steps_per_epoch: int) -> TrainState:

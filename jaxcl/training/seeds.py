@@ -226,18 +226,18 @@ def _run_tasks(
                 state = _train_task(lanes, step, state, own, first.log_every, sessions, bar)
                 for progressed in ats:
                     progressed.images += first.epochs * len(loop._rows(run, task.index))
-                if run.strategy.end_task is not None:
+                if run.strategy.end_task is not None or run.store_exemplars is not None:
                     with _phase(sessions, "end of task"):
-                        batches = loop._task_batches(first, run, task.index)
-                        ended = [run.end_task(lanes.one(state, i), batches) for i in range(len(configs))]
+                        ended = [
+                            loop._end_task(config, run, session, lanes.one(state, i), task.index)
+                            for i, (config, session) in enumerate(zip(configs, sessions, strict=True))
+                        ]
                         state = lanes.join(ended)
                         del ended
             with _phase(sessions, "evaluate"):
                 scores = evaluate(state.params, state.batch_stats, state.strategy_state)
             for session, score in zip(sessions, scores, strict=True):
-                rows = {name: score[name].tolist() for name in ("accuracy", "top5")}
-                session.progress.accuracy.append(rows["accuracy"])
-                session.progress.top5.append(rows["top5"])
+                rows = loop._scored(session.progress, score)
                 session.log.write("evaluation", session.progress.step, {"task": task.index, **rows})
                 session.log.write_seconds(session.progress.step, session.phases.seconds, {})
                 session.progress.task, session.progress.iterator = task.index + 1, None
@@ -253,7 +253,8 @@ def _run_tasks(
             scores = evaluate(state.params, state.batch_stats, state.strategy_state)
         params, batch_stats, _ = lanes.weights(new_weights(0))
         init = jax.jit(jax.vmap(run.strategy.init), out_shardings=mesh_lib.replicated(run.mesh))
-        untrained = [score["accuracy"] for score in evaluate(params, batch_stats, init(params, batch_stats))]
+        measure = "error" if run.train.targets else "accuracy"
+        untrained = [score[measure] for score in evaluate(params, batch_stats, init(params, batch_stats))]
     return [
         loop._result(config, run, ats[i], lanes.one(state, i), scores[i], untrained[i])
         for i, config in enumerate(configs)
