@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxcl.data import array_source, eval_batches, train_batches
+from jaxcl.data import array_source, blank_batches, eval_batches, train_batches
 from jaxcl.errors import UserError
 
 N = 50
@@ -192,3 +192,10 @@ def test_by_class_hands_out_the_same_batches_sorted():
             expected = rows[np.argsort(source.labels[rows], kind="stable")][8 * p : 8 * p + 8]
             assert part[t]["id"][part[t]["valid"]].tolist() == expected.tolist()
             assert whole["id"].shape == (16,)
+
+
+def test_blank_batches_hold_padding_alone():
+    loader = blank_batches(SOURCE, batch_size=4, steps_per_epoch=3, epochs=2, process_index=1, process_count=2)
+    assert len(loader) == len(list(loader)) == 6 and loader.steps_per_epoch == 3
+    for batch in loader:
+        assert batch["image"].shape == (2, 3, 2, 1) and not batch["valid"].any() and batch["id"].tolist() == [-1, -1]

@@ -219,13 +219,13 @@ class Store:
         """
         try:
             self.drain()
-        except HandoverError:
-            raise
         except BaseException as error:
+            if error is not self._error or isinstance(error, HandoverError):
+                raise
             for step in range(self._next, self.step):
                 if len(self._waiting.get(step, ())) < len(self._devices):  # handed over after the error, and dropped
                     raise
-                self._store(self._waiting[step])
+                self._populate(self._waiting[step])
             return error
         return None
 
@@ -294,7 +294,7 @@ class Store:
                 self._fail(error)
 
     def _apply(self, handovers: Mapping[int, Handover]) -> jax.Array | None:
-        self._store(handovers)
+        self._populate(handovers)
         wanted, wide = {}, False
         for device in self._devices:
             with self._timed("copy"):
@@ -302,7 +302,7 @@ class Store:
                 wide = bool(np.asarray(handovers[device].wide)[0])
         return self._gather(wanted, wide)
 
-    def _store(self, handovers: Mapping[int, Handover]) -> None:
+    def _populate(self, handovers: Mapping[int, Handover]) -> None:
         """Stores the rows of a step; to do it again changes nothing."""
         for device in self._devices:
             with self._timed("copy"):
