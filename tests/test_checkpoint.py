@@ -207,10 +207,18 @@ def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(strategy, tmp_path, m
     runs.assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
-@pytest.mark.parametrize("policy", ["class_random", "reservoir"])
-def test_a_run_moves_between_numbers_of_devices(policy, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"buffer__policy": "class_random"},
+        {"buffer__policy": "reservoir"},
+        pytest.param({"strategy": "icarl"}, marks=pytest.mark.slow),
+    ],
+    ids=lambda changes: "-".join(changes.values()),
+)
+def test_a_run_moves_between_numbers_of_devices(changes, tmp_path, monkeypatch, caplog):
     """8 -> 4 -> 2 -> 8: no row of the buffer is lost or doubled on the way, and the run ends as well as any."""
-    config = runs.small(buffer__policy=policy)
+    config = runs.small(**changes)
     steps = train(config, tmp_path / "whole", devices=8)["steps"]
     stops = [steps // 4, steps // 2, steps - 3]
     runs.stop_at(monkeypatch, stops)
