@@ -26,7 +26,7 @@ def default_config() -> ConfigDict:
             "epochs": 1,  # passes over a task's data
             "log_every": 50,  # steps between lines in metrics.jsonl
             "data": {
-                "source": "digits",  # digits | tfds:NAME | npz:FILE
+                "source": "digits",  # digits | tfds:NAME | npz:FILE | ptychography:SIDE
                 "data_dir": config_dict.placeholder(str),  # of TFDS; its own default where not given
                 "scenario": "class",  # class | domain | instance | permuted | rotated | blurry | si_blurry
                 "tasks": 5,  # a number of tasks, or the classes of each: ((0, 1), (2, 3))
