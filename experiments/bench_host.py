@@ -25,7 +25,6 @@ from jaxcl.buffer import Rows, make_buffer
 from jaxcl.buffer.host import Fed
 from jaxcl.mesh import AXIS
 
-JSON = flags.DEFINE_string("json", None, "file to write; default: print only")
 GIB = flags.DEFINE_list("gib", ["0.25", "1", "4"], "sizes of the memory in GiB")
 PATH = flags.DEFINE_string("path", None, "folder for memory-mapped files; default: in memory")
 HANDOVER = flags.DEFINE_enum("handover", "outputs", ["outputs", "callback"], "how rows leave the step")
@@ -140,9 +139,11 @@ def main() -> None:
             f" resident {one['resident_bytes']['after'] / 2**30:.2f} GiB",
             flush=True,
         )
-    if JSON.value:
+    if common.JSON.value:
         settings = {"batch": BATCH.value, "handover": HANDOVER.value, "path": PATH.value, "devices": mesh.size}
-        pathlib.Path(JSON.value).write_text(json.dumps({**settings, "sizes": found, **environment()}, indent=1) + "\n")
+        pathlib.Path(common.JSON.value).write_text(
+            json.dumps({**settings, "sizes": found, **environment()}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

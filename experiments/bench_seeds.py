@@ -22,7 +22,6 @@ from jaxcl.errors import UserError
 from jaxcl.training.loop import STEPPING
 from jaxcl.training.seeds import check_together, train_seeds
 
-JSON = flags.DEFINE_string("json", None, "file to write; default: print only")
 SEEDS = flags.DEFINE_integer("seeds", 5, "how many, from config.seed upwards; at least 2")
 ROUNDS = flags.DEFINE_integer("rounds", 2, "measurements of each way")
 
@@ -50,8 +49,8 @@ def main() -> None:
     }
     text = json.dumps(found, indent=1)
     print(text)
-    if JSON.value:
-        pathlib.Path(JSON.value).write_text(text + "\n")
+    if common.JSON.value:
+        pathlib.Path(common.JSON.value).write_text(text + "\n")
 
 
 def measure(config: Any, folder: pathlib.Path, together: bool) -> dict[str, float]:

@@ -39,7 +39,6 @@ from jaxcl.training.session import Phases
 from jaxcl.training.state import TrainState, initial_state, make_weights
 from jaxcl.training.step import make_train_step
 
-JSON = flags.DEFINE_string("json", None, "file to write, and beside it a plot; default: print only")
 MODELS = flags.DEFINE_list("models", ["mlp", "convnet", "resnet18"], "models to time")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the computation")
 WIDTH = flags.DEFINE_integer("width", 16, "of the convolutional models")
@@ -292,8 +291,8 @@ def main() -> None:
                 f" {host['phases_ms']['wait']:.2f} ms; hidden {100 * host['hidden']:.0f} % of the writer's work",
                 flush=True,
             )
-    if JSON.value:
-        path = pathlib.Path(JSON.value)
+    if common.JSON.value:
+        path = pathlib.Path(common.JSON.value)
         path.write_text(json.dumps({"models": found, **environment()}, indent=1) + "\n")
         plot(found, path.with_suffix(".png"))
 

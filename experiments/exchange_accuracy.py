@@ -20,7 +20,6 @@ from experiments.environment import environment
 from jaxcl.buffer import EXCHANGES
 from jaxcl.training.loop import train_and_evaluate
 
-JSON = flags.DEFINE_string("json", None, "file to write; default: print only")
 SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each setting, with seeds from config.seed upwards")
 MODELS = flags.DEFINE_list("models", ["mlp", "convnet"], "models to train: mlp, convnet (batch statistics per device)")
 
@@ -60,8 +59,8 @@ def main() -> None:
                 f"  moved a draw and device: {traffic['rows_moved']} rows, {traffic['bytes_moved']} bytes",
                 flush=True,
             )
-    if JSON.value:
-        pathlib.Path(JSON.value).write_text(json.dumps({"settings": settings, **environment()}, indent=1) + "\n")
+    if common.JSON.value:
+        pathlib.Path(common.JSON.value).write_text(json.dumps({"settings": settings, **environment()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from experiments.environment import environment
 from jaxcl.buffer import draw, exchange
 from jaxcl.mesh import AXIS
 
-JSON = flags.DEFINE_string("json", None, "file to write; default: print only")
 DRAWS = flags.DEFINE_integer("draws", 20_000, "draws a setting; fewer with many devices (at most 2e7 rows in all)")
 DEVICES = (8, 64, 128, 512, 1024)
 PER_DEVICE = (7, 16, 56)
@@ -94,8 +93,8 @@ def main() -> None:
                 flush=True,
             )
     report = {"settings": settings, **environment()}
-    if JSON.value:
-        pathlib.Path(JSON.value).write_text(json.dumps(report, indent=1) + "\n")
+    if common.JSON.value:
+        pathlib.Path(common.JSON.value).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ from jaxcl.errors import PEER_LOST, RunError, UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file, e.g. configs/digits.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
+JSON = flags.DEFINE_string(
+    "json", None, "of a benchmark: file to write, and beside it a picture if it draws one; default: print only"
+)
 DEVICES = flags.DEFINE_integer("devices", None, "fake CPU devices of this process; default: the devices JAX finds")
 OVERWRITE = flags.DEFINE_bool(
     "overwrite", False, "remove what an earlier run left in the workdir, instead of continuing it"

@@ -22,7 +22,6 @@ from jaxcl.buffer import REPEATS
 from jaxcl.errors import UserError
 from jaxcl.training.loop import train_and_evaluate
 
-JSON = flags.DEFINE_string("json", None, "file to write; default: print only")
 SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each option, with seeds from config.seed upwards; at least 2")
 EPOCHS = 5
 SETTINGS = ((None, 200), (6000, 200), (6000, 1000), (1000, 500))  # training rows (None: all), capacity
@@ -54,7 +53,7 @@ def main() -> None:
                 f"distinct ids {np.mean(ids):.0f} of {capacity}"
             )
         settings.append({"training_rows": rows or "all", "capacity": capacity, "options": options})
-    if JSON.value:
+    if common.JSON.value:
         found = {
             "name": config.name,
             "epochs": EPOCHS,
@@ -65,7 +64,7 @@ def main() -> None:
             **environment(),
             "command": "python -m experiments.repeats --config=configs/split_mnist.py --config.data.source=npz:FILE",
         }
-        pathlib.Path(JSON.value).write_text(json.dumps(found, indent=1) + "\n")
+        pathlib.Path(common.JSON.value).write_text(json.dumps(found, indent=1) + "\n")
 
 
 def first_rows(source: str, rows: int, workdir: pathlib.Path) -> pathlib.Path:

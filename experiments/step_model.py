@@ -36,7 +36,6 @@ PARAMETERS = flags.DEFINE_integer("parameters", 25_557_032, "of the model")
 ROW_BYTES = flags.DEFINE_integer("row_bytes", 224 * 224 * 3 + 8, "of a stored record, label and id included")
 BANDWIDTH = flags.DEFINE_float("bandwidth", 25e9, "bytes a second out of one device")
 LATENCY = flags.DEFINE_float("latency", 1e-5, "seconds of one message")
-JSON = flags.DEFINE_string("json", None, "file to write, and beside it a plot; default: print only")
 
 DEVICES = tuple(2**k for k in range(11))
 
@@ -145,8 +144,8 @@ def main() -> None:
             f"{n:5d} devices  incremental {x['incremental'] / 3600:8.2f} h  rehearsal {ratio:.3f} times that "
             f"({exposed:.3f} if nothing is hidden)  from scratch {x['from_scratch'] / x['incremental']:.2f} times"
         )
-    if JSON.value:
-        path = pathlib.Path(JSON.value)
+    if common.JSON.value:
+        path = pathlib.Path(common.JSON.value)
         path.parent.mkdir(parents=True, exist_ok=True)
         stated = {"kind": "model, not measured", "machine": dataclasses.asdict(machine), "sizes": sizes}
         path.write_text(json.dumps(stated | {"devices": found} | environment(), indent=1) + "\n")

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
@@ -27,8 +26,6 @@ from jaxcl import data
 from jaxcl import mesh as mesh_lib
 from jaxcl.training.loop import build
 from jaxcl.training.state import initial_state
-
-JSON = flags.DEFINE_string("json", None, "file to write, and beside it a plot; default: print only")
 
 
 class Tally:
@@ -136,8 +133,8 @@ def main() -> None:
             f"   drawn / expected {min(found[axis]['drawn_over_expected']):.3f}..{max(found[axis]['drawn_over_expected']):.3f}"
             f"   the reference's rule {min(ratio):.3f}..{max(ratio):.3f}"
         )
-    if JSON.value:
-        path = pathlib.Path(JSON.value)
+    if common.JSON.value:
+        path = pathlib.Path(common.JSON.value)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found | environment(), indent=1) + "\n")
         picture(found).savefig(path.with_suffix(".png"), dpi=150)
