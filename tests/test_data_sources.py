@@ -204,13 +204,13 @@ def _error(name, data_dir=None):
 )
 def test_an_unknown_name_lists_what_is_allowed_and_guesses(name, meant):
     assert _error(name) == (
-        f"dataset '{name}': unknown; allowed are digits, tfds:NAME or npz:FILE (did you mean '{meant}'?)"
+        f"dataset '{name}': unknown; allowed are digits, tfds:NAME, npz:FILE or ptychography:SIDE (did you mean '{meant}'?)"
     )
 
 
 @pytest.mark.parametrize("name", ["", "qqqqqq", "tfds:", "npz:", "ftp:qqqqqq"])
 def test_an_unknown_name_without_a_likely_meaning(name):
-    assert _error(name).endswith("allowed are digits, tfds:NAME or npz:FILE")
+    assert _error(name).endswith("allowed are digits, tfds:NAME, npz:FILE or ptychography:SIDE")
 
 
 def test_unknown_tfds_sets(tiny):
