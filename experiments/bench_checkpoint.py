@@ -25,7 +25,7 @@ from configs import digits
 from experiments import main as common
 from jaxcl import checkpoint, files
 from jaxcl import mesh as mesh_lib
-from jaxcl.training.loop import build
+from jaxcl.training.experiment import build
 from jaxcl.training.state import initial_state
 
 GIB = flags.DEFINE_float("gib", 1.0, "size of the buffer")

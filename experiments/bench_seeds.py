@@ -19,7 +19,7 @@ from absl import flags
 from experiments import main as common
 from experiments.environment import environment
 from jaxcl.errors import UserError
-from jaxcl.training.loop import STEPPING
+from jaxcl.training.result import STEPPING
 from jaxcl.training.seeds import check_together, train_seeds
 
 SEEDS = flags.DEFINE_integer("seeds", 5, "how many, from config.seed upwards; at least 2")

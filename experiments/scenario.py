@@ -17,7 +17,7 @@ from jaxcl import report
 from jaxcl.data import SCENARIOS
 from jaxcl.errors import UserError
 from jaxcl.training.config import check_config
-from jaxcl.training.loop import make_tasks
+from jaxcl.training.experiment import make_tasks
 
 OUT = flags.DEFINE_string("out", None, "PNG file to write")
 KINDS = flags.DEFINE_list("scenarios", [], f"of {', '.join(SCENARIOS)}; default: that of the config")

@@ -24,7 +24,7 @@ from experiments import main as common
 from experiments.environment import environment
 from jaxcl import data
 from jaxcl import mesh as mesh_lib
-from jaxcl.training.loop import build
+from jaxcl.training.experiment import build
 from jaxcl.training.state import initial_state
 
 

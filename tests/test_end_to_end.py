@@ -13,7 +13,8 @@ import pytest
 
 from jaxcl import metrics
 from jaxcl.errors import UserError
-from jaxcl.training.loop import build, train_and_evaluate
+from jaxcl.training.experiment import build
+from jaxcl.training.loop import train_and_evaluate
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 

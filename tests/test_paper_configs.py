@@ -7,7 +7,7 @@ import pytest
 from configs import paper_imagenet, paper_tinyimagenet
 from jaxcl.errors import UserError
 from jaxcl.training.config import check_config, default_config
-from jaxcl.training.loop import build
+from jaxcl.training.experiment import build
 from jaxcl.training.optimizer import make_schedule
 from tests.runs import small
 

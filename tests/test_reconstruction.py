@@ -11,7 +11,8 @@ from jaxcl import losses, metrics, report
 from jaxcl.data import open_source, ptychography
 from jaxcl.errors import UserError
 from jaxcl.models import ptychonn
-from jaxcl.training.loop import build, train_and_evaluate
+from jaxcl.training.experiment import build
+from jaxcl.training.loop import train_and_evaluate
 from tests.runs import last, lines
 
 SIDE = 16

@@ -7,7 +7,7 @@ import pytest
 from jaxcl import report
 from jaxcl.data import array_source, hold_out
 from jaxcl.errors import Diverged, UserError
-from jaxcl.training import loop
+from jaxcl.training import experiment, loop
 from jaxcl.training import sweep as sweep_lib
 from jaxcl.training.sweep import Range, Sweep, run_sweep
 from tests.runs import small
@@ -46,7 +46,7 @@ def test_validation_rows_stand_in_for_the_test_set(scenario, tmp_path):
     x, y = rng.integers(0, 255, (140, 4, 4), np.uint8), np.arange(140) % 6
     np.savez(tmp_path / "data.npz", x_train=x[:100], y_train=y[:100], x_test=x[100:], y_test=y[100:])
     config = small(data__source=f"npz:{tmp_path / 'data.npz'}", data__scenario=scenario, data__validation=0.2)
-    scenario, train, test = loop.make_tasks(config)
+    scenario, train, test = experiment.make_tasks(config)
 
     def pixels(source, rows):  # sorted: a permutation does not hide an image
         return {np.sort(image.ravel()).tobytes() for image in source.read(rows)}

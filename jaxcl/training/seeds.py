@@ -29,8 +29,9 @@ from jaxcl import mesh as mesh_lib
 from jaxcl.errors import Diverged, UserError
 from jaxcl.mesh import AXIS
 from jaxcl.strategies import make_strategy
-from jaxcl.training import control, loop
+from jaxcl.training import control, experiment, loop
 from jaxcl.training import workdir as workdir_lib
+from jaxcl.training.result import add_scores, summarize, times
 from jaxcl.training.session import Session, diverged, open_session
 from jaxcl.training.state import TrainState, initial_state
 
@@ -127,7 +128,7 @@ def _train_together(
 ) -> dict[int, dict[str, Any]]:
     """Runs that stand at the same step, or all at the start."""
     begin, seeds = time.perf_counter(), list(configs)
-    run = loop.build(configs[seeds[0]], devices, seeds)
+    run = experiment.build(configs[seeds[0]], devices, seeds)
     with contextlib.ExitStack() as stack:
         sessions = []
         for seed, config in configs.items():
@@ -138,7 +139,7 @@ def _train_together(
             sessions.append(session)
         results = _run_tasks(list(configs.values()), run, sessions, progress)
         for session, result, folder in zip(sessions, results, folders.values(), strict=True):
-            result |= {**loop._times(result["images"], session), "seeds_together": len(seeds)}
+            result |= {**times(result["images"], session), "seeds_together": len(seeds)}
             files.write_json(folder / "result.json", result)
     return dict(zip(seeds, results, strict=True))
 
@@ -181,7 +182,7 @@ def _phase(sessions: Sequence[Session], name: str) -> Iterator[None]:
 
 
 def _run_tasks(
-    configs: Sequence[ConfigDict], run: loop.Experiment, sessions: Sequence[Session], progress: bool
+    configs: Sequence[ConfigDict], run: experiment.Experiment, sessions: Sequence[Session], progress: bool
 ) -> list[dict[str, Any]]:
     """As `loop._run_tasks`, for all seeds at once."""
 
@@ -189,13 +190,13 @@ def _run_tasks(
         return [run.new_weights(jax.random.fold_in(jax.random.key(config.seed), task)) for config in configs]
 
     def evaluate(params: PyTree, batch_stats: PyTree, strategy_state: PyTree) -> list[dict[str, np.ndarray]]:
-        batches = sessions[0].watched(loop._eval_batches(configs[0], run), "a batch of the evaluation")
+        batches = sessions[0].watched(experiment.eval_batches(configs[0], run), "a batch of the evaluation")
         found = run.evaluate(params, batch_stats, strategy_state, batches)
         return [{name: x[i] for name, x in found.items()} for i in range(len(configs))]
 
     ats, tasks, scores = [session.progress for session in sessions], run.scenario.tasks, None
     at, first = ats[0], configs[0]
-    loaders = [[loop._loader(config, run, t) for config in configs] for t in range(len(tasks))]
+    loaders = [[experiment.train_batches(config, run, t) for config in configs] for t in range(len(tasks))]
     lengths = [0 if each[0] is None else len(each[0]) for each in loaders]
     with _phase(sessions, "compile"):
         states = [initial_state(run.mesh, weights, run.buffer, run.strategy) for weights in new_weights(0)]
@@ -203,7 +204,7 @@ def _run_tasks(
     with _phase(sessions, "restore") if sessions[0].found is not None else contextlib.nullcontext():
         if sessions[0].found is not None:
             rest = zip(configs, sessions, states, strict=True)
-            states = [loop._restore(config, run, session, state) for config, session, state in rest]
+            states = [loop.restore(config, run, session, state) for config, session, state in rest]
         state = lanes.join(states)
         del states
     with _phase(sessions, "compile"):
@@ -225,11 +226,11 @@ def _run_tasks(
                     state = _begin_task(run.mesh, state, task.index, own[0].steps_per_epoch, len(configs))
                 state = _train_task(lanes, step, state, own, first.log_every, sessions, bar)
                 for progressed in ats:
-                    progressed.images += first.epochs * len(loop._rows(run, task.index))
+                    progressed.images += first.epochs * len(experiment.rows_of_task(run, task.index))
                 if run.strategy.end_task is not None or run.store_exemplars is not None:
                     with _phase(sessions, "end of task"):
                         ended = [
-                            loop._end_task(config, run, session, lanes.one(state, i), task.index)
+                            loop.end_task(config, run, session, lanes.one(state, i), task.index)
                             for i, (config, session) in enumerate(zip(configs, sessions, strict=True))
                         ]
                         state = lanes.join(ended)
@@ -237,7 +238,7 @@ def _run_tasks(
             with _phase(sessions, "evaluate"):
                 scores = evaluate(state.params, state.batch_stats, state.strategy_state)
             for session, score in zip(sessions, scores, strict=True):
-                rows = loop._scored(session.progress, score)
+                rows = add_scores(session.progress, score)
                 session.log.write("evaluation", session.progress.step, {"task": task.index, **rows})
                 session.log.write_seconds(session.progress.step, session.phases.seconds, {})
                 session.progress.task, session.progress.iterator = task.index + 1, None
@@ -256,8 +257,7 @@ def _run_tasks(
         measure = "error" if run.train.targets else "accuracy"
         untrained = [score[measure] for score in evaluate(params, batch_stats, init(params, batch_stats))]
     return [
-        loop._result(config, run, ats[i], lanes.one(state, i), scores[i], untrained[i])
-        for i, config in enumerate(configs)
+        summarize(config, run, ats[i], lanes.one(state, i), scores[i], untrained[i]) for i, config in enumerate(configs)
     ]
 
 
@@ -282,7 +282,7 @@ def _train_task(
     sessions: Sequence[Session],
     bar: tqdm,
 ) -> TrainState:
-    """As `loop._train_task`, for all seeds at once."""
+    """As `loop._train`, for all seeds at once."""
     pending: tuple[int, int, dict] | None = None
     at = sessions[0].progress
 

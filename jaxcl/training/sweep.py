@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from jaxcl import files, metrics
 from jaxcl.errors import Diverged, UserError
 from jaxcl.training.config import check_config
-from jaxcl.training.loop import build
+from jaxcl.training.experiment import build
 from jaxcl.training.seeds import check_together, train_seeds
 
 Setting = dict[str, Any]  # config field, with dots -> value

@@ -1,0 +1,109 @@
+"""What result.json says of a run."""
+
+import importlib.metadata
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxcl import metrics
+from jaxcl.buffer import Buffer
+from jaxcl.training import workdir
+from jaxcl.training.experiment import Experiment
+from jaxcl.training.session import Progress, Session
+from jaxcl.training.state import TrainState
+
+STEPPING = ("load", "assemble", "wait", "train", "accumulate")  # of the steps; wait and accumulate are the host tier's
+
+
+def times(images: int, session: Session) -> dict[str, Any]:
+    """What result.json says of a run's times."""
+    seconds, by_phase = session.seconds(), session.phases.seconds
+    return {
+        "seconds": seconds,
+        "images_per_second": images / max(sum(by_phase.get(name, 0.0) for name in STEPPING), 1e-9),
+        "seconds_by_phase": {**by_phase, "other": seconds - sum(by_phase.values())},
+    }
+
+
+def add_scores(at: Progress, scores: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """Adds the scores of all tasks, as they are after this one, to the progress."""
+    rows: dict[str, list[float]] = {
+        name: scores[name].tolist() for name in ("accuracy", "top5", "error") if name in scores
+    }
+    for name, row in rows.items():
+        getattr(at, name).append(row)
+    return rows
+
+
+def summarize(
+    config: ConfigDict, run: Experiment, at: Progress, state: TrainState, scores: dict[str, np.ndarray], untrained: Any
+) -> dict[str, Any]:
+    """What result.json says of a run but for its times."""
+    return {
+        "name": config.name,
+        "strategy": config.strategy,
+        "seed": config.seed,
+        "source": config.data.source,
+        "model": config.model.name,
+        "tasks": [list(task.classes) for task in run.scenario.tasks],
+        "evaluated_on": "validation" if config.data.validation else "test",
+        **(_errors(at, untrained) if run.train.targets else _accuracies(run, at, scores, untrained)),
+        "steps": at.step,
+        "images": at.images,
+        "buffer": _buffer_report(run.buffer, state),
+        "devices": {
+            "count": run.mesh.size,
+            "kind": run.mesh.devices.flat[0].device_kind,
+            "platform": run.mesh.devices.flat[0].platform,
+            "processes": jax.process_count(),
+        },
+        "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")},
+        "config": workdir.resolved(config),
+    }
+
+
+def _accuracies(run: Experiment, at: Progress, scores: dict[str, np.ndarray], untrained: Any) -> dict[str, Any]:
+    return {
+        "accuracy_matrix": at.accuracy,
+        **metrics.summarize(at.accuracy),
+        **_top5(at.top5, run.train.num_classes),
+        "forward_transfer": metrics.forward_transfer(at.accuracy, untrained),
+        **_last(scores),
+    }
+
+
+def _errors(at: Progress, untrained: Any) -> dict[str, Any]:
+    return {
+        "error_matrix": at.error,
+        **metrics.summarize_errors(at.error),
+        "untrained_error": untrained.tolist(),
+    }
+
+
+def _last(scores: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What is told of the last weights beside the matrix; the confusion matrix where it stays readable."""
+    confusion = scores["confusion"]
+    kept = {"confusion": confusion.tolist()} if len(confusion) <= 100 else {}
+    in_task = scores["accuracy_in_task"].tolist()
+    return {"accuracy_in_task": in_task, "per_class_accuracy": metrics.per_class_accuracy(confusion), **kept}
+
+
+def _top5(matrix: list[list[float]], num_classes: int) -> dict[str, Any]:
+    """Top-5 accuracy says something only above five classes."""
+    if num_classes <= 5:
+        return {}
+    so_far = metrics.accuracy_so_far(matrix).tolist()
+    return {"top5_matrix": matrix, "average_top5": metrics.average_accuracy(matrix), "top5_so_far": so_far}
+
+
+def _buffer_report(buffer: Buffer | None, state: TrainState) -> dict[str, Any] | None:
+    if buffer is None or state.buffer is None:
+        return None
+    return {
+        "capacity": buffer.capacity,
+        "bytes": buffer.num_bytes,
+        "traffic": buffer.traffic,
+        **buffer.stats(state.buffer),
+    }
