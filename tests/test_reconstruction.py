@@ -124,7 +124,7 @@ def test_records_of_several_tensors_through_a_whole_run(tmp_path, monkeypatch):
 
 
 BAD = {
-    "strategy": ({"strategy": "der"}, "der classifies, .* choose one of from_scratch, joint, incremental, er$"),
+    "strategy": ({"strategy": "der"}, "der classifies, .* choose one of er, from_scratch, incremental, joint$"),
     "model": ({"model__name": "convnet"}, "convnet does not reconstruct the .*amplitude"),
     "augment": ({"data__augment": ("flip",)}, "data.augment: .*give ()"),
     "scenario": ({"data__scenario": "rotated"}, "scenario 'rotated': not allowed with images to be reconstructed"),
