@@ -275,7 +275,10 @@ def checkpoint(found: Json) -> str:
                         f"share of the wall time, a save every {found['seconds_between_saves']:g} s (goal 0.05)",
                         f"{found['share_of_wall_time']:.3f}",
                     ),
-                    ("processor seconds of a save", f"{found['save_processor_seconds']:.2f}"),
+                    (
+                        "processor seconds a save costs",
+                        ", ".join(f"{x:.2f}" for x in found["save_costs_processor_seconds"]),
+                    ),
                     ("verify and restore, s", f"{found['verify_and_restore_seconds']:.2f}"),
                 ),
             ),
