@@ -13,7 +13,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from jaxcl import mesh
-from jaxcl.errors import PEER_LOST, RunError, UserError
+from jaxcl.errors import PeerLost, RunError, UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file, e.g. configs/digits.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
@@ -74,7 +74,13 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
         except Exception as error:
             if jax.distributed.is_initialized():
                 traceback.print_exc()
-                _end(PEER_LOST if isinstance(error, jax.errors.JaxRuntimeError) else 1)
+                if isinstance(error, jax.errors.JaxRuntimeError):
+                    cause = " ".join(str(error).split())[:300]
+                    error = PeerLost(
+                        f"another process has died, or the computation itself failed: {cause}; start again to continue"
+                    )
+                    _end(_say(error))
+                _end(1)
             raise
 
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs, with tracebacks, what it also raises
