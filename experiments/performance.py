@@ -316,7 +316,8 @@ def page(folder: pathlib.Path) -> str:
     parts = [
         "# Performance",
         "Written by `python -m experiments.performance` from the files in `experiments/results`; do not edit. Every figure was"
-        " printed by the command named below its table; times are medians, in brackets p10 to p90.",
+        " measured by a script of `experiments`; its command stands below the table where the file tells it (`bench_buffer` and"
+        " `bench_checkpoint` do not). Times are medians, in brackets p10 to p90.",
     ]
     for name, (title, section) in SECTIONS.items():
         path = folder / f"{name}.json"
