@@ -23,6 +23,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxcl.buffer import draw as draw_lib
 from jaxcl.buffer import exchange as exchange_lib
 from jaxcl.buffer import host as host_lib
+from jaxcl.buffer import random
 from jaxcl.buffer import repeats as repeats_lib
 from jaxcl.buffer import shard as shard_lib
 from jaxcl.buffer.exchange import EXCHANGES
@@ -221,7 +222,7 @@ def make_buffer(
             packed, unpack = exchange_lib.pack(rows)
             rows = unpack(lax.all_gather(packed, axis, tiled=True))
         # Devices that choose apart have keys apart; those that hold the same rows make the same choice.
-        key = jax.random.fold_in(key, device() if memory == "independent" else part())
+        key = random.fold_in(key, device() if memory == "independent" else part())
         if repeats == "distinct":
             rows = repeats_lib.distinct(state, rows, axis if memory == "sharded" else None)
         slot, meta = rule.choose(state.meta, key, part(), rows.label, rows.valid)
@@ -255,9 +256,9 @@ def make_buffer(
         if routes:
             return plan_draw(state, key, axis, representatives)
         if alone:
-            return plan_draw(state, key if shards == 1 else jax.random.fold_in(key, me), None, per_device).rank
+            return plan_draw(state, key if shards == 1 else random.fold_in(key, me), None, per_device).rank
         # All hold the same rows: every device takes its share of one draw.
-        key, offset_key = jax.random.split(key)
+        key, offset_key = random.split(key, 2)
         offset = jax.random.randint(offset_key, (), 0, shards)
         plan = plan_draw(state, key, None, representatives)
         return plan.rank[exchange_lib.dealt_to(me, offset, per_device, shards)]

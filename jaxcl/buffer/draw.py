@@ -124,7 +124,7 @@ def _by_rejection(key: jax.Array, words: jax.Array, total: jax.Array, count: int
         return (carry[1][-1] == NONE) & (total >= 2 * n)
 
     def again(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        key = jax.random.fold_in(carry[0], 1)
+        key = random.fold_in(carry[0], jnp.int32(1))
         return key, attempt(random.words(key, n))
 
     return lax.while_loop(incomplete, again, (key, attempt(words[:, :n])))[1]

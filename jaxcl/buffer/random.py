@@ -1,17 +1,60 @@
-"""Random integers from random words, so that one call of the generator serves a whole plan.
+"""Random words and keys as `jax.random` makes them, and integers made of words.
 
-`jax.random.randint` costs three calls of the generator, and on a CPU each is a loop of its own; a draw or an insert asks for
-all its words at once and makes integers of them here. They are also closer to uniform than randint's, whose arithmetic is
-that of 32 bits.
+On a CPU each call of JAX's generator is a loop of five turns, started anew by every fake device, which costs more than the
+words it makes. Here the rounds are written out, so that XLA fuses them with what uses the words; the bits are the same
+(tests/test_random.py). Keys of another generator than Threefry go to `jax.random`.
+
+`jax.random.randint` costs three calls of the generator; a draw or an insert asks for all its words at once and makes
+integers of them here. They are also closer to uniform than randint's, whose arithmetic is that of 32 bits.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 def words(key: jax.Array, n: int) -> jax.Array:
-    """Random words, uint32 `[2, n]`: two for each integer to be made."""
-    return jax.random.bits(key, (2, n), jnp.uint32)
+    """Random words, uint32 `[2, n]`: two for each integer to be made. They are `jax.random.bits(key, (2, n))`."""
+    if not _is_threefry(key):
+        return jax.random.bits(key, (2, n), jnp.uint32)
+    a, b = _threefry(key, jnp.arange(2 * n, dtype=jnp.uint32))
+    return (a ^ b).reshape(2, n)
+
+
+def fold_in(key: jax.Array, number: jax.Array) -> jax.Array:
+    """`jax.random.fold_in`; number int32 scalar."""
+    if not _is_threefry(key):
+        return jax.random.fold_in(key, number)
+    return jax.random.wrap_key_data(jnp.stack(_threefry(key, jnp.uint32(number))), impl="threefry2x32")
+
+
+def split(key: jax.Array, n: int) -> jax.Array:
+    """`jax.random.split`: `n` keys."""
+    if not _is_threefry(key):
+        return jax.random.split(key, n)
+    pair = _threefry(key, jnp.arange(n, dtype=jnp.uint32))
+    return jax.random.wrap_key_data(jnp.stack(pair, axis=1), impl="threefry2x32")
+
+
+def _is_threefry(key: jax.Array) -> bool:
+    """Whether `key` is a typed key of JAX's usual generator, in the form that counts words whatever their shape."""
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return typed and str(jax.random.key_impl(key)) == "threefry2x32" and bool(jax.config.jax_threefry_partitionable)
+
+
+def _threefry(key: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Threefry-2x32 with 20 rounds (Salmon et al. 2011) of the 64-bit counters (0, count): two words for each."""
+    first, second = jax.random.key_data(key)
+    parts = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
+    a, b = jnp.broadcast_to(parts[0], count.shape), count + parts[1]
+    for i in range(5):
+        for rotation in _ROTATIONS[i % 2]:
+            a = a + b
+            b = a ^ ((b << rotation) | (b >> (32 - rotation)))
+        a, b = a + parts[(i + 1) % 3], b + parts[(i + 2) % 3] + np.uint32(i + 1)
+    return a, b
 
 
 def below(words: jax.Array, span: jax.Array) -> jax.Array:

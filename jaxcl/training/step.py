@@ -24,7 +24,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl import losses
-from jaxcl.buffer import Buffer, Rows, Shard, Staged
+from jaxcl.buffer import Buffer, Rows, Shard, Staged, random
 from jaxcl.buffer.host import InTwo
 from jaxcl.mesh import AXIS
 from jaxcl.models import Model
@@ -210,7 +210,7 @@ def _clock(state: TrainState) -> Clock:
 
 def step_keys(key: jax.Array, step: jax.Array, draws: int) -> jax.Array:
     """The keys of a step, `[2 + draws]`, of the run's: for its augmentation, its insert and each of its draws."""
-    return jax.random.split(jax.random.fold_in(key, step), 2 + draws)
+    return random.split(random.fold_in(key, step), 2 + draws)
 
 
 def make_context(
