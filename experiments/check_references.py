@@ -103,6 +103,8 @@ def mammoth_protocol(config: ConfigDict) -> dict[str, Any]:
     if kind != "npz":
         raise UserError(f"--source: {config.data.source} is not allowed with --mammoth, give npz:FILE")
     train, test = data.open_source(config.data.source)
+    if config.data.scenario not in ("class", "permuted"):
+        raise UserError(f"--protocol: data.scenario = {config.data.scenario} is not known to the reference's side")
     scenario, _, _ = data.make_scenario(train, test, config.data.scenario, config.data.tasks)
     return {
         "data": os.path.abspath(file),
@@ -118,6 +120,7 @@ def mammoth_protocol(config: ConfigDict) -> dict[str, Any]:
         "mean": config.data.mean,
         "std": config.data.std,
         "tasks": [list(task.classes) for task in scenario.tasks],
+        "permuted": config.data.scenario == "permuted",
     }
 
 

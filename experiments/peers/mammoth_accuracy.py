@@ -1,9 +1,9 @@
-"""Mammoth's strategies (PyTorch) from a checkout, trained on a class-incremental protocol: the reference of a benchmark.
+"""Mammoth's strategies (PyTorch) from a checkout, trained on a protocol of jaxcl's: the reference of a benchmark.
 
-`models/er.py`, `models/der.py`, `models/derpp.py` and `utils/buffer.py` are Mammoth's own: what a step computes, stores and
-replays. The rest, which Mammoth spreads over argument parsers, data set classes and loggers that need torchvision, Kornia
-and timm, is written out here: the network, plain SGD, shuffled batches without augmentation, and the unweighted mean over
-the tasks' test accuracies after the last one.
+The strategies (`models/*.py`) and `utils/buffer.py` are Mammoth's own: what a step computes, stores and replays, and what a
+task's end does. The rest, which Mammoth spreads over argument parsers, data set classes and loggers that need torchvision,
+Kornia and timm, is written out here: the network, plain SGD, shuffled batches without augmentation, tasks of some classes or
+of permuted pixels, and the unweighted mean over the tasks' test accuracies after the last one.
 
 `experiments.check_references --mammoth=CHECKOUT` calls this with a protocol as JSON on stdin, see `main`; every seed's
 accuracy comes back as a line of JSON.
@@ -16,14 +16,21 @@ import json
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from experiments.peers import torch_peer
 
-CLASSES = {"er": ("models.er", "Er"), "der": ("models.der", "Der"), "der_pp": ("models.derpp", "Derpp")}
+CLASSES = {
+    "er": ("models.er", "Er"),
+    "der": ("models.der", "Der"),
+    "der_pp": ("models.derpp", "Derpp"),
+    "incremental": ("models.sgd", "Sgd"),
+    "ewc": ("models.ewc_on", "EwcOn"),
+}
+OPTIONS = {"strength": "e_lambda"}  # what Mammoth calls by another name
 Protocol = dict[str, Any]
 
 
@@ -58,7 +65,22 @@ def import_strategy(name: str, path: str) -> tuple[type, str]:
 
 def network(model: dict[str, Any], inputs: int, num_classes: int) -> Any:
     """`jaxcl.models`' mlp with Xavier weights, which is Mammoth's MNIST network, newly initialised."""
+    import torch
     from torch import nn
+
+    class Network(nn.Sequential):
+        """With what EWC asks of a network: parameters and gradients as one vector."""
+
+        def get_params(self) -> Any:
+            return nn.utils.parameters_to_vector(self.parameters())
+
+        def get_grads(self) -> Any:
+            return torch.cat([p.grad.reshape(-1) for p in self.parameters()])
+
+        def set_grads(self, grads: Any) -> None:
+            parameters = list(self.parameters())
+            for p, grad in zip(parameters, grads.split([p.numel() for p in parameters]), strict=True):
+                p.grad = grad.view_as(p)
 
     if (model["name"], model["kernel_init"]) != ("mlp", "xavier"):
         raise SystemExit(f"model: {model} is not known here, only an mlp with kernel_init = xavier")
@@ -69,7 +91,7 @@ def network(model: dict[str, Any], inputs: int, num_classes: int) -> Any:
         nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)
         layers += [layer, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    return Network(*layers[:-1])
 
 
 def run(protocol: Protocol, strategy: type, seed: int, data: dict[str, Any]) -> float:
@@ -83,25 +105,53 @@ def run(protocol: Protocol, strategy: type, seed: int, data: dict[str, Any]) -> 
         optim_mom=protocol["momentum"],
         buffer_size=protocol["capacity"],
         minibatch_size=protocol["replayed"],
-        **protocol["options"],
+        batch_size=protocol["batch_size"],
+        **{OPTIONS.get(name, name): value for name, value in protocol["options"].items() if name != "online"},
     )
     net = network(protocol["model"], data["x_train"][0].numel(), int(data["y_train"].max()) + 1)
     model = strategy(net, torch.nn.functional.cross_entropy, args, None)
-    for classes in protocol["tasks"]:
-        rows = torch.nonzero(torch.isin(data["y_train"], torch.tensor(classes)))[:, 0]
+    tasks = [Task(data, classes, protocol["permuted"]) for classes in protocol["tasks"]]
+    for task in tasks:
         net.train()
         for epoch in range(protocol["epochs"]):
-            for batch in rows[torch.randperm(len(rows))].split(protocol["batch_size"]):
-                images = data["x_train"][batch]
-                model.observe(images, data["y_train"][batch], images, epoch=epoch)
+            for images, labels in task.batches(protocol["batch_size"]):
+                model.observe(images, labels, images, epoch=epoch)
+        if hasattr(model, "end_task") and task is not tasks[-1]:  # after the last one nothing would come of it
+            model.end_task(types.SimpleNamespace(train_loader=list(task.batches(protocol["batch_size"]))))
     net.eval()
-    accuracy = []
     with torch.no_grad():
-        for classes in protocol["tasks"]:
-            rows = torch.isin(data["y_test"], torch.tensor(classes))
-            found = torch.cat([net(x).argmax(1) for x in data["x_test"][rows].split(1000)])
-            accuracy.append((found == data["y_test"][rows]).float().mean().item())
-    return float(np.mean(accuracy))
+        return float(np.mean([task.accuracy(net) for task in tasks]))
+
+
+class Task:
+    """The rows of some classes, their pixels permuted at random if asked for."""
+
+    def __init__(self, data: dict[str, Any], classes: list[int], permuted: bool):
+        import torch
+
+        def part(name: str) -> tuple[Any, Any]:
+            images, labels = data[f"x_{name}"], data[f"y_{name}"]
+            rows = torch.isin(labels, torch.tensor(classes))
+            images = images[rows]
+            if permuted:
+                images = images.flatten(1)[:, order].view(images.shape)
+            return images, labels[rows]
+
+        order = torch.randperm(data["x_train"][0].numel())
+        self.train, self.test = part("train"), part("test")
+
+    def batches(self, size: int) -> Iterator[tuple[Any, Any]]:
+        """The training rows in a new order."""
+        import torch
+
+        for rows in torch.randperm(len(self.train[1])).split(size):
+            yield self.train[0][rows], self.train[1][rows]
+
+    def accuracy(self, net: Any) -> float:
+        import torch
+
+        found = torch.cat([net(x).argmax(1) for x in self.test[0].split(1000)])
+        return (found == self.test[1]).float().mean().item()
 
 
 def load(file: str, mean: list[float] | None, std: list[float] | None) -> dict[str, Any]:
@@ -121,7 +171,7 @@ def load(file: str, mean: list[float] | None, std: list[float] | None) -> dict[s
 
 def main() -> None:
     """Reads the protocol: path, data (an npz file), strategy, options, capacity, replayed, batch_size, epochs, learning_rate,
-    momentum, model, mean, std, tasks, seeds."""
+    momentum, model, mean, std, tasks, permuted, seeds."""
     protocol = json.load(sys.stdin)
     strategy, version = import_strategy(protocol["strategy"], protocol["path"])
     data = load(protocol["data"], protocol["mean"], protocol["std"])

@@ -1,8 +1,8 @@
 """Random words and keys as `jax.random` makes them, and integers made of words.
 
 On a CPU each call of JAX's generator is a loop of five turns, started anew by every fake device, which costs more than the
-words it makes. Here the rounds are written out, so that XLA fuses them with what uses the words; the bits are the same
-(tests/test_random.py). Keys of another generator than Threefry go to `jax.random`.
+words it makes. Here the rounds are written out, so that XLA fuses them with what uses the words; the bits are the same as by
+JAX's defaults (tests/test_random.py). Keys of another generator than Threefry go to `jax.random`.
 
 `jax.random.randint` costs three calls of the generator; a draw or an insert asks for all its words at once and makes
 integers of them here. They are also closer to uniform than randint's, whose arithmetic is that of 32 bits.
@@ -39,9 +39,8 @@ def split(key: jax.Array, n: int) -> jax.Array:
 
 
 def _is_threefry(key: jax.Array) -> bool:
-    """Whether `key` is a typed key of JAX's usual generator, in the form that counts words whatever their shape."""
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return typed and str(jax.random.key_impl(key)) == "threefry2x32" and bool(jax.config.jax_threefry_partitionable)
+    """Whether `key` is a typed key of JAX's usual generator."""
+    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and str(jax.random.key_impl(key)) == "threefry2x32"
 
 
 def _threefry(key: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
