@@ -466,3 +466,9 @@ def test_mistakes():
         with pytest.raises(UserError) as info:
             make_strategy(name, options)
         assert str(info.value).startswith(message)
+
+
+def test_a_record_of_outputs_that_are_not_there_is_one_clear_line():
+    forgotten = make_strategy("der")._replace(stores_outputs=False)
+    with pytest.raises(UserError, match=r"reads the model's output 'logits'; .* set stores_outputs=True"):
+        forgotten.stored(np.zeros((2, *SHAPE), np.uint8), {}, {})

@@ -17,6 +17,7 @@ from jax import lax
 
 from jaxcl import losses
 from jaxcl.data.scenarios import Scenario
+from jaxcl.errors import UserError
 from jaxcl.mesh import AXIS
 
 PyTree = Any
@@ -250,5 +251,14 @@ class Strategy(NamedTuple):
         return self.loss is not pooled or self.gradients is not one_pass or bool(self.end_task or self.rehearse)
 
     def stored(self, image: jax.Array, outputs: Outputs, target: dict[str, jax.Array]) -> PyTree:
-        """The whole record of new rows: `record`, and what is to be reconstructed of them."""
-        return self.record(image, outputs) | ({"target": target} if target else {})
+        """The whole record of new rows: `record`, and what is to be reconstructed of them.
+
+        Raises:
+          UserError: `record` reads an output that there is not, above all without `stores_outputs`.
+        """
+        try:
+            record = self.record(image, outputs)
+        except KeyError as error:
+            there = f"there are {', '.join(outputs)}" if outputs else "there are none: set stores_outputs=True"
+            raise UserError(f"strategy: its record reads the model's output {error}; {there}") from error
+        return record | ({"target": target} if target else {})
