@@ -30,4 +30,4 @@ def _without_place(argument: str) -> str:
 
 def _module() -> list[str]:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return [spec.name if spec else sys.argv[0]]
+    return [spec.name.removesuffix(".__main__") if spec else sys.argv[0]]
