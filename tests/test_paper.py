@@ -1,5 +1,6 @@
 """The figures of the paper: their runs are run once, their numbers are those of the runs, the pages say what files say."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -18,6 +19,7 @@ from jaxcl.errors import UserError
 from tests.runs import REPO, flags, small
 
 VARIED = Figures(shares=(0.1, 0.4), representatives=(8,), candidates=(4, 8), new=8, drawn=4)
+ENVIRONMENT = {"devices": {"count": 8, "platform": "cpu"}, "machine": {"cores": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def study(tmp_path_factory):
 
 def drawn(figure, found, folder):
     """What is written of a figure: JSON that survives the file, a picture, a paragraph."""
-    found = json.loads(json.dumps(found | {"devices": {"count": 2, "platform": "cpu"}, "machine": {"cores": 2}}))
+    found = json.loads(json.dumps(found))
     draw.save(FIGURES[figure].picture, found, folder / "x.png")
     assert (folder / "x.png").read_bytes().startswith(b"\x89PNG")
     text = FIGURES[figure].paragraph(found)
@@ -52,7 +54,7 @@ def test_figures_1_and_2_share_their_runs_and_say_what_these_found(study, tmp_pa
     text = drawn("accuracy", found, tmp_path)
     assert f"{100 * model['top5_over_from_scratch']:.1f} %" in text and f"{100 * top5['er']:.1f}" in text
     stamps = {x: (x / "result.json").stat().st_mtime_ns for x in folders}
-    swept = sweep.measure(study)
+    swept = sweep.measure(dataclasses.replace(study))  # as another process would
     assert {x: (x / "result.json").stat().st_mtime_ns for x in folders} == stamps
     more = {path.parent.parent.name for path in study.workdir.rglob("result.json")} - set(STRATEGIES)
     assert more == {"er,buffer.share=0.4", "er,buffer.candidates=4"}
@@ -74,8 +76,12 @@ def test_several_seeds_have_a_deviation(tmp_path):
     found["sizes"] = {"batch_size": 8, "representatives": 1, "candidates": 2, "epochs": 3}
     text = drawn("accuracy", found, tmp_path)
     assert "| net | rehearsal | 65.0 ± 7.1 | 25.0 ± 0.0 | 3.5 ± 0.7 |" in text
-    front = accuracy.sentence(found | {"devices": {"count": 8, "platform": "cpu"}, "machine": {"cores": 2}})
-    assert "a, on 8 cpu device(s)" in front and "76 % of the top-5" in front and "1.10 times" in front
+    front = accuracy.sentence(found | ENVIRONMENT)
+    assert "a, 8 new and 1 replayed rows a step, on 8 fake CPU devices" in front
+    assert "76 % of the top-5" in front and "1.10 times" in front
+    point = {"value": 64, "top5_so_far": [[1.0, 0.68]]}
+    swept = {"model": "net", "bounds": model, "swept": {"buffer.representatives": [{**point, "value": 8}, point]}}
+    assert "with 64 replayed 80 % (net)" in accuracy.sentence(found | ENVIRONMENT, swept)
 
 
 def test_five_classes_have_no_figure_1():

@@ -1,7 +1,8 @@
 """The figures of Bouvier et al. (CCGrid 2024) from recorded runs, by one command; docs/paper.md shows what it found here.
 
     python -m experiments.paper --config=configs/paper_tinyimagenet.py:cpu --config.data.source=npz:FILE --devices=8
-        --workdir=DIR [--figure=accuracy,sweep,scaling,phases,memory,uniformity] [--seeds=1] [--out=DIR] [--publish]
+        --workdir=DIR [--figure=accuracy,sweep,scaling,phases,memory,uniformity] [--seeds=1] [--out=DIR | --publish]
+        [--note=TEXT] [--overwrite]
 
     accuracy    1  accuracy after each task from scratch, incrementally, with rehearsal; run times and the two ratios
     sweep       2  accuracy against the size of the memory, r and c
@@ -33,6 +34,7 @@ from jaxcl.errors import UserError
 FIGURE = flags.DEFINE_list("figure", ["all"], f"which: all, or some of {', '.join(FIGURES)}")
 SEEDS = flags.DEFINE_integer("seeds", 1, "runs of each kind in figures 1 and 2, with seeds from config.seed upwards")
 OUT = flags.DEFINE_string("out", None, "folder of the figures; default WORKDIR/figures")
+NOTE = flags.DEFINE_string("note", None, "a sentence that stays with the figures, such as what else the machine did")
 PUBLISH = flags.DEFINE_bool("publish", False, "into this repository's results, pictures and pages, instead of --out")
 
 
@@ -49,7 +51,7 @@ def main() -> None:
     study = Study(config, varied, workdir, SEEDS.value, options=options)
     study.check()
     for name in names:
-        found = FIGURES[name].measure(study) | environment()
+        found = FIGURES[name].measure(study) | environment() | ({"note": NOTE.value} if NOTE.value else {})
         if jax.process_index() > 0:
             continue
         folder = pathlib.Path(OUT.value or workdir / "figures")

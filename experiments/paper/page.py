@@ -31,8 +31,10 @@ def section(mark: str, images: str, results: pathlib.Path = RESULTS) -> str:
     found, title = json.loads(numbers.read_text()), FIGURES[figure].title
     picture = f"![{title}]({images}/paper_{figure}.png)"
     if mark == "front":
-        return f"{accuracy.sentence(found)}\n\n{picture}"
-    return f"{picture}\n\n{FIGURES[figure].paragraph(found)}\n\n{where(found)}"
+        swept, _ = places("sweep", results)
+        text = accuracy.sentence(found, json.loads(swept.read_text()) if swept.is_file() else None)
+        return f"{text} {found.get('note', '')}".rstrip() + f"\n\n{picture}"
+    return f"{picture}\n\n{FIGURES[figure].paragraph(found)}\n\n{where(found)} {found.get('note', '')}".rstrip()
 
 
 def render(text: str, images: str, results: pathlib.Path = RESULTS) -> str:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from experiments.paper.draw import OTHER, panels
-from experiments.paper.study import Fields, Json, Study, load
+from experiments.paper.study import Fields, Json, Study
 from experiments.performance import table
 from jaxcl.training.result import STEPPING
 
@@ -31,7 +31,7 @@ def kinds(study: Study) -> dict[str, tuple[str, Fields]]:
 
 
 def measure(study: Study) -> Json:
-    busy, model = load(), next(iter(study.models))
+    model = next(iter(study.models))
     found: dict[str, list[Json]] = {kind: [] for kind in kinds(study)}
     for seed in range(study.config.seed, study.config.seed + REPEATS):
         for kind, (strategy, fields) in kinds(study).items():
@@ -44,7 +44,6 @@ def measure(study: Study) -> Json:
         "sizes": {"b": study.config.batch_size, "r": study.config.buffer.representatives},
         "kinds": {kind: per_step(runs) for kind, runs in found.items()},
         "repeats": REPEATS,
-        **busy,
     }
 
 
@@ -91,7 +90,7 @@ def paragraph(found: Json) -> str:
     return "\n\n".join(
         [
             f"{found['name']}, {found['model']}, b = {s['b']}, r = {s['r']} over all devices; milliseconds a step, medians of"
-            f" {found['repeats']} runs in turn. Load average of the machine as they began: {found['load_average']:.1f}.",
+            f" {found['repeats']} runs in turn.",
             table(
                 ("phase", *kinds),
                 [

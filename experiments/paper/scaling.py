@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.paper.draw import COLORS, panels
-from experiments.paper.study import STRATEGIES, Json, Study, load
+from experiments.paper.study import STRATEGIES, Json, Study
 from experiments.performance import table
 from experiments.step_model import DEVICES, Load, Machine, all_reduce, exchange, fit, run_time
 from experiments.timing import Contender, in_turn, spread
@@ -33,7 +33,7 @@ KINDS = ("incremental", "er")
 
 
 def measure(study: Study) -> Json:
-    busy, model, figures = load(), next(iter(study.models)), study.figures
+    model, figures = next(iter(study.models)), study.figures
     counts = [n for n in DEVICES if n <= len(study.devices)]
     shared = study.devices[0].platform == "cpu"
     measured: list[Json] = []
@@ -53,7 +53,6 @@ def measure(study: Study) -> Json:
         "checked": check(measured, sizes, shared),
         "model_of": dataclasses.asdict(machine),
         "modelled": [{"devices": n, **run_time(machine, n, **sizes, rows=MILLION, epochs=1)} for n in DEVICES],
-        **busy,
     }
 
 
@@ -182,8 +181,7 @@ def paragraph(found: Json) -> str:
     return "\n\n".join(
         [
             f"{found['name']}, {found['model']} ({s['parameters']:,} parameters), b = {s['new']} and r = {s['representatives']}"
-            f" rows a device; seconds for a million new rows.{cores} Load average of the machine as it began:"
-            f" {found['load_average']:.1f}.",
+            f" rows a device; seconds for a million new rows.{cores}",
             table(
                 (
                     "devices",

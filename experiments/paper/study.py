@@ -1,7 +1,6 @@
 """What all figures share: how they vary a config, and the folder of its recorded runs, in which each is run only once."""
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,6 +57,7 @@ class Study:
     seeds: int = 1
     devices: Sequence[jax.Device] = dataclasses.field(default_factory=jax.devices)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    _found: dict[tuple[str, tuple[int, ...]], list[Json]] = dataclasses.field(default_factory=dict, init=False)
 
     @property
     def models(self) -> Mapping[str, Fields]:
@@ -81,9 +81,12 @@ class Study:
 
     def train(self, config: ConfigDict, place: str, seeds: int | None = None) -> list[Json]:
         """The results of a config's seeds, in folders WORKDIR/place/seed_S."""
-        numbers = range(config.seed, config.seed + (seeds or self.seeds))
+        numbers = tuple(range(config.seed, config.seed + (seeds or self.seeds)))
         folders = {seed: self.workdir / place / f"seed_{seed}" for seed in numbers}
-        return train_seeds(config, folders, together=False, devices=self.devices, **self.options)
+        key = (place, numbers)
+        if key not in self._found:  # or --overwrite would train what figures share for each of them
+            self._found[key] = train_seeds(config, folders, together=False, devices=self.devices, **self.options)
+        return self._found[key]
 
     def check(self) -> None:
         """That every run of figures 1 and 2 can be built, before the first of them.
@@ -118,8 +121,3 @@ def get(config: ConfigDict, path: str) -> Any:
             raise UserError(f"config.{path}: no such field")
         config = config[name]
     return config
-
-
-def load() -> Json:
-    """How busy the machine is as a measurement begins: what its times are worth."""
-    return {"load_average": os.getloadavg()[0]}
