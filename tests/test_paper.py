@@ -162,6 +162,7 @@ def test_scaling_on_two_devices(study, monkeypatch, tmp_path):
     assert [x["devices"] for x in found["measured"]] == [1, 2] and found["checked"] == []
     assert found["sizes"]["tasks"] == 3 and found["sizes"]["row_bytes"] == 72
     assert len(found["modelled"]) == 11
+    assert "too few to check the step model" in drawn("scaling", found, tmp_path)
     ms = found["measured"][1]["step_ms"]["incremental"]["median"]
     found["checked"] = [{"devices": 2, "kind": "er", "measured_ms": 1.0, "predicted_ms": 1.5, "error": 0.5}]
     assert f"| {2 * 1e3 * ms / 16:,.0f} | {1e3 * ms / 16:,.0f} |" in drawn("scaling", found, tmp_path)
@@ -174,6 +175,13 @@ def test_fields_are_replaced_as_a_whole_and_must_exist():
     for field in ("epoch", "model.nam", "modell.name", "epochs.a"):
         with pytest.raises(UserError, match=f"config.{field}: no such field"):
             changed(config, {field: 1})
+
+
+def test_some_of_the_models():
+    varied = Figures(models={"a": {}, "b": {"epochs": 2}})
+    assert varied.only([]) == varied and varied.only(["b"]).models == {"b": {"epochs": 2}}
+    with pytest.raises(UserError, match="--models: 'c' is unknown, choose of a, b"):
+        varied.only(["c"])
 
 
 def test_pages_say_what_the_result_files_say():

@@ -2,7 +2,7 @@
 
     python -m experiments.paper --config=configs/paper_tinyimagenet.py:cpu --config.data.source=npz:FILE --devices=8
         --workdir=DIR [--figure=accuracy,sweep,scaling,phases,memory,uniformity] [--seeds=1] [--out=DIR | --publish]
-        [--note=TEXT] [--overwrite]
+        [--models=LABEL,...] [--note=TEXT] [--overwrite]
 
     accuracy    1  accuracy after each task from scratch, incrementally, with rehearsal; run times and the two ratios
     sweep       2  accuracy against the size of the memory, r and c
@@ -34,6 +34,7 @@ from jaxcl.errors import UserError
 FIGURE = flags.DEFINE_list("figure", ["all"], f"which: all, or some of {', '.join(FIGURES)}")
 SEEDS = flags.DEFINE_integer("seeds", 1, "runs of each kind in figures 1 and 2, with seeds from config.seed upwards")
 OUT = flags.DEFINE_string("out", None, "folder of the figures; default WORKDIR/figures")
+MODELS = flags.DEFINE_list("models", [], "of those that get_figures() names; default all")
 NOTE = flags.DEFINE_string("note", None, "a sentence that stays with the figures, such as what else the machine did")
 PUBLISH = flags.DEFINE_bool("publish", False, "into this repository's results, pictures and pages, instead of --out")
 
@@ -46,7 +47,7 @@ def main() -> None:
     if SEEDS.value < 1:
         raise UserError(f"--seeds: {SEEDS.value} is not allowed, give at least 1")
     path = config_flags.get_config_filename(flags.FLAGS["config"])
-    varied = common.from_config_file(path, "get_figures") or Figures()
+    varied = (common.from_config_file(path, "get_figures") or Figures()).only(MODELS.value)
     options = {"overwrite": common.OVERWRITE.value, "stall_seconds": common.STALL.value}
     study = Study(config, varied, workdir, SEEDS.value, options=options)
     study.check()

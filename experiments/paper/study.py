@@ -40,6 +40,19 @@ class Figures:
         default_factory=lambda: {"epochs": 1, "optimizer.warmup_epochs": 0.0, "optimizer.schedule": "constant"}
     )
 
+    def only(self, models: Sequence[str]) -> "Figures":
+        """The same with some of the models; all, if none is named.
+
+        Raises:
+          UserError: there is no such model.
+        """
+        for name in models:
+            if name not in self.models:
+                raise UserError(
+                    f"--models: {name!r} is unknown, choose of {', '.join(self.models) or 'none: give no --models'}"
+                )
+        return dataclasses.replace(self, models={name: self.models[name] for name in models or self.models})
+
 
 @dataclasses.dataclass(frozen=True)
 class Study:
