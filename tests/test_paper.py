@@ -78,10 +78,10 @@ def test_several_seeds_have_a_deviation(tmp_path):
     assert "| net | rehearsal | 65.0 ± 7.1 | 25.0 ± 0.0 | 3.5 ± 0.7 |" in text
     front = accuracy.sentence(found | ENVIRONMENT)
     assert "a, 8 new and 1 replayed rows a step, on 8 fake CPU devices" in front
-    assert "76 % of the top-5" in front and "1.10 times" in front
+    assert "76 % of the top-5" in front and "in 1.10 times" in front
     point = {"value": 64, "top5_so_far": [[1.0, 0.68]]}
     swept = {"model": "net", "bounds": model, "swept": {"buffer.representatives": [{**point, "value": 8}, point]}}
-    assert "with 64 replayed 80 % (net)" in accuracy.sentence(found | ENVIRONMENT, swept)
+    assert "(net with 64 replayed: 80 %)" in accuracy.sentence(found | ENVIRONMENT, swept)
 
 
 def test_five_classes_have_no_figure_1():

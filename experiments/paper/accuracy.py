@@ -141,22 +141,22 @@ def paragraph(found: Json) -> str:
 def sentence(found: Json, swept: Json | None = None) -> str:
     """For the front page: the two ratios, with the data and the devices on which they were found, and the most that figure 2
     found for r."""
-    s, devices = found["sizes"], found["devices"]
-    parts = [
-        f"{100 * x['top5_over_from_scratch']:.0f} % of the top-5 accuracy of training from scratch in"
-        f" {x['time_over_incremental']:.2f} times the run time of incremental training, {x['time_over_from_scratch']:.2f} times"
-        f" that of training from scratch ({model})"
-        for model, x in found["models"].items()
-    ]
+    s, devices, models = found["sizes"], found["devices"], found["models"]
+
+    def each(ratio: str, scale: float = 1, digits: int = 2) -> str:
+        return " and ".join(f"{scale * x[ratio]:.{digits}f}" for x in models.values())
+
     most = ""
     if swept is not None:
         scratch = np.mean([values[-1] for values in swept["bounds"]["from_scratch"]["top5_so_far"]])
         point = max(swept["swept"]["buffer.representatives"], key=lambda x: x["value"])
         share = np.mean([values[-1] for values in point["top5_so_far"]]) / scratch
-        most = f", with {point['value']} replayed {100 * share:.0f} % ({swept['model']})"
+        most = f" ({swept['model']} with {point['value']} replayed: {100 * share:.0f} %)"
     kind = "fake CPU" if devices["platform"] == "cpu" else devices["kind"]
     return (
         f"**The paper's figure, small**: {found['name']}, {s['batch_size']} new and {s['representatives']} replayed rows a"
-        f" step, on {devices['count']} {kind} devices of {found['machine']['cores']} cores. Rehearsal reaches"
-        f" {'; '.join(parts)}{most}. The paper, on ImageNet-1k: {100 * PAPER:.1f} %. [All figures](docs/paper.md)."
+        f" step, on {devices['count']} {kind} devices of {found['machine']['cores']} cores; {' and '.join(models)}. Rehearsal"
+        f" reaches {each('top5_over_from_scratch', 100, 0)} % of the top-5 accuracy of training from scratch{most}, in"
+        f" {each('time_over_incremental')} times the run time of incremental training and"
+        f" {each('time_over_from_scratch')} times that of training from scratch. The paper, on ImageNet-1k: {100 * PAPER:.1f} %. [All figures](docs/paper.md)."
     )

@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 
 # Okabe & Ito 2008, for every kind of colour vision; the same strategy as in jaxcl/report.py.
 COLORS = {"from_scratch": "#009E73", "incremental": "#D55E00", "er": "#0072B2"}
-OTHER = ("#E69F00", "#CC79A7", "#56B4E9", "#F0E442", "#999999", "#332288", "#117733", "#882255", "#000000")
 STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
 

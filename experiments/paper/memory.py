@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
-from experiments.paper.draw import OTHER, panels
+from experiments.paper.draw import panels
 from experiments.paper.study import Json, Study
 from experiments.performance import table
 from jaxcl import mesh as mesh_lib
@@ -70,8 +70,8 @@ def picture(found: Json) -> Figure:
         rows = [x for x in found["rows"] if x["tier"] == tier]
         places = range(len(rows))
         device, host = ([x[key] / 2**20 for x in rows] for key in ("on_device", "on_host"))
-        axes.bar(places, device, 0.6, color=OTHER[2], label="on the devices")
-        axes.bar(places, host, 0.6, device, color=OTHER[0], label="on the host")
+        axes.bar(places, device, 0.6, color="#56B4E9", label="on the devices")
+        axes.bar(places, host, 0.6, device, color="#E69F00", label="on the host")
         axes.plot(places, [x["budget"] / 2**20 for x in rows], "_", ms=34, color="#23292f", label="budget")
         axes.set_xticks(places, [f"{x['capacity']:,}" for x in rows])
         axes.set_xlabel("rows of memory")

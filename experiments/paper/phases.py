@@ -11,13 +11,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from experiments.paper.draw import OTHER, panels
+from experiments.paper.draw import panels
 from experiments.paper.study import Fields, Json, Study
 from experiments.performance import table
 from jaxcl.training.result import STEPPING
 
 REPEATS = 3  # runs of each kind, in turn; with seeds of their own
 BACKGROUND = ("copy", "sample", "exchange", "populate")
+# Of each phase, as in jaxcl/report.py.
+COLORS = {"load": "#E69F00", "assemble": "#F0E442", "wait": "#D55E00", "train": "#0072B2", "accumulate": "#CC79A7"}
+COLORS |= {"copy": "#CC6677", "sample": "#DDCC77", "exchange": "#88CCEE", "populate": "#44AA99"}
 
 
 def kinds(study: Study) -> dict[str, tuple[str, Fields]]:
@@ -61,22 +64,22 @@ def per_step(runs: list[Json]) -> Json:
 
 def picture(found: Json) -> Figure:
     figure, ((axes,),) = panels(1, width=7.5, height=3.2)
-    colors = dict(zip((*STEPPING, *BACKGROUND), OTHER, strict=False))
+    axes.grid(False)
     bars = [(kind, "", x["loop"]) for kind, x in found["kinds"].items()]
     bars += [(f"{kind}: beside it", "///", x["background"]) for kind, x in found["kinds"].items() if x["background"]]
     for y, (_, hatch, parts) in enumerate(bars):
         left = 0.0
         for name, ms in parts.items():
-            axes.barh(y, ms, 0.6, left, color=colors[name], hatch=hatch, edgecolor="white", lw=0.5)
+            axes.barh(y, ms, 0.6, left, color=COLORS[name], hatch=hatch, edgecolor="white", lw=0.5)
             left += ms
         axes.annotate(f"{left:.3g} ms", (left, y), (4, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(bars)), [kind for kind, _, _ in bars])
     axes.invert_yaxis()
     axes.set_xlabel("ms a step")
     axes.set_xlim(0, 1.15 * max(sum(parts.values()) for _, _, parts in bars))
-    used = [name for name in colors if any(parts.get(name) for _, _, parts in bars)]
-    handles = [Patch(color=colors[name], label=name) for name in used]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(used), 8))
+    used = [name for name in COLORS if any(parts.get(name) for _, _, parts in bars)]
+    handles = [Patch(color=COLORS[name], label=name) for name in used]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(used), 4))
     return figure
 
 

@@ -48,6 +48,10 @@ def measure(study: Study) -> Json:
     }
 
 
+def shown(field: str, value: float) -> str:
+    return f"{100 * value:g} %" if field == "buffer.share" else f"{value:g}"
+
+
 def last(values: list[list[float]]) -> list[float]:
     return [row[-1] for row in values]
 
@@ -62,7 +66,7 @@ def picture(found: Json) -> Figure:
         top5 = [100 * np.mean(last(point["top5_so_far"])) for point in points]
         axes.plot(values, top5, color=COLORS["er"], marker="o", ms=4, label="rehearsal")
         axes.set_xscale("log")
-        axes.set_xticks(values, [f"{100 * x:g} %" if field == "buffer.share" else f"{x:g}" for x in values])
+        axes.set_xticks(values, [shown(field, x) for x in values])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylim(0, 102)
         axes.set_xlabel(LABELS[field])
@@ -73,11 +77,11 @@ def picture(found: Json) -> Figure:
 
 def paragraph(found: Json) -> str:
     scratch = np.mean(last(found["bounds"]["from_scratch"]["top5_so_far"]))
-    own = ", ".join(f"{LABELS[name].split(',')[0]} {value:g}" for name, value in found["own"].items())
+    own = ", ".join(f"{LABELS[name].split(',')[0]} {shown(name, value)}" for name, value in found["own"].items())
     rows = [
         (
             LABELS[field],
-            f"{100 * p['value']:g} %" if field == "buffer.share" else f"{p['value']:g}",
+            shown(field, p["value"]),
             f"{p['capacity']:,}",
             mean(last(p["top5_so_far"])),
             f"{100 * np.mean(last(p['top5_so_far'])) / scratch:.1f} %",
