@@ -158,5 +158,6 @@ def sentence(found: Json, swept: Json | None = None) -> str:
         f" step, on {devices['count']} {kind} devices of {found['machine']['cores']} cores; {' and '.join(models)}. Rehearsal"
         f" reaches {each('top5_over_from_scratch', 100, 0)} % of the top-5 accuracy of training from scratch{most}, in"
         f" {each('time_over_incremental')} times the run time of incremental training and"
-        f" {each('time_over_from_scratch')} times that of training from scratch. The paper, on ImageNet-1k: {100 * PAPER:.1f} %. [All figures](docs/paper.md)."
+        f" {each('time_over_from_scratch')} times that of training from scratch. The paper, on ImageNet-1k:"
+        f" {100 * PAPER:.1f} %. [All figures](docs/paper.md)."
     )
