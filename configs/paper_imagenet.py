@@ -1,6 +1,6 @@
 """The experiment of Bouvier et al. (CCGrid 2024): ImageNet-1k, 4 tasks of 250 classes. MODEL-DEVICES, for example resnet50-16.
 
-    python -m experiments.compare --config=configs/paper_imagenet.py:resnet50-16 --config.data.data_dir=TFDS_DIR --workdir=DIR
+    python -m experiments.paper --config=configs/paper_imagenet.py:resnet50-16 --config.data.data_dir=TFDS_DIR --workdir=DIR
 
 MODEL is resnet18, resnet50 or ghostnet. Each of DEVICES devices takes b = 56 new rows a step, offers c = 14 of them to the
 memory and replays r = 7; 30 epochs a task. SGD with momentum 0.9 and weight decay 5e-5; in every task the learning rate

@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec
 
 from experiments import main as common
 from experiments.environment import environment
+from experiments.timing import Contender, in_turn, quantiles, spread
 from jaxcl import data
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import HANDOVERS, Buffer, Rows, make_buffer
@@ -36,7 +37,7 @@ from jaxcl.mesh import AXIS
 from jaxcl.models import make_model
 from jaxcl.strategies import make_strategy
 from jaxcl.training.session import Phases
-from jaxcl.training.state import TrainState, initial_state, make_weights
+from jaxcl.training.state import initial_state, make_weights
 from jaxcl.training.step import make_train_step
 
 MODELS = flags.DEFINE_list("models", ["mlp", "convnet", "resnet18"], "models to time")
@@ -50,24 +51,6 @@ HOST = flags.DEFINE_bool("host", False, "also time the tier in host memory")
 STEPS = flags.DEFINE_integer("steps", 5, "steps in a run")
 
 CLASSES, SHAPE = 100, (32, 32, 3)
-
-
-@dataclasses.dataclass
-class Contender:
-    """A compiled step, its state and the batch it is fed."""
-
-    step: Any
-    state: TrainState
-    batch: dict[str, jax.Array]
-    seconds: list[float] = dataclasses.field(default_factory=list)
-
-    def run(self, steps: int) -> float:
-        """Seconds a step, over `steps` of them dispatched without waiting."""
-        begin = time.perf_counter()
-        for _ in range(steps):
-            self.state, _ = self.step(self.state, self.batch)
-        jax.block_until_ready(self.state)
-        return (time.perf_counter() - begin) / steps
 
 
 def batch_of(mesh: jax.sharding.Mesh, rows: int) -> dict[str, jax.Array]:
@@ -177,9 +160,7 @@ def measure_host(mesh: jax.sharding.Mesh, model: str) -> dict[str, Any]:
             store.seconds.update(dict.fromkeys(store.seconds, 0.0))
             phases.seconds.clear()
             device.seconds.clear()
-            for i in range(RUNS.value):
-                for one in (device, host) if i % 2 else (host, device):
-                    one.seconds.append(one.run(STEPS.value))
+            in_turn((device, host), RUNS.value, STEPS.value)
         steps = RUNS.value * STEPS.value
         writer = {name: 1e3 * seconds / steps for name, seconds in store.seconds.items()}
         work = sum(writer[name] for name in ("populate", "sample", "exchange"))
@@ -202,9 +183,7 @@ def measure(mesh: jax.sharding.Mesh, model: str) -> dict[str, Any]:
     rehearsal, plain = contender(mesh, model, "er", b, buffer), contender(mesh, model, "incremental", b + r, None)
     for one in (rehearsal, plain):
         one.run(STEPS.value)
-    for i in range(RUNS.value):
-        for one in (rehearsal, plain) if i % 2 else (plain, rehearsal):
-            one.seconds.append(one.run(STEPS.value))
+    in_turn((rehearsal, plain), RUNS.value, STEPS.value)
     ratio = np.array(rehearsal.seconds) / np.array(plain.seconds)
 
     stored, batch = full(buffer, mesh), batch_of(mesh, b * n)
@@ -239,15 +218,6 @@ def measure(mesh: jax.sharding.Mesh, model: str) -> dict[str, Any]:
         "buffer_bytes": buffer.num_bytes,
         "host": measure_host(mesh, model) if HOST.value else {},
     }
-
-
-def quantiles(values: Any) -> dict[str, float]:
-    return {"p10": float(np.quantile(values, 0.1)), "p90": float(np.quantile(values, 0.9)), "n": len(values)}
-
-
-def spread(seconds: list[float]) -> dict[str, float]:
-    ms = 1e3 * np.array(seconds)
-    return {"median": float(np.median(ms)), **quantiles(ms)}
 
 
 def plot(found: list[dict[str, Any]], path: pathlib.Path) -> None:

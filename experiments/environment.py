@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import sys
 from typing import Any
 
@@ -17,7 +18,7 @@ def environment(packages: tuple[str, ...] = ("jax", "jaxlib", "flax", "optax", "
         "versions": {package: importlib.metadata.version(package) for package in packages},
         "devices": {"count": jax.device_count(), "kind": device.device_kind, "platform": device.platform},
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "command": " ".join(["python -m", *_module(), *map(_without_place, sys.argv[1:])]),
+        "command": " ".join(["python -m", *_module(), *(shlex.quote(_without_place(x)) for x in sys.argv[1:])]),
     }
 
 
@@ -30,4 +31,4 @@ def _without_place(argument: str) -> str:
 
 def _module() -> list[str]:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return [spec.name if spec else sys.argv[0]]
+    return [spec.name.removesuffix(".__main__") if spec else sys.argv[0]]

@@ -1,5 +1,6 @@
 """What the mains share: the flags of a run, the start of JAX, and one line instead of a traceback for a mistake."""
 
+import importlib.util
 import logging
 import os
 import sys
@@ -47,6 +48,26 @@ def required(flag: flags.FlagHolder) -> Any:
     if flag.value is None:
         raise UserError(f"--{flag.name}: missing")
     return flag.value
+
+
+def from_config_file(path: str, function: str) -> Any:
+    """What another function of a config file returns, called with the argument of get_config if there is one; None where the
+    file has no such function. `path` as given to --config.
+
+    Raises:
+      UserError: the function takes no such argument.
+    """
+    file, colon, argument = path.partition(":")
+    spec = importlib.util.spec_from_file_location("config_file", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        return None
+    try:
+        return getattr(module, function)(*([argument] if colon else []))
+    except TypeError as error:
+        raise UserError(f"--config: {file}: {error}") from None
 
 
 def run(main: Callable[..., None], *, positional: bool = False) -> None:

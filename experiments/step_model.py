@@ -1,4 +1,4 @@
-"""Figure 3 of docs/paper.md: a model of the run time of the three approaches on 1 to 1,024 devices. Nothing here is measured.
+"""Figure 3 of docs/paper.md: a model of the run time of the three approaches on 1 to 1,024 devices.
 
     python -m experiments.step_model --rows_per_second=1500 --parameters=25557032 --row_bytes=150528 --json=runs/step_model.json
 
@@ -12,17 +12,20 @@ Incremental training takes compute(b) + all-reduce; rehearsal compute(b + r) + a
 so the longer of the two ("hidden"), or their sum ("exposed"); nothing else in the step is counted: rows per second, which must
 be measured, holds the loading, the optimiser and the insert. A run is `tasks` equal tasks; from scratch trains on all rows so
 far, so its steps are (tasks + 1) / 2 times as many. The defaults are the paper's sizes for ResNet-50 and 25 GB/s and 10 us,
-a network of 200 Gbit/s a device; rows_per_second has no default.
+a network of 200 Gbit/s a device; rows_per_second has no default. `experiments.paper` fits the model to measured steps.
 """
 
 import dataclasses
 import json
 import math
 import pathlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
+from scipy.optimize import nnls
 
 from experiments import main as common
 from experiments.environment import environment
@@ -60,19 +63,28 @@ class Machine:
                 raise UserError(f"{field.name}: {getattr(self, field.name)} is not allowed, give a positive number")
 
 
-def all_reduce(machine: Machine, devices: int, parameters: int) -> float:
-    """Seconds to sum float32 gradients over the devices."""
-    sent = 2 * (devices - 1) / devices * 4 * parameters
-    return sent / machine.bandwidth + 2 * math.ceil(math.log2(devices)) * machine.latency
+class Load(NamedTuple):
+    """What one device does in a part of a step: rows of forward and backward pass, bytes sent, messages waited for."""
+
+    rows: float = 0.0
+    bytes: float = 0.0
+    messages: float = 0.0
+
+    def seconds(self, machine: Machine) -> float:
+        return self.rows / machine.rows_per_second + self.bytes / machine.bandwidth + self.messages * machine.latency
 
 
-def exchange(machine: Machine, devices: int, representatives: int, row_bytes: int) -> float:
-    """Seconds to hand r representatives to each device by `mix`."""
+def all_reduce(devices: int, parameters: int) -> Load:
+    """To sum float32 gradients over the devices."""
+    return Load(bytes=2 * (devices - 1) / devices * 4 * parameters, messages=2 * math.ceil(math.log2(devices)))
+
+
+def exchange(devices: int, representatives: int, row_bytes: int) -> Load:
+    """To hand r representatives to each device by `mix`."""
     if devices == 1:
-        return 0.0
+        return Load()
     hops = compact_hops(representatives, devices)
-    collectives = 1 if hops.along == 1 else 2
-    return hops.rows_moved * row_bytes / machine.bandwidth + collectives * machine.latency
+    return Load(bytes=hops.rows_moved * row_bytes, messages=1 if hops.along == 1 else 2)
 
 
 def run_time(
@@ -88,9 +100,9 @@ def run_time(
     epochs: int = 30,
 ) -> dict[str, float]:
     """Seconds of each approach, and the parts of a step of rehearsal in seconds."""
-    reduce = all_reduce(machine, devices, parameters)
-    move = exchange(machine, devices, representatives, row_bytes)
-    plain, augmented = (x / machine.rows_per_second for x in (new, new + representatives))
+    reduce = all_reduce(devices, parameters).seconds(machine)
+    move = exchange(devices, representatives, row_bytes).seconds(machine)
+    plain, augmented = (Load(rows=x).seconds(machine) for x in (new, new + representatives))
     steps = epochs * rows / (new * devices)
     return {
         "incremental": steps * (plain + reduce),
@@ -101,6 +113,15 @@ def run_time(
         "step_all_reduce": reduce,
         "step_exchange": move,
     }
+
+
+def fit(loads: Sequence[Load], seconds: Sequence[float]) -> np.ndarray:
+    """Seconds of a row, of a byte and of a message that explain measured steps best, none of them negative.
+
+    Relative errors count, so that short steps weigh as much as long ones (scipy's non-negative least squares).
+    """
+    measured = np.asarray(seconds)
+    return nnls(np.array(loads) / measured[:, None], np.ones(len(measured)))[0]
 
 
 def picture(found: dict[int, dict[str, float]]) -> Figure:

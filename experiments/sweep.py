@@ -9,7 +9,6 @@ test set. Each run has its own folder below DIR; those that are finished are not
 Leaves DIR/sweep.json and DIR/report.html.
 """
 
-import importlib.util
 import pathlib
 from typing import Any
 
@@ -49,20 +48,12 @@ def load_sweep(path: str) -> Sweep:
     Raises:
       UserError: the file has none, or it returns something else.
     """
-    file, colon, argument = path.partition(":")
-    spec = importlib.util.spec_from_file_location("config_with_sweep", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_sweep"):
-        raise UserError(f"--config: {file} has no get_sweep(), which says what to search")
-    try:
-        sweep = module.get_sweep(*([argument] if colon else []))
-    except TypeError as error:
-        raise UserError(f"--config: {file}: {error}") from None
+    sweep = common.from_config_file(path, "get_sweep")
+    if sweep is None:
+        raise UserError(f"--config: {path} has no get_sweep(), which says what to search")
     if not isinstance(sweep, Sweep):
         raise UserError(
-            f"--config: get_sweep() of {file} returns {sweep!r}, it must return a jaxcl.training.sweep.Sweep"
+            f"--config: get_sweep() of {path} returns {sweep!r}, it must return a jaxcl.training.sweep.Sweep"
         )
     return sweep
 

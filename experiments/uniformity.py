@@ -13,6 +13,7 @@ law. With --json also a picture beside it.
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,6 +27,8 @@ from jaxcl import data
 from jaxcl import mesh as mesh_lib
 from jaxcl.training.experiment import build
 from jaxcl.training.state import initial_state
+
+RATIOS = ("drawn_over_expected", "reference_over_expected")
 
 
 class Tally:
@@ -64,10 +67,10 @@ class Tally:
         return {name: x.tolist() for name, x in found.items()}
 
 
-def measure(config: ConfigDict) -> dict[str, Any]:
+def measure(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> dict[str, Any]:
     """Trains `config` with rehearsal and tallies its draws."""
     config.strategy, config.data.placement = "er", "by_class"
-    run = build(config)
+    run = build(config, devices)
     assert run.buffer is not None
     shards, classes = run.mesh.size, run.train.num_classes
     tally, draws = Tally(shards, classes), 0
@@ -124,15 +127,35 @@ def picture(found: dict[str, Any]) -> Figure:
     return figure
 
 
-def main() -> None:
-    found = measure(common.required(common.CONFIG))
-    for axis in ("shard", "class"):
-        ratio = found[axis]["reference_over_expected"]
-        print(
-            f"by {axis:5s}  measured: largest |z| {np.abs(found[axis]['z']).max():.2f}"
-            f"   drawn / expected {min(found[axis]['drawn_over_expected']):.3f}..{max(found[axis]['drawn_over_expected']):.3f}"
+def lines(found: dict[str, Any]) -> str:
+    """By shard and by class: the largest deviation, and the range of rows drawn over rows expected."""
+
+    def of(axis: str) -> str:
+        x = found[axis]
+        drawn, ratio = ([r for r, e in zip(x[key], x["expected"], strict=True) if e] for key in RATIOS)
+        return (
+            f"by {axis:5s}  measured: largest |z| {np.abs(x['z']).max():.2f}"
+            f"   drawn / expected {min(drawn):.3f}..{max(drawn):.3f}"
             f"   the reference's rule {min(ratio):.3f}..{max(ratio):.3f}"
         )
+
+    return "\n".join(of(axis) for axis in ("shard", "class"))
+
+
+def paragraph(found: dict[str, Any]) -> str:
+    """What figure 6 says, for docs/paper.md."""
+    shards = found["rows_per_shard"]
+    return (
+        f"{found['name']}: the draws of a running experiment whose shards differ in classes and rows, against what the stored"
+        f" rows let expect, and the reference's rule on the same fills. {found['draws']} draws,"
+        f" {sum(found['shard']['drawn']):,.0f} rows, {len(shards)} shards of {min(shards)} to {max(shards)} rows,"
+        f" {sum(x > 0 for x in found['class']['expected'])} classes:\n\n```\n{lines(found)}\n```"
+    )
+
+
+def main() -> None:
+    found = measure(common.required(common.CONFIG))
+    print(lines(found))
     if common.JSON.value:
         path = pathlib.Path(common.JSON.value)
         path.parent.mkdir(parents=True, exist_ok=True)

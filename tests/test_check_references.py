@@ -65,6 +65,9 @@ def test_a_small_pack_holds_the_first_rows_of_each_class():
     assert arrays["y_test"].tolist() == [0, 1, 2] and arrays["class_names"].tolist() == ["a", "b", "c"]
     with pytest.raises(UserError, match=r"^--test: 0 is not allowed, give a positive number"):
         small_pack.pack(source, source, 2, 0)
+    some = small_pack.pack(source, source, 3, 1, every=2)
+    assert some["x_train"].ravel().tolist() == [0, 1, 3, 7] and some["y_train"].tolist() == [0, 0, 0, 1]
+    assert some["y_test"].tolist() == [0, 1] and some["class_names"].tolist() == ["a", "c"]
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +76,14 @@ def tiny(tmp_path_factory):
     return data_dir, images
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """A user's cache folder of the test's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
 # ---- TFDS ----
 
 
@@ -103,6 +112,44 @@ def test_labels_of_a_large_set_are_read_without_decoding_images(tiny, monkeypatc
     monkeypatch.setattr(sources, "_decode", lambda *_: pytest.fail("decoded an image"))
     train, _ = open_source("tfds:tiny_set", tiny[0], cache_bytes=0)
     assert len(np.unique(train.labels)) == 4
+
+
+def test_labels_of_a_large_set_are_read_once(tiny, cache, monkeypatch):
+    """The second time from the cache; a torn file is written anew; without a folder to write in they are read every time."""
+    kept = sources.label_cache
+    reads, cached = [], kept.cached
+
+    def counted(builder, split, rows, read):
+        return cached(builder, split, rows, lambda: reads.append(split) or read())
+
+    def labels():
+        return [source.labels for source in open_source("tfds:tiny_set", tiny[0], cache_bytes=0)]
+
+    monkeypatch.setattr(kept, "cached", counted)
+    first = labels()
+    files = sorted(cache.rglob("*.npy"))
+    assert [file.name.rpartition("-")[0] for file in files] == ["tiny_set-1.0.0-test-7", "tiny_set-1.0.0-train-600"]
+    second = labels()
+    assert reads == ["train", "test"] and not list(cache.rglob("*.tmp"))
+    for found, expected in zip(second, first, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    for content in (files[1].read_bytes()[:-4], b""):
+        files[1].write_bytes(content)
+        np.testing.assert_array_equal(labels()[0], first[0])
+        assert reads.pop() == "train" and len(np.load(files[1])) == 600
+    (cache / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "file"))
+    np.testing.assert_array_equal(labels()[0], first[0])
+    assert reads == ["train", "test"] * 2
+
+
+def test_labels_of_another_preparation_are_not_taken_for_these(tmp_path):
+    """The same name, version, split and rows in two folders, and prepared anew in one."""
+    for label in (0, 1, 2):
+        folder = tmp_path / str(label % 2)
+        shutil.rmtree(folder, ignore_errors=True)
+        _prepare(str(folder), dict.fromkeys(("train", "test"), _examples(_images(3), [label] * 3)), _image_features())
+        assert open_source("tfds:tiny_set", str(folder), cache_bytes=0)[0].labels.tolist() == [label] * 3
 
 
 def test_a_read_does_not_expose_the_cache(tiny):

@@ -1,10 +1,13 @@
 """The paper's protocol: its learning rates, its sizes, the share of the training set that the memory holds."""
 
+import pathlib
+
 import jax
 import numpy as np
 import pytest
 
 from configs import paper_imagenet, paper_tinyimagenet
+from experiments.paper.study import Study
 from jaxcl.errors import UserError
 from jaxcl.training.config import check_config, default_config
 from jaxcl.training.experiment import build
@@ -30,8 +33,11 @@ def test_sizes_count_rows_of_all_devices():
     assert per_device == [56, 14, 7] and config.epochs == 30 and config.data.tasks == 4
     assert config.optimizer.learning_rate == 0.01 * 64
     assert (config.optimizer.momentum, config.optimizer.weight_decay, config.buffer.share) == (0.9, 5e-5, 0.3)
-    check_config(paper_tinyimagenet.get_config("gpu"), 8)
-    check_config(paper_tinyimagenet.get_config("cpu"), 8)
+    for size in ("gpu", "cpu"):
+        small, figures = paper_tinyimagenet.get_config(size), paper_tinyimagenet.get_figures(size)
+        Study(small, figures, pathlib.Path(), devices=jax.devices()[:8]).check()
+        c, b = small.buffer.candidates, small.batch_size
+        assert (4 * c, 8 * small.buffer.representatives, small.buffer.share) == (b, b, 0.3)
 
 
 @pytest.mark.parametrize("run", ["resnet50", "vgg-16", "resnet50-0", "resnet50-many", ""])
@@ -60,12 +66,15 @@ def test_a_share_out_of_range_is_refused(field, value):
 
 
 def test_the_small_size_runs_from_the_pack_shaped_set(tmp_path):
-    """20 of 200 classes in 4 tasks: the shipped config on a file of the pack's shape builds, with the memory's share."""
-    rng, labels = np.random.default_rng(0), np.arange(400) % 200
-    images = rng.integers(0, 256, (400, 32, 32, 3), np.uint8)
-    np.savez(tmp_path / "tiny.npz", x_train=images, y_train=labels, x_test=images[:200], y_test=labels[:200])
+    """20 classes in 4 tasks: the shipped config and its models on a file of the pack's shape build, with the memory's share."""
+    rng, labels = np.random.default_rng(0), np.arange(80) % 20
+    images = rng.integers(0, 256, (80, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "tiny.npz", x_train=images, y_train=labels, x_test=images[:20], y_test=labels[:20])
     config = paper_tinyimagenet.get_config("cpu")
     config.data.source = f"npz:{tmp_path / 'tiny.npz'}"
-    run = build(config, jax.devices()[:8])
-    assert [task.classes for task in run.scenario.tasks][1] == (50, 60, 70, 80, 90)
-    assert run.buffer is not None and run.buffer.capacity == round(0.3 * 40)
+    study = Study(config, paper_tinyimagenet.get_figures("cpu"), tmp_path, devices=jax.devices()[:8])
+    study.check()
+    for model in study.models:
+        run = build(study.configured(model, "er"), study.devices)
+        assert [task.classes for task in run.scenario.tasks][1] == (5, 6, 7, 8, 9)
+        assert run.buffer is not None and run.buffer.capacity == round(0.3 * 80)

@@ -1,7 +1,7 @@
 """Where images come from: one small interface over TensorFlow Datasets, NumPy files and the built-in set.
 
 A `Source` is random access by row: the loader asks for the rows of one batch, on any thread. Sets that fit in
-memory are decoded once; larger ones are read from disk and decoded batch by batch.
+memory are decoded once; larger ones are read from disk and decoded batch by batch, and their labels kept (`labels.py`).
 """
 
 import difflib
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from jaxcl.data import crop
+from jaxcl.data import labels as label_cache
 from jaxcl.errors import UserError
 
 _ALLOWED = "digits, tfds:NAME, npz:FILE or ptychography:SIDE"
@@ -259,18 +260,23 @@ def _open_builder(
             return decoded(indices, lambda file, row: crop.random(file, shape, (*seed, row)))
 
         n = len(examples)
-        labels = np.empty(n, np.int32)
         images = np.empty((n, *shape), np.uint8) if cached else None
 
-        def load(start: int) -> None:
-            rows = range(start, min(start + _CHUNK, n))
-            for i, example in zip(rows, examples.__getitems__(list(rows)), strict=True):
-                labels[i] = example[label_key]
-                if images is not None:
-                    images[i] = _decode(example[image_key], shape)
+        def read_labels() -> np.ndarray:
+            found = np.empty(n, np.int32)
 
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            list(pool.map(load, range(0, n, _CHUNK)))  # waits, and raises the first error
+            def load(start: int) -> None:
+                rows = range(start, min(start + _CHUNK, n))
+                for i, example in zip(rows, examples.__getitems__(list(rows)), strict=True):
+                    found[i] = example[label_key]
+                    if images is not None:
+                        images[i] = _decode(example[image_key], shape)
+
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                list(pool.map(load, range(0, n, _CHUNK)))  # waits, and raises the first error
+            return found
+
+        labels = read_labels() if cached else label_cache.cached(builder, split, n, read_labels)
         _check_labels(f"dataset {name!r}: split {split}", labels, len(class_names))
         return Source(
             labels,

@@ -1,0 +1,110 @@
+"""Figure 5: bytes of the memory on the devices and on the host against the budget, in both tiers, by capacity.
+
+The budget is capacity x bytes of a row (record, label and id). Nothing is trained: what a new buffer allocates is added up,
+array by array, and the compiled step tells its temporaries, which may not grow with the capacity.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from matplotlib.figure import Figure
+
+from experiments.paper.draw import panels
+from experiments.paper.study import Json, Study
+from experiments.performance import table
+from jaxcl import mesh as mesh_lib
+from jaxcl.buffer.host import InTwo
+from jaxcl.training.experiment import Experiment, build, train_batches
+from jaxcl.training.state import initial_state
+
+TIERS = ("device", "host")
+
+
+def measure(study: Study) -> Json:
+    model = next(iter(study.models))
+    rows = []
+    for tier in TIERS:
+        for share in study.figures.shares:
+            config = study.configured(model, "er", {"buffer.share": share, "buffer.tier": tier})
+            rows.append({"tier": tier, "share": share, **of(build(config, study.devices), config)})
+    return {"name": study.config.name, "model": model, "rows": rows}
+
+
+def of(run: Experiment, config: Any) -> Json:
+    """Bytes over all devices; temporaries of one device's program."""
+    buffer = run.buffer
+    assert buffer is not None
+    loader = train_batches(config, run, 0)
+    assert loader is not None
+    state = initial_state(run.mesh, run.new_weights(jax.random.key(0)), buffer, run.strategy)
+    batch = mesh_lib.shard_rows(run.mesh, loader[0])
+    on_device = sum(x.nbytes for x in jax.tree.leaves(state.buffer))
+    on_host = 0
+    if buffer.host is None:
+        programs = [run.train_step.lower(state, batch)]
+    else:
+        on_host = sum(x.nbytes for x in buffer.host.payload().values())
+        with buffer.host.serving(0, state.staged) as store:
+            programs = list(in_two(run.train_step, state, batch, store.take()))
+    memory = [program.compile().memory_analysis() for program in programs]
+    return {
+        "capacity": buffer.capacity,
+        "row_bytes": buffer.traffic["row_bytes"],
+        "budget": buffer.capacity * buffer.traffic["row_bytes"],
+        "on_device": on_device,
+        "on_host": on_host,
+        "temporaries": max(x.temp_size_in_bytes for x in memory),
+    }
+
+
+def in_two(step: InTwo, state: Any, batch: Any, arrived: Any) -> Iterable[Any]:
+    shard, clock, staged, rest = step.apart(state)
+    yield step.ahead.lower(shard, clock, batch)
+    yield step.train.lower(rest, clock, staged, batch, arrived)
+
+
+def picture(found: Json) -> Figure:
+    figure, (row,) = panels(2, width=3.7)
+    for axes, tier in zip(row, TIERS, strict=True):
+        rows = [x for x in found["rows"] if x["tier"] == tier]
+        places = range(len(rows))
+        device, host = ([x[key] / 2**20 for x in rows] for key in ("on_device", "on_host"))
+        axes.bar(places, device, 0.6, color="#56B4E9", label="on the devices")
+        axes.bar(places, host, 0.6, device, color="#E69F00", label="on the host")
+        axes.plot(places, [x["budget"] / 2**20 for x in rows], "_", ms=34, color="#23292f", label="budget")
+        axes.set_xticks(places, [f"{x['capacity']:,}" for x in rows])
+        axes.set_xlabel("rows of memory")
+        axes.set_title(f"tier: {tier}", loc="left", fontsize=9)
+    row[0].set_ylabel("MiB")
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
+
+
+def paragraph(found: Json) -> str:
+    head = (
+        "tier",
+        "share",
+        "rows",
+        "budget, bytes",
+        "on the devices",
+        "on the host",
+        "over budget",
+        "temporaries a device",
+    )
+    rows = [
+        (
+            x["tier"],
+            f"{100 * x['share']:g} %",
+            f"{x['capacity']:,}",
+            *(f"{x[key]:,}" for key in ("budget", "on_device", "on_host")),
+            f"{(x['on_device'] + x['on_host']) / x['budget']:.4f}",
+            f"{x['temporaries']:,}",
+        )
+        for x in found["rows"]
+    ]
+    text = (
+        f"{found['name']}, {found['model']}: what a new buffer allocates over all devices, the budget being rows x"
+        f" {found['rows'][0]['row_bytes']:,} bytes (record, label and id), and the temporaries of the compiled step."
+    )
+    return f"{text}\n\n{table(head, rows)}"

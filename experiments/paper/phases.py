@@ -1,0 +1,113 @@
+"""Figure 4: an iteration by phase, with the buffer on the device and in host memory, and what of its work is hidden.
+
+Short runs of the training loop itself, over all tasks; a phase's time is divided by the steps. Four kinds: a plain step on b
+rows, a plain step on b + r rows, and rehearsal in either tier. On the device, insert, draw and exchange are part of the
+compiled step: what of them shows is by how much that is longer than the plain step on as many rows. In host memory they are a
+thread's work beside the loop (copy, sample, exchange, populate): what of it shows is the loop's waiting, and on a machine
+without cores to spare the slower training.
+"""
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from experiments.paper.draw import panels
+from experiments.paper.study import Fields, Json, Study
+from experiments.performance import table
+from jaxcl.training.result import STEPPING
+
+REPEATS = 3  # runs of each kind, in turn; with seeds of their own
+BACKGROUND = ("copy", "sample", "exchange", "populate")
+# Of each phase, as in jaxcl/report.py.
+COLORS = {"load": "#E69F00", "assemble": "#F0E442", "wait": "#D55E00", "train": "#0072B2", "accumulate": "#CC79A7"}
+COLORS |= {"copy": "#CC6677", "sample": "#DDCC77", "exchange": "#88CCEE", "populate": "#44AA99"}
+
+
+def kinds(study: Study) -> dict[str, tuple[str, Fields]]:
+    b, r = study.config.batch_size, study.config.buffer.representatives
+    return {
+        "plain, b rows": ("incremental", {}),
+        "plain, b + r rows": ("incremental", {"batch_size": b + r}),
+        "rehearsal, device": ("er", {"buffer.tier": "device"}),
+        "rehearsal, host": ("er", {"buffer.tier": "host"}),
+    }
+
+
+def measure(study: Study) -> Json:
+    model = next(iter(study.models))
+    found: dict[str, list[Json]] = {kind: [] for kind in kinds(study)}
+    for seed in range(study.config.seed, study.config.seed + REPEATS):
+        for kind, (strategy, fields) in kinds(study).items():
+            fields = {**study.figures.short, **fields, "seed": seed}
+            config = study.configured(model, strategy, fields)
+            found[kind] += study.train(config, f"timed/{kind.replace(' ', '_')}", seeds=1)
+    return {
+        "name": study.config.name,
+        "model": model,
+        "sizes": {"b": study.config.batch_size, "r": study.config.buffer.representatives},
+        "kinds": {kind: per_step(runs) for kind, runs in found.items()},
+        "repeats": REPEATS,
+    }
+
+
+def per_step(runs: list[Json]) -> Json:
+    """Milliseconds of a step in each phase, medians over the runs."""
+
+    def median(seconds: str, name: str) -> float:
+        return float(np.median([1e3 * run.get(seconds, {}).get(name, 0.0) / run["steps"] for run in runs]))
+
+    loop = {name: median("seconds_by_phase", name) for name in STEPPING}
+    background = {name: median("background_seconds", name) for name in BACKGROUND if "background_seconds" in runs[0]}
+    whole = [1e3 * sum(run["seconds_by_phase"].get(name, 0.0) for name in STEPPING) / run["steps"] for run in runs]
+    return {"loop": loop, "background": background, "step": whole, "steps": runs[0]["steps"]}
+
+
+def picture(found: Json) -> Figure:
+    figure, ((axes,),) = panels(1, width=7.5, height=3.2)
+    axes.grid(False)
+    bars = [(kind, "", x["loop"]) for kind, x in found["kinds"].items()]
+    bars += [(f"{kind}: beside it", "///", x["background"]) for kind, x in found["kinds"].items() if x["background"]]
+    for y, (_, hatch, parts) in enumerate(bars):
+        left = 0.0
+        for name, ms in parts.items():
+            axes.barh(y, ms, 0.6, left, color=COLORS[name], hatch=hatch, edgecolor="white", lw=0.5)
+            left += ms
+        axes.annotate(f"{left:.3g} ms", (left, y), (4, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(bars)), [kind for kind, _, _ in bars])
+    axes.invert_yaxis()
+    axes.set_xlabel("ms a step")
+    axes.set_xlim(0, 1.15 * max(sum(parts.values()) for _, _, parts in bars))
+    used = [name for name in COLORS if any(parts.get(name) for _, _, parts in bars)]
+    handles = [Patch(color=COLORS[name], label=name) for name in used]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(used), 4))
+    return figure
+
+
+def paragraph(found: Json) -> str:
+    s, kinds = found["sizes"], found["kinds"]
+    step = {kind: float(np.median(x["step"])) for kind, x in kinds.items()}
+    host = kinds["rehearsal, host"]
+    work, waits = sum(host["background"].values()), host["loop"]["wait"]
+    shown = step["rehearsal, device"] - step["plain, b + r rows"]
+    longer = step["rehearsal, host"] - step["rehearsal, device"]
+    return "\n\n".join(
+        [
+            f"{found['name']}, {found['model']}, b = {s['b']}, r = {s['r']} over all devices; milliseconds a step, medians of"
+            f" {found['repeats']} runs in turn.",
+            table(
+                ("phase", *kinds),
+                [
+                    *((name, *(f"{x['loop'][name]:.2f}" for x in kinds.values())) for name in STEPPING),
+                    ("**the loop**", *(f"**{ms:.2f}**" for ms in step.values())),
+                    *(
+                        (f"{name} (beside it)", *(f"{x['background'].get(name, 0):.2f}" for x in kinds.values()))
+                        for name in BACKGROUND
+                    ),
+                ],
+            ),
+            f"On the device, insert, draw and exchange make the step {shown:.2f} ms longer than a plain step on as many rows"
+            f" ({step['rehearsal, device'] / step['plain, b + r rows']:.2f} times as long). In host memory the thread works"
+            f" {work:.2f} ms a step, of which the loop waits for {waits:.2f} ms; the step is {longer:.2f} ms longer than with"
+            " the memory on the device.",
+        ]
+    )

@@ -1,0 +1,217 @@
+"""Figure 3: run time against the number of devices, measured on those of this machine and modelled up to 1,024.
+
+Measured are steps of a plain and of a rehearsing run in turn, at the paper's b new and r drawn rows a device, for 1, 2, 4, ...
+devices; training from scratch takes plain steps, (tasks + 1) / 2 times as many. All is given as seconds for a million new rows.
+
+The model is that of `experiments/step_model.py`. Its costs of a row, a byte and a message are fitted to all device counts but
+one, and the one left out is predicted: the error of that says what the model is worth. Fake CPU devices share the cores of one
+machine, so that what N of them do adds up: there the loads are N times those of a device, and the shape says nothing of a
+cluster. For 1,024 devices the rate of the one device measured is joined with a stated network.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.paper.draw import COLORS, panels
+from experiments.paper.study import STRATEGIES, Json, Study
+from experiments.performance import table
+from experiments.step_model import DEVICES, Load, Machine, all_reduce, exchange, fit, run_time
+from experiments.timing import Contender, in_turn, spread
+from jaxcl import mesh as mesh_lib
+from jaxcl.training.experiment import build, train_batches
+from jaxcl.training.state import initial_state
+
+RUNS, STEPS = 15, 2  # of each kind and number of devices
+WARM_UP = 6  # steps that fill the memory beyond what a draw wants
+MILLION = 10**6
+KINDS = ("incremental", "er")
+
+
+def measure(study: Study) -> Json:
+    model, figures = next(iter(study.models)), study.figures
+    counts = [n for n in DEVICES if n <= len(study.devices)]
+    shared = study.devices[0].platform == "cpu"
+    measured: list[Json] = []
+    facts: Json = {}
+    for n in counts:
+        one, facts = steps_on(study, model, n)
+        measured.append({"devices": n, "step_ms": one})
+    sizes = {"new": figures.new, "representatives": figures.drawn, **facts}
+    rate = figures.new / (1e-3 * measured[0]["step_ms"]["incremental"]["median"])
+    machine = Machine(rate)
+    return {
+        "name": study.config.name,
+        "model": model,
+        "sizes": sizes,
+        "devices_share_cores": shared,
+        "measured": measured,
+        "checked": check(measured, sizes, shared),
+        "model_of": dataclasses.asdict(machine),
+        "modelled": [{"devices": n, **run_time(machine, n, **sizes, rows=MILLION, epochs=1)} for n in DEVICES],
+    }
+
+
+def steps_on(study: Study, model: str, devices: int) -> tuple[Json, Json]:
+    """Steps of both kinds in milliseconds, in turn; and what the model is told of them."""
+    figures, some = study.figures, study.devices[:devices]
+    fields = {
+        "batch_size": figures.new * devices,
+        "buffer.representatives": figures.drawn * devices,
+        "buffer.candidates": max(1, figures.new * devices // 4),
+        "buffer.tier": "device",
+        **figures.short,
+    }
+    contenders = {}
+    for kind in KINDS:
+        config = study.configured(model, kind, fields)
+        run = build(config, some)
+        loader = train_batches(config, run, 0)
+        assert loader is not None
+        state = initial_state(run.mesh, run.new_weights(jax.random.key(0)), run.buffer, run.strategy)
+        parameters = sum(x.size for x in jax.tree.leaves(state.params))
+        batch = mesh_lib.shard_rows(run.mesh, loader[0])
+        contenders[kind] = Contender(run.train_step.lower(state, batch).compile(), state, batch)
+        contenders[kind].run(WARM_UP)
+    in_turn(list(contenders.values()), RUNS, STEPS)
+    assert run.buffer is not None
+    facts = {"parameters": parameters, "row_bytes": run.buffer.traffic["row_bytes"], "tasks": len(run.scenario.tasks)}
+    return {kind: spread(one.seconds) for kind, one in contenders.items()}, facts
+
+
+def step_load(kind: str, devices: int, sizes: Json, shared: bool) -> Load:
+    """Of one device, or of all where they share the cores of one machine; nothing is taken as hidden."""
+    parts = [Load(rows=sizes["new"]), all_reduce(devices, sizes["parameters"])]
+    if kind == "er":
+        r = sizes["representatives"]
+        parts += [Load(rows=r), exchange(devices, r, sizes["row_bytes"])]
+    total = np.sum(parts, axis=0) * (devices if shared else 1)
+    return Load(*map(float, total))
+
+
+def check(measured: list[Json], sizes: Json, shared: bool) -> list[Json]:
+    """Each number of devices predicted from all the others; none with fewer than three."""
+    found: list[Json] = []
+    for left_out in measured if len(measured) > 2 else []:
+        loads = {(kind, x["devices"]): step_load(kind, x["devices"], sizes, shared) for x in measured for kind in KINDS}
+        others = [(kind, x) for x in measured for kind in KINDS if x is not left_out]
+        costs = fit(
+            [loads[kind, x["devices"]] for kind, x in others],
+            [x["step_ms"][kind]["median"] for kind, x in others],
+        )
+        for kind in KINDS:
+            predicted = float(np.array(loads[kind, left_out["devices"]]) @ costs)
+            actual = left_out["step_ms"][kind]["median"]
+            found.append(
+                {
+                    "devices": left_out["devices"],
+                    "kind": kind,
+                    "measured_ms": actual,
+                    "predicted_ms": predicted,
+                    "error": predicted / actual - 1,
+                }
+            )
+    return found
+
+
+def seconds_a_million(found: Json, strategy: str, devices: int, ms: float) -> float:
+    """Seconds to train on a million new rows once, at this many milliseconds a step."""
+    times = (found["sizes"]["tasks"] + 1) / 2 if strategy == "from_scratch" else 1.0
+    return times * 1e-3 * ms * MILLION / (found["sizes"]["new"] * devices)
+
+
+def of_kind(strategy: str) -> str:
+    return "er" if strategy == "er" else "incremental"
+
+
+def picture(found: Json) -> Figure:
+    figure, ((left, right),) = panels(2, width=4.2, height=3.2)
+    for strategy, label in STRATEGIES.items():
+        kind = of_kind(strategy)
+        style: Any = {"color": COLORS[strategy], "ms": 4}
+        for marker, points in (
+            ("o-", [(x["devices"], x["step_ms"][kind]["median"]) for x in found["measured"]]),
+            ("x", [(x["devices"], x["predicted_ms"]) for x in found["checked"] if x["kind"] == kind]),
+        ):
+            seconds = [seconds_a_million(found, strategy, n, ms) for n, ms in points]
+            left.plot([n for n, _ in points], seconds, marker, label=label if marker == "o-" else None, **style)
+        name = "rehearsal" if strategy == "er" else strategy
+        right.plot([x["devices"] for x in found["modelled"]], [x[name] for x in found["modelled"]], "o-", **style)
+    left.set_title("measured; x: predicted from the others", loc="left", fontsize=9)
+    right.set_title("model, stated network", loc="left", fontsize=9)
+    left.set_ylabel("seconds a million new rows")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("devices")
+    ticks = [x["devices"] for x in found["measured"]]
+    left.set_xticks(ticks, [str(n) for n in ticks])
+    right.set_xticks(DEVICES[::2], [str(n) for n in DEVICES[::2]])
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
+
+
+def paragraph(found: Json) -> str:
+    s = found["sizes"]
+    guess = {(x["devices"], x["kind"]): x for x in found["checked"]}
+
+    def predicted(n: int, kind: str) -> str:
+        x = guess.get((n, kind))
+        return f"{x['predicted_ms']:.1f} ({100 * x['error']:+.0f} %)" if x else "-"
+
+    def row(x: Json) -> tuple[Any, ...]:
+        n, plain, er = x["devices"], *(x["step_ms"][kind]["median"] for kind in KINDS)
+        seconds = (
+            f"{seconds_a_million(found, strategy, n, x['step_ms'][of_kind(strategy)]['median']):,.0f}"
+            for strategy in STRATEGIES
+        )
+        return (n, *(f"{y:.1f}" for y in (plain, er)), f"{er / plain:.3f}", *seconds, *(predicted(n, k) for k in KINDS))
+
+    worst = max((abs(x["error"]) for x in found["checked"]), default=None)
+    checked = (
+        "Fewer than three numbers of devices were measured, too few to check the step model."
+        if worst is None
+        else "Predicted is each number of devices by the step model fitted to the others; the largest error is"
+        f" {100 * worst:.0f} %."
+    )
+    modelled = [x for x in found["modelled"] if x["devices"] in (1, 16, 128, 1024)]
+    cores = (
+        " The devices are fake and share the cores of one machine: this is the shape of the work, no speed-up."
+        if found["devices_share_cores"]
+        else ""
+    )
+    return "\n\n".join(
+        [
+            f"{found['name']}, {found['model']} ({s['parameters']:,} parameters), b = {s['new']} and r = {s['representatives']}"
+            f" rows a device; seconds for a million new rows.{cores}",
+            table(
+                (
+                    "devices",
+                    "plain step, ms",
+                    "rehearsal step, ms",
+                    "ratio",
+                    *(f"{label}, s" for label in STRATEGIES.values()),
+                    "plain, predicted, ms",
+                    "rehearsal, predicted, ms",
+                ),
+                map(row, found["measured"]),
+            ),
+            f"{checked} By the model, with the rate of the one device measured"
+            f" ({found['model_of']['rows_per_second']:,.0f} rows/s) and a stated network"
+            f" ({found['model_of']['bandwidth'] / 1e9:g} GB/s and {1e6 * found['model_of']['latency']:g} us), not measured:",
+            table(
+                ("devices", *(f"{label}, s" for label in STRATEGIES.values()), "rehearsal over incremental"),
+                (
+                    (
+                        x["devices"],
+                        *(f"{x[name]:,.2f}" for name in ("from_scratch", "incremental", "rehearsal")),
+                        f"{x['rehearsal'] / x['incremental']:.3f}",
+                    )
+                    for x in modelled
+                ),
+            ),
+        ]
+    )
