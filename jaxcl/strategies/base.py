@@ -209,8 +209,9 @@ class Strategy(NamedTuple):
       rows: `(scenario, task) -> int64 [n]`, the rows of the train source a task trains on; none: nothing is trained.
       fresh: each task starts from newly initialised weights and optimiser.
       draws: independent draws from the rehearsal buffer a step replays; 0 for strategies without a buffer.
-      exemplars: `(outputs) -> float32 [b, D]`: the memory is filled at a task's end with the rows that herding chooses by
-        these features from all rows of the task, and `buffer.policy` is then "herding". None: rows enter as they arrive.
+      selection: how the memory chooses, at a task's end, among all rows of the task, one of `SELECTIONS` unless the config
+        says another; `buffer.policy` is then "herding". "": rows enter as they arrive, unless the config chooses.
+      features: `(outputs, context) -> float32 [b, D]`, by which rows are chosen.
       record: `(image uint8 [b, H, W, C], outputs) -> pytree`, what the buffer stores of new rows, leaves `[b, ...]`,
         "image" among them. `outputs` are the model's in this step if it `stores_outputs`, else {}.
       stores_outputs: whether `record` reads `outputs`; an insert then has to wait for the forward pass.
@@ -231,7 +232,8 @@ class Strategy(NamedTuple):
     rows: Callable[[Scenario, int], np.ndarray] = task_rows
     fresh: bool = False
     draws: int = 0
-    exemplars: Callable[[Outputs], jax.Array] | None = None
+    selection: str = ""
+    features: Callable[[Outputs, Context], jax.Array] = lambda outputs, context: outputs["features"]
     record: Callable[[jax.Array, Outputs], PyTree] = image_only
     stores_outputs: bool = False
     loss: Loss = pooled

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxcl.buffer.selection import unit
 from jaxcl.strategies.base import Context, End, Outputs, Part, PyTree, Share, Strategy, pooled_mean
 from jaxcl.strategies.lwf import answers, snapshot
 
@@ -50,12 +51,9 @@ def icarl() -> Strategy:
         """Of unit vectors, the nearest is the one of the largest inner product."""
         return jnp.where(state["known"], unit(outputs["features"]) @ state["mean"].T, -2.0)
 
-    def exemplars(outputs: Outputs) -> jax.Array:
-        return unit(outputs["features"])
-
     return Strategy(
         draws=1,
-        exemplars=exemplars,
+        selection="icarl",
         loss=loss,
         init=init,
         visit=visit,
@@ -63,8 +61,3 @@ def icarl() -> Strategy:
         end_task=end_task,
         scores=scores,
     )
-
-
-def unit(vectors: jax.Array) -> jax.Array:
-    """`[n, D]` scaled to length 1; a zero vector stays zero."""
-    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

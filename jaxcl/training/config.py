@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from jaxcl.buffer import DRAWS, EXCHANGES, HANDOVERS, MEMORIES, POLICIES, REPEATS, TIERS
+from jaxcl.buffer.selection import FEATURES, KEYS, QUOTAS, SELECTIONS
 from jaxcl.data import SCENARIOS
 from jaxcl.errors import UserError
 from jaxcl.strategies import STRATEGIES, default_options, make_strategy
@@ -64,7 +65,7 @@ def default_config() -> ConfigDict:
             "buffer": {
                 "capacity": 200,  # rows in the union of all devices' shards
                 "share": config_dict.placeholder(float),  # of all tasks' training rows: gives the capacity instead
-                "policy": "class_random",  # of rows that enter as they arrive; icarl, which herds, has "herding"
+                "policy": "class_random",  # of rows that enter as they arrive; those that are selected have "herding"
                 "representatives": 64,  # rows drawn a step
                 "candidates": 16,  # of a batch: expected rows stored once a class is full (class_random)
                 "memory": "sharded",  # sharded | replicated | independent
@@ -75,6 +76,15 @@ def default_config() -> ConfigDict:
                 "path": config_dict.placeholder(str),  # of the host tier: a folder for memory-mapped files
                 "handover": "outputs",  # of the host tier: outputs | callback, how rows leave the step
                 "queue": 4,  # of the host tier: steps that may wait to be stored
+                "selection": {  # of a task's rows, at its end
+                    "by": config_dict.placeholder(
+                        str
+                    ),  # random | closest | furthest | icarl; else rows enter as they arrive
+                    "features": "clean",  # clean | augmented: of what images
+                    "keys": "shared",  # shared | per_shard: whether an independent memory's choices are all the same
+                    "quota": "adaptive",  # adaptive: capacity / classes seen; fixed: capacity // all classes
+                    "ways": 1,  # independent choices that share a sharded memory
+                },
             },
             "eval": {"batch_size": 256},
             "checkpoint": {  # beside those at the end of every task
@@ -112,6 +122,17 @@ def check_config(config: ConfigDict, devices: int) -> None:
             raise UserError(f"{field}: {_get(config, field)} is not allowed, give 0 or more")
     if not 0 <= config.data.validation < 1:
         raise UserError(f"data.validation: {config.data.validation} is not allowed, give a share from 0 to less than 1")
+    chosen = config.buffer.selection
+    if chosen.by is not None:
+        _one_of("buffer.selection.by", chosen.by, SELECTIONS)
+    for field, names in {"features": FEATURES, "keys": KEYS, "quota": QUOTAS}.items():
+        _one_of(f"buffer.selection.{field}", chosen[field], names)
+    _positive("buffer.selection.ways", chosen.ways)
+    if chosen.ways > 1 and config.buffer.memory != "sharded":
+        raise UserError(
+            f"buffer.selection.ways: {chosen.ways} is not allowed with buffer.memory = {config.buffer.memory}, "
+            "give 1 or memory = sharded"
+        )
     sizes = ["batch_size", "eval.batch_size"]
     strategy = make_strategy(config.strategy, config.strategies.get(config.strategy, {}))
     if strategy.draws:
@@ -124,6 +145,8 @@ def check_config(config: ConfigDict, devices: int) -> None:
             raise UserError(
                 f"buffer.tier: host is not allowed with {config.strategy}, which reads the memory on the devices"
             )
+        if config.buffer.tier == "host" and (chosen.by or strategy.selection):
+            raise UserError("buffer.tier: host is not allowed with rows selected at a task's end, give device")
         if config.buffer.candidates > config.batch_size:
             raise UserError(
                 f"buffer.candidates: {config.buffer.candidates} is more than a batch holds, "

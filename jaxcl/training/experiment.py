@@ -19,7 +19,7 @@ from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
 from jaxcl.training.config import check_config
 from jaxcl.training.end_task import make_end_task
 from jaxcl.training.evaluate import make_evaluate
-from jaxcl.training.exemplars import make_store_exemplars
+from jaxcl.training.exemplars import Selection, make_store_exemplars
 from jaxcl.training.optimizer import make_optimizer, make_schedule
 from jaxcl.training.state import TrainState, make_weights
 from jaxcl.training.step import make_train_step
@@ -77,7 +77,7 @@ def build(
     check_config(config, mesh.size)
     if config.batch_size % jax.process_count():
         raise UserError(f"batch_size: {config.batch_size} is not a multiple of {jax.process_count()} processes")
-    strategy = make_strategy(config.strategy, config.strategies.get(config.strategy, {}))
+    strategy = strategy_of(config)
     d = config.data
     scenario, train, test = make_tasks(config)
     augment = data.make_augment(d.augment, train.image_shape, mean=d.mean, std=d.std)
@@ -130,17 +130,18 @@ def build(
         )
 
     store_exemplars = None
-    if buffer is not None and strategy.exemplars is not None:
+    if buffer is not None and strategy.selection:
         store_exemplars = make_store_exemplars(
             mesh,
             model,
             strategy,
             buffer,
+            augment,
             normalize,
             train,
             scenario.class_table,
+            selection_of(config, strategy, buffer),
             batch_size=config.eval.batch_size,
-            sharded=config.buffer.memory == "sharded",
         )
 
     return Experiment(
@@ -226,9 +227,28 @@ def blank_batches(run: Experiment, state: TrainState) -> data.Loader:
     )
 
 
+def strategy_of(config: ConfigDict) -> Strategy:
+    """The strategy of a run, with the selection that the config chooses."""
+    strategy = make_strategy(config.strategy, config.strategies.get(config.strategy, {}))
+    return strategy._replace(selection=config.buffer.selection.by or strategy.selection)
+
+
 def policy_of(config: ConfigDict, strategy: Strategy) -> str:
-    """Of the buffer: a strategy with exemplars stores them in rank order."""
-    return config.buffer.policy if strategy.exemplars is None else "herding"
+    """Of the buffer: rows that are selected at a task's end are stored in rank order."""
+    return "herding" if strategy.selection else config.buffer.policy
+
+
+def selection_of(config: ConfigDict, strategy: Strategy, buffer: Buffer) -> Selection:
+    chosen = config.buffer.selection
+    return Selection(
+        by=strategy.selection,
+        features=chosen.features,
+        keys=chosen.keys,
+        quota=chosen.quota,
+        ways=chosen.ways,
+        memory=config.buffer.memory,
+        capacity=buffer.capacity,
+    )
 
 
 def capacity_of(config: ConfigDict, scenario: data.Scenario) -> int:

@@ -257,7 +257,8 @@ def end_task(config: ConfigDict, run: Experiment, session: Session, state: Train
     """What the strategy does when the steps of a task are done."""
     batches = functools.partial(session.watched, task_batches(config, run, task), "a batch at a task's end")
     if run.store_exemplars is not None:
-        state = run.store_exemplars(state, task, batches())
+        selecting = jax.random.fold_in(jax.random.key(config.seed), np.uint32(2**32 - 1))  # no step has this number
+        state = run.store_exemplars(state, task, jax.random.fold_in(selecting, task), batches)
     return run.end_task(state, batches)
 
 

@@ -124,7 +124,7 @@ def make_train_step(
         assert buffer is not None
         step, task_step, steps_per_epoch = clock
         _, insert_key, *draw_keys = step_keys(key, step, strategy.draws)
-        streams = strategy.exemplars is None  # else rows enter at the task's end
+        streams = not strategy.selection  # else rows enter at the task's end
         offered = batch["valid"] & streams & ((task_step < steps_per_epoch) | (buffer.repeats != "first_epoch"))
         record = strategy.stored(batch["image"], outputs, batch.get("target", {}))
         candidates = Rows(record, batch["label"], batch["id"], offered)
