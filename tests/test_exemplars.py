@@ -77,7 +77,8 @@ def test_the_memory_holds_the_best_of_every_class(by, devices, memory, mesh_of):
     """After each task: of each class seen the first 48 / (classes seen) rows of the oracle's choice from all rows. Of clean
     features all devices' choices are one."""
     tasks, best = Tasks(mesh_of(devices), by, memory=memory, keys="per_shard"), {}
-    for task, (state, held) in enumerate(tasks.states()):
+    state = None
+    for task, (state, held) in enumerate(tasks.states()):  # noqa: B007
         best |= tasks.ranked(task)
         expected = sorted(np.concatenate([order[: CAPACITY // len(best)] for order in best.values()]).tolist())
         assert all(one == expected for one in ([union(held)] if memory == "sharded" else held))

@@ -68,6 +68,8 @@ class Context:
       task: int32 scalar, the present task.
       classes: bool `[T, K]`, the classes that appear in each task.
       learning_rate: float32 scalar, of this step.
+      key: for what the strategy draws in this step, the same on every device; None but in a step.
+      tuning: whether the step is one of the fine-tuning on the memory alone that `config.finetune` asks for.
     """
 
     predict: Callable[[PyTree, PyTree, jax.Array], Outputs]
@@ -75,6 +77,8 @@ class Context:
     task: jax.Array
     classes: np.ndarray
     learning_rate: jax.Array
+    key: jax.Array | None = None
+    tuning: bool = False
 
     @property
     def present(self) -> jax.Array:
@@ -225,6 +229,10 @@ class Strategy(NamedTuple):
       rounds: how often `visit` and `end_task` take turns after a task, each turn from what the last one left: iterations of
         a fit over all devices' rows.
       scores: `(outputs, state) -> [b, K]`, by which evaluation ranks the classes.
+      alike: whether its loss treats rows of the memory like new ones, so that they may come among them (`buffer.replay`) or
+        alone (`config.finetune`).
+      frozen: `(params, context) -> pytree` like params of bools that broadcast to them: weights that a step leaves as they
+        are. None: all are trained.
       rehearse: passes over the buffer which, at the end of a task, train newly initialised weights on it alone; the task
         itself then only fills the buffer. 0 for all that learn as they go.
     """
@@ -244,6 +252,8 @@ class Strategy(NamedTuple):
     end_task: Callable[[End], tuple[PyTree, PyTree]] | None = None
     rounds: int = 1
     scores: Callable[[Outputs, PyTree], jax.Array] = lambda outputs, state: outputs["logits"]
+    alike: bool = False
+    frozen: Callable[[PyTree, Context], PyTree] | None = None
     rehearse: int = 0
 
     @property

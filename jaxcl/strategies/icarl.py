@@ -8,7 +8,7 @@ scaled to length 1, are averaged class by class; evaluation ranks classes by the
 The memory changes at a task's end only: of all rows of the task herding takes those whose mean features come nearest to
 the mean of their class, and the old classes give up their last (algorithms 4 and 5). While a task lasts the memory thus
 holds earlier tasks alone. A class that comes again in a later task keeps its exemplars. The paper trains on the union of
-data and memory; here a draw of the memory joins every batch.
+data and memory, as `buffer.replay = append` does; by default a draw of the memory joins every batch.
 """
 
 from collections.abc import Sequence
@@ -54,6 +54,7 @@ def icarl() -> Strategy:
     return Strategy(
         draws=1,
         selection="icarl",
+        alike=True,
         loss=loss,
         init=init,
         visit=visit,

@@ -9,7 +9,8 @@ from jaxcl.buffer import DRAWS, EXCHANGES, HANDOVERS, MEMORIES, POLICIES, REPEAT
 from jaxcl.buffer.selection import FEATURES, KEYS, QUOTAS, SELECTIONS
 from jaxcl.data import SCENARIOS
 from jaxcl.errors import UserError
-from jaxcl.strategies import STRATEGIES, default_options, make_strategy
+from jaxcl.strategies import STRATEGIES, Strategy, default_options, make_strategy
+from jaxcl.training.replay import ORDERS, REPLAYS
 
 
 def default_config() -> ConfigDict:
@@ -71,6 +72,7 @@ def default_config() -> ConfigDict:
                 "memory": "sharded",  # sharded | replicated | independent
                 "exchange": "mix",  # mix | balance | local
                 "sampling": "uniform",  # uniform | class_balanced
+                "replay": "draw",  # draw | append | append_part: see jaxcl/training/replay.py
                 "repeats": "all",  # all | first_epoch | distinct: what happens to a row that comes by again
                 "tier": "device",  # device | host: where records lie
                 "path": config_dict.placeholder(str),  # of the host tier: a folder for memory-mapped files
@@ -85,6 +87,13 @@ def default_config() -> ConfigDict:
                     "quota": "adaptive",  # adaptive: capacity / classes seen; fixed: capacity // all classes
                     "ways": 1,  # independent choices that share a sharded memory
                 },
+            },
+            "finetune": {  # at a task's end, on the memory alone
+                "epochs": 0,  # 0: none
+                "learning_rate": config_dict.placeholder(float),  # constant; that of the optimizer where not given
+                "frozen": (),  # parts of the model that it leaves alone, as its parameters are named
+                "order": "shuffled",  # shuffled | sequential: class by class, all ranks at the same place
+                "ranks": config_dict.placeholder(int),  # of sequential; the devices where not given
             },
             "eval": {"batch_size": 256},
             "checkpoint": {  # beside those at the end of every task
@@ -116,7 +125,13 @@ def check_config(config: ConfigDict, devices: int) -> None:
     for field in ("batch_size", "epochs", "log_every", "eval.batch_size", "data.threads", "checkpoint.keep"):
         _positive(field, _get(config, field))
     _positive("optimizer.learning_rate", config.optimizer.learning_rate)
-    not_negative = ("seed", "optimizer.warmup_epochs", "optimizer.weight_decay", "optimizer.momentum")
+    not_negative = (
+        "seed",
+        "finetune.epochs",
+        "optimizer.warmup_epochs",
+        "optimizer.weight_decay",
+        "optimizer.momentum",
+    )
     for field in (*not_negative, "checkpoint.every_steps", "checkpoint.every_seconds"):
         if _get(config, field) < 0:
             raise UserError(f"{field}: {_get(config, field)} is not allowed, give 0 or more")
@@ -133,6 +148,8 @@ def check_config(config: ConfigDict, devices: int) -> None:
             f"buffer.selection.ways: {chosen.ways} is not allowed with buffer.memory = {config.buffer.memory}, "
             "give 1 or memory = sharded"
         )
+    _one_of("buffer.replay", config.buffer.replay, REPLAYS)
+    _one_of("finetune.order", config.finetune.order, ORDERS)
     sizes = ["batch_size", "eval.batch_size"]
     strategy = make_strategy(config.strategy, config.strategies.get(config.strategy, {}))
     if strategy.draws:
@@ -147,6 +164,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
             )
         if config.buffer.tier == "host" and (chosen.by or strategy.selection):
             raise UserError("buffer.tier: host is not allowed with rows selected at a task's end, give device")
+        _check_replay(config, strategy, devices)
         if config.buffer.candidates > config.batch_size:
             raise UserError(
                 f"buffer.candidates: {config.buffer.candidates} is more than a batch holds, "
@@ -177,6 +195,28 @@ def check_config(config: ConfigDict, devices: int) -> None:
         raise UserError(f"optimizer.warmup_from: {o.warmup_from} is not allowed, give a number from 0 to 1")
     if not o.warmup_epochs < config.epochs and o.warmup_epochs > 0:
         raise UserError(f"optimizer.warmup_epochs: {o.warmup_epochs} must be less than epochs = {config.epochs}")
+
+
+def _check_replay(config: ConfigDict, strategy: Strategy, devices: int) -> None:
+    """Whether rows of the memory may be treated as the config asks."""
+    buffer, finetune = config.buffer, config.finetune
+    selects = bool(buffer.selection.by or strategy.selection)
+    for field, asked in (("buffer.replay", buffer.replay != "draw"), ("finetune.epochs", finetune.epochs > 0)):
+        if asked and not strategy.alike:
+            allowed = [name for name in STRATEGIES if make_strategy(name).alike]
+            raise UserError(
+                f"{field}: {_get(config, field)} is not allowed with {config.strategy}, whose loss tells new rows from "
+                f"replayed ones; choose one of {', '.join(allowed)}"
+            )
+        if asked and not selects:
+            raise UserError(
+                f"{field}: {_get(config, field)} needs a memory that is filled at a task's end, give buffer.selection.by"
+            )
+    if finetune.learning_rate is not None:
+        _positive("finetune.learning_rate", finetune.learning_rate)
+    ranks = devices if finetune.ranks is None else finetune.ranks
+    if finetune.epochs and finetune.order == "sequential" and (ranks < 1 or config.batch_size % ranks):
+        raise UserError(f"finetune.ranks: {ranks} is not allowed, give a divisor of batch_size = {config.batch_size}")
 
 
 def unknown_field(name: str, parent: str, allowed: list[str]) -> UserError:

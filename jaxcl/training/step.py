@@ -51,6 +51,8 @@ def make_train_step(
     *,
     loss_classes: str = "all",
     learn: bool = True,
+    frozen: Sequence[str] = (),
+    tuning: bool = False,
 ) -> Any:
     """Binds the parts of a run to `train_step(state, batch) -> (state, metrics)`, jitted and donating the state; with a
     buffer of the host tier to what `buffer.host.Fed` makes such a step of.
@@ -65,6 +67,8 @@ def make_train_step(
       loss_classes: the classes among which rows are classified: "all" of the data set, those "seen" so far, or those of
         the "task" in which a row's class appears (one head a task).
       learn: False leaves the weights alone: a step then only fills the buffer and draws from it.
+      frozen: names of the model's parts, as its parameters are named, whose weights and statistics stay as they are.
+      tuning: what `Context.tuning` says.
 
     Metrics are scalars of this step: loss, accuracy (new rows), replay_accuracy (representatives; 0 without any),
     learning_rate, rows (valid new rows), replayed (valid representatives). Where images are to be reconstructed, error and
@@ -83,7 +87,7 @@ def make_train_step(
         parts = [Part(batch["image"], batch["label"], batch["valid"], batch["id"], target=batch.get("target", {}))]
         parts += [
             Part(d.record["image"], d.label, d.valid, d.id, d.record, target=d.record.get("target", {}))
-            for d in state.staged
+            for d in (state.staged if buffer is not None else ())
         ]
         sizes = [len(part.label) for part in parts]
         images = augment(key, _positions(sizes), jnp.concatenate([part.image for part in parts]))
@@ -143,12 +147,19 @@ def make_train_step(
         handover: Any = ()
         if learn:
             context = make_context(model, state.strategy_state, state.task, classes, learning_rate)
+            own_key = jax.random.fold_in(augment_key, np.uint32(2**32 - 1))  # no row has this number
+            context = dataclasses.replace(context, key=own_key, tuning=tuning)
             parts = make_parts(state, batch, augment_key, context)
             found = strategy.gradients(make_descend(context), state.params, state.batch_stats, parts, context)
             outputs = found.parts[0].outputs
             direction, opt_state = optimizer.update(found.grads, state.opt_state, state.params)
             params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction)
-            update |= {"params": params, "batch_stats": found.batch_stats, "opt_state": opt_state}
+            if strategy.frozen is not None:
+                params = jax.tree.map(jnp.where, strategy.frozen(params, context), state.params, params)
+            before = {"params": state.params, "batch_stats": state.batch_stats}
+            after = {"params": params, "batch_stats": found.batch_stats}
+            update |= {name: x | {k: before[name][k] for k in frozen if k in x} for name, x in after.items()}
+            update["opt_state"] = opt_state
             metrics |= {"loss": found.loss, **_scores(found.parts)}
         if buffer is not None and state.buffer is not None:
             stored, staged, handover = local_turn(key, state.buffer, _clock(state), batch, outputs)
