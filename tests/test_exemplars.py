@@ -76,7 +76,7 @@ class Tasks:
 def test_the_memory_holds_the_best_of_every_class(by, devices, memory, mesh_of):
     """After each task: of each class seen the first 48 / (classes seen) rows of the oracle's choice from all rows. Of clean
     features all devices' choices are one."""
-    tasks, best = Tasks(mesh_of(devices), by, memory=memory, keys="per_shard"), {}
+    tasks, best = Tasks(mesh_of(devices), by, memory=memory, random_keys="per_shard"), {}
     state = None
     for task, (state, held) in enumerate(tasks.states()):  # noqa: B007
         best |= tasks.ranked(task)
@@ -91,8 +91,8 @@ def test_the_memory_holds_the_best_of_every_class(by, devices, memory, mesh_of):
 @pytest.mark.parametrize("keys", ["shared", "per_shard"])
 def test_devices_that_choose_by_augmented_features_choose_apart_if_their_keys_do(keys, mesh_of):
     """An independent memory of 4 devices against the oracle, and against 4 ways of one device with the same total."""
-    apart = Tasks(mesh_of(4), "icarl", memory="independent", capacity=12, features="augmented", keys=keys)
-    alone = Tasks(mesh_of(1), "icarl", capacity=48, ways=4, features="augmented", keys=keys)
+    apart = Tasks(mesh_of(4), "icarl", memory="independent", capacity=12, features="augmented", random_keys=keys)
+    alone = Tasks(mesh_of(1), "icarl", capacity=48, ways=4, features="augmented", random_keys=keys)
     best = [{} for _ in range(4)]
     for task, ((state, held), (_, (emulated,))) in enumerate(zip(apart.states(), alone.states(), strict=True)):
         key = jax.random.fold_in(KEY, task)
@@ -112,7 +112,9 @@ def test_random_rows_are_a_sample_without_replacement_of_each_choice(memory, way
     of each of 6 classes meet with probability 0.998."""
     capacity = CAPACITY if memory == "sharded" else CAPACITY // 4
     found = [
-        list(Tasks(mesh_of(n), "random", memory=memory, capacity=capacity, ways=ways, keys="per_shard").states())[-1][1]
+        list(
+            Tasks(mesh_of(n), "random", memory=memory, capacity=capacity, ways=ways, random_keys="per_shard").states()
+        )[-1][1]
         for n in ((1, 4) if memory == "sharded" else (4,))
     ]
     rows = [union(held) for held in found]

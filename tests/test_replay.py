@@ -1,5 +1,6 @@
 """The memory as a data set: appended to a task's rows, or trained on alone at a task's end."""
 
+import dataclasses
 import functools
 import json
 
@@ -10,7 +11,7 @@ import pytest
 from jaxcl.data import array_source, train_batches
 from jaxcl.errors import Preempted, UserError
 from jaxcl.strategies import make_strategy
-from jaxcl.training.experiment import build
+from jaxcl.training.experiment import build, selection_of
 from jaxcl.training.loop import train_and_evaluate
 from jaxcl.training.replay import at_one_place, draws_per_epoch, finetune_batches, memory_rows
 from jaxcl.training.seeds import train_seeds
@@ -31,7 +32,7 @@ def config_of(**changes):
         "buffer__capacity": 24,
         "buffer__selection__by": "icarl",
         "buffer__selection__features": "augmented",
-        "buffer__selection__keys": "per_shard",
+        "buffer__selection__random_keys": "per_shard",
         "buffer__selection__ways": 2,
         "buffer__replay": "append_part",
         "finetune__epochs": 2,
@@ -173,7 +174,10 @@ def test_mistakes_cost_one_line():
         ({"buffer__selection__by": None}, r"buffer\.replay: append_part needs a memory .* give buffer\.selection\.by"),
         ({"buffer__replay": "add"}, r"buffer\.replay: 'add' is unknown"),
         ({"buffer__selection__by": "nearest"}, r"buffer\.selection\.by: 'nearest' is unknown, choose one of random"),
-        ({"buffer__selection__keys": "own"}, r"buffer\.selection\.keys: 'own' is unknown, choose one of shared"),
+        (
+            {"buffer__selection__random_keys": "own"},
+            r"buffer\.selection\.random_keys: 'own' is unknown, choose one of shared",
+        ),
         ({"buffer__memory": "independent"}, r"buffer\.selection\.ways: 2 is not allowed with .*independent"),
         ({"buffer__tier": "host"}, r"buffer\.tier: host is not allowed with rows selected"),
         ({"finetune__order": "sequential", "finetune__ranks": 3}, r"finetune\.ranks: 3 is not allowed, give a divisor"),
@@ -192,3 +196,12 @@ def test_memory_rows_count_a_replicated_memory_once(mesh_of):
     found = memory_rows(config, source, state.buffer, 2)
     assert sorted(found) == np.flatnonzero(make_batch(0)["valid"]).tolist()
     assert (np.diff(np.arange(16)[found] % K) >= 0).all()
+
+
+def test_the_selection_is_the_config_s():
+    """Every field of `buffer.selection` reaches the selection of a run."""
+    config = config_of(buffer__selection__quota="fixed")
+    run = build(config, jax.devices()[:1])
+    assert run.buffer is not None
+    found = dataclasses.asdict(selection_of(config, run.strategy, run.buffer))
+    assert found == {**config.buffer.selection.to_dict(), "memory": "sharded", "capacity": 24}

@@ -83,7 +83,7 @@ def default_config() -> ConfigDict:
                         str
                     ),  # random | closest | furthest | icarl; else rows enter as they arrive
                     "features": "clean",  # clean | augmented: of what images
-                    "keys": "shared",  # shared | per_shard: whether an independent memory's choices are all the same
+                    "random_keys": "shared",  # shared | per_shard: whether an independent memory's choices are all the same
                     "quota": "adaptive",  # adaptive: capacity / classes seen; fixed: capacity // all classes
                     "ways": 1,  # independent choices that share a sharded memory
                 },
@@ -140,7 +140,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
     chosen = config.buffer.selection
     if chosen.by is not None:
         _one_of("buffer.selection.by", chosen.by, SELECTIONS)
-    for field, names in {"features": FEATURES, "keys": KEYS, "quota": QUOTAS}.items():
+    for field, names in {"features": FEATURES, "random_keys": KEYS, "quota": QUOTAS}.items():
         _one_of(f"buffer.selection.{field}", chosen[field], names)
     _positive("buffer.selection.ways", chosen.ways)
     if chosen.ways > 1 and config.buffer.memory != "sharded":

@@ -46,7 +46,7 @@ class Selection:
     Attributes:
       by: one of `jaxcl.buffer.selection.SELECTIONS`.
       features: of "clean" images, or of images "augmented" as in training.
-      keys: whether several choices use the same random numbers ("shared") or each its own ("per_shard").
+      random_keys: whether several choices use the same random numbers ("shared") or each its own ("per_shard").
       quota: "adaptive": the classes seen so far share the whole memory; "fixed": each has capacity // (all classes), from the
         first task on.
       ways: choices made for a sharded memory; an independent one makes one for each device.
@@ -56,7 +56,7 @@ class Selection:
 
     by: str
     features: str = "clean"
-    keys: str = "shared"
+    random_keys: str = "shared"
     quota: str = "adaptive"
     ways: int = 1
     memory: str = "sharded"
@@ -159,10 +159,10 @@ def make_store_exemplars(
         weights, shard = (state.params, state.batch_stats, state.strategy_state, state.task), state.buffer
         chosen: list[dict[str, np.ndarray]] = []
         for choice in range(choices):
-            if choice and not (random and selection.keys == "per_shard"):
+            if choice and not (random and selection.random_keys == "per_shard"):
                 chosen.append(chosen[0])
                 continue
-            own = jax.random.fold_in(key, choice) if selection.keys == "per_shard" else key
+            own = jax.random.fold_in(key, choice) if selection.random_keys == "per_shard" else key
             chosen.append(choose(weights, task, own, batches))
         if apart:
             lists = [in_turn([one]) for one in chosen]

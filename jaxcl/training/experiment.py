@@ -105,6 +105,7 @@ def build(
         options=config.model.options.to_dict(),
         dtype=config.model.dtype,
         axis_name=AXIS,
+        classes=scenario.class_table,
     )
     _check_objective(config, strategy, model, train)
     buffer = None
@@ -287,7 +288,7 @@ def selection_of(config: ConfigDict, strategy: Strategy, buffer: Buffer) -> Sele
     return Selection(
         by=strategy.selection,
         features=chosen.features,
-        keys=chosen.keys,
+        random_keys=chosen.random_keys,
         quota=chosen.quota,
         ways=chosen.ways,
         memory=config.buffer.memory,

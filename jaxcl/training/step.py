@@ -121,6 +121,14 @@ def make_train_step(
 
         return descend
 
+    def still_weights(params: PyTree, context: Context) -> PyTree | None:
+        """What a step leaves as it is: bools like the parameters, None for nothing."""
+        if strategy.frozen is None and not frozen:
+            return None
+        none = jax.tree.map(lambda w: jnp.bool_(False), params)
+        still = none if strategy.frozen is None else strategy.frozen(params, context)
+        return still | {name: jax.tree.map(lambda w: jnp.bool_(True), params[name]) for name in frozen}
+
     def local_turn(
         key: jax.Array, shard: Shard, clock: Clock, batch: Batch, outputs: Outputs
     ) -> tuple[Shard, Staged, Any]:
@@ -152,14 +160,15 @@ def make_train_step(
             parts = make_parts(state, batch, augment_key, context)
             found = strategy.gradients(make_descend(context), state.params, state.batch_stats, parts, context)
             outputs = found.parts[0].outputs
-            direction, opt_state = optimizer.update(found.grads, state.opt_state, state.params)
+            grads, still = found.grads, still_weights(state.params, context)
+            if still is not None:
+                grads = jax.tree.map(lambda f, g: jnp.where(f, 0.0, g), still, grads)
+            direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction)
-            if strategy.frozen is not None:
-                params = jax.tree.map(jnp.where, strategy.frozen(params, context), state.params, params)
-            before = {"params": state.params, "batch_stats": state.batch_stats}
-            after = {"params": params, "batch_stats": found.batch_stats}
-            update |= {name: x | {k: before[name][k] for k in frozen if k in x} for name, x in after.items()}
-            update["opt_state"] = opt_state
+            if still is not None:  # momentum and decay would move them
+                params = jax.tree.map(jnp.where, still, state.params, params)
+            kept = {name: x for name, x in state.batch_stats.items() if name in frozen}
+            update |= {"params": params, "batch_stats": found.batch_stats | kept, "opt_state": opt_state}
             metrics |= {"loss": found.loss, **_scores(found.parts)}
         if buffer is not None and state.buffer is not None:
             stored, staged, handover = local_turn(key, state.buffer, _clock(state), batch, outputs)
