@@ -4,8 +4,8 @@
 
 Douillard et al., CVPR 2022; options `cifar_dytox`, `cifar100_10-10` and `cifar100_order1` of the authors' program on 2 GPUs:
 500 epochs a task, batches of 128 a GPU, AdamW at 5e-4 * 256 / 512 with 5 epochs of warm-up and a cosine, weight decay 1e-6;
-from the second task on the memory joins the task's data; 20 epochs of balanced fine-tuning with the encoder frozen at
-5e-5 * 256 / 512, rows class by class. The memory is 2,000 rows, 20 a class, as one; the two forms of the erratum on 2 devices are
+from the second task on the memory joins the task's data; 20 epochs of balanced fine-tuning, the encoder frozen, at
+5e-5 * 256 / 512, rows class by class. The memory is 2,000 rows, 20 a class, as one; on 2 devices the erratum's two others are
 
     one memory each, 1,000 rows (its "distributed memory"):  --config.buffer.memory=independent --config.buffer.capacity=1000
         --config.buffer.replay=append_part

@@ -159,9 +159,9 @@ def make_model(
         fields["axis_name"] = axis_name
     if "hidden" in fields:
         fields["hidden"] = tuple(fields["hidden"])  # a module's fields must be hashable
-    if name == "dytox":  # a class that several tasks have belongs to the first
+    if name == "dytox":  # a class that several tasks have belongs to the first, one that none has to none
         table = np.ones((1, num_classes), bool) if classes is None else classes
-        fields["task_of_class"] = tuple(np.argmax(table, axis=0).tolist())
+        fields["task_of_class"] = tuple(np.where(table.any(axis=0), np.argmax(table, axis=0), -1).tolist())
     module = make(num_classes=num_classes, dtype=jnp.dtype(dtype), **fields)
 
     @jax.jit  # compiled, the forward pass that only gives the shapes is dead code

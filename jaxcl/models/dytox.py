@@ -142,7 +142,7 @@ class Heads(nn.Module):
     """A norm for each task, and a linear layer for each output.
 
     Attributes:
-      task_of: of each output, the task by whose embedding it is told.
+      task_of: of each output, the task by whose embedding it is told; -1: any.
       dtype: of the computation.
     """
 
@@ -171,7 +171,7 @@ class DyTox(nn.Module):
 
     Attributes:
       num_classes: K.
-      task_of_class: the task that each class belongs to, [K]; T of them.
+      task_of_class: the task that each class belongs to, [K], -1 for a class that does not come; T of them.
       width: D; the paper's embed_dim.
       depth: self-attention blocks.
       heads: of attention; divide the width.
@@ -212,7 +212,7 @@ class DyTox(nn.Module):
         logits = Heads(self.task_of_class, self.dtype, name="heads")(x)
         outputs = {"logits": logits, "features": x.reshape(rows, -1), "embeddings": x}
         if self.divergence:
-            each = int(np.bincount(self.task_of_class).max()) + 1
+            each = int(np.bincount([task for task in self.task_of_class if task >= 0]).max()) + 1
             owners = tuple(np.arange(tasks).repeat(each).tolist())
             apart = Heads(owners, self.dtype, name="divergence")(x)
             outputs["divergence"] = apart.reshape(rows, tasks, each)

@@ -161,7 +161,7 @@ def frozen(params: PyTree, context: Context) -> PyTree:
     task, owner = jnp.arange(len(params["tokens"])), jnp.asarray(task_of_class(context.classes))
 
     def not_now(task: jax.Array) -> jax.Array:
-        return (task > context.task) | ((task < context.task) & (not context.tuning))
+        return (task > context.task) | (task < (0 if context.tuning else context.task))
 
     still["tokens"] = not_now(task)[:, None]
     still["heads"] = {
@@ -178,5 +178,5 @@ def frozen(params: PyTree, context: Context) -> PyTree:
 
 
 def task_of_class(classes: np.ndarray) -> np.ndarray:
-    """Of each class the first task that has it, `[K]`; `classes` is bool `[T, K]`."""
-    return np.argmax(classes, axis=0)
+    """Of each class the first task that has it, `[K]`, -1 where none has; `classes` is bool `[T, K]`."""
+    return np.where(classes.any(axis=0), np.argmax(classes, axis=0), -1)
