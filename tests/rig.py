@@ -20,7 +20,11 @@ from jaxcl.training.step import make_train_step
 
 K, SHAPE, BATCH, DRAWN = 6, (8, 8, 1), 16, 8
 CLASSES = np.repeat(np.eye(3, dtype=bool), 2, axis=1)  # three tasks of two classes
-MODELS = {"mlp": {"hidden": (12,)}, "convnet": {"width": 2, "norm": "sync"}}
+MODELS = {
+    "mlp": {"hidden": (12,)},
+    "convnet": {"width": 2, "norm": "sync"},
+    "dytox": {"width": 8, "depth": 1, "heads": 4, "patch": 4},
+}
 RATE = 0.5
 
 
@@ -34,10 +38,11 @@ class Rig:
         model: str = "mlp",
         capacity: int = 48,
         memory: Mapping[str, Any] = MappingProxyType({}),
+        optimizer: optax.GradientTransformation | None = None,
         **options: Any,
     ):
         self.mesh, self.strategy = mesh, strategy
-        self.model = make_model(model, K, options=MODELS[model], axis_name=mesh_lib.AXIS)
+        self.model = make_model(model, K, options=MODELS[model], axis_name=mesh_lib.AXIS, classes=CLASSES)
         self.buffer = None
         if strategy.draws:
             variables = self.model.init(jax.random.key(0), SHAPE)
@@ -45,7 +50,7 @@ class Rig:
             outputs, _ = self.model.apply(**variables, images=image.astype(np.float32), train=False)
             record = jax.tree.map(lambda x: x[0], strategy.record(jnp.asarray(image), outputs))
             self.buffer = make_buffer(record, capacity=capacity, representatives=DRAWN, mesh=mesh, **memory)
-        optimizer = optax.identity()
+        optimizer = optimizer or optax.identity()
         self.new_weights = make_weights(mesh, self.model, optimizer, SHAPE)
         self.step = make_train_step(
             mesh, self.model, strategy, self.buffer, optimizer, lambda epoch: RATE, make_augment((), SHAPE), 0, CLASSES,

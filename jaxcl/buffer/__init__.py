@@ -65,6 +65,8 @@ class Local:
 
     Attributes:
       insert, draw: as those of `Buffer`; of the device tier alone.
+      keep: as insert, but a device stores of the rows it is given alone, whatever the memory; for a "replicated" one give
+        all devices the same.
       turn: `(state, rows, insert_key, draw_keys, step) -> (state, staged, handover)`: an insert, then a draw for each key.
         `staged` goes to `receive` in the next step. In the host tier `step` is the number of the step, one more each time,
         and `handover` goes to `Store.passed`; it is () in the device tier.
@@ -72,6 +74,7 @@ class Local:
     """
 
     insert: Callable[[Shard, Rows, jax.Array], Shard]
+    keep: Callable[[Shard, Rows, jax.Array], Shard]
     draw: Callable[[Shard, jax.Array], Drawn]
     turn: Callable[..., tuple[Shard, Staged, Handover | tuple[()]]]
     receive: Callable[[Staged, jax.Array | None], tuple[Drawn, ...]]
@@ -216,9 +219,10 @@ def make_buffer(
             return state
         return dataclasses.replace(state, slot_of=jnp.zeros((num_ids or 0,), jnp.int32))
 
-    def put(state: Shard, rows: Rows, key: jax.Array) -> tuple[Shard, PyTree, jax.Array]:
-        """Inserts; gives also the records offered to this shard and the slot of each."""
-        if axis is not None and memory != "sharded":
+    def put(state: Shard, rows: Rows, key: jax.Array, offered: bool = True) -> tuple[Shard, PyTree, jax.Array]:
+        """Inserts; gives also the records offered to this shard and the slot of each. Rows are offered to all devices that
+        do not divide them, unless each has been given its own."""
+        if axis is not None and memory != "sharded" and offered:
             packed, unpack = exchange_lib.pack(rows)
             rows = unpack(lax.all_gather(packed, axis, tiled=True))
         # Devices that choose apart have keys apart; those that hold the same rows make the same choice.
@@ -239,6 +243,10 @@ def make_buffer(
     def insert(state: Shard, rows: Rows, key: jax.Array) -> Shard:
         assert store is None, "a memory of the host tier is moved by turn and receive"
         return put(state, rows, key)[0]
+
+    def keep(state: Shard, rows: Rows, key: jax.Array) -> Shard:
+        assert store is None, "a memory of the host tier is moved by turn and receive"
+        return put(state, rows, key, offered=False)[0]
 
     def plan_draw(state: Shard, key: jax.Array, holders: str | None, count: int) -> draw_lib.Plan:
         """A plan over the shards along the axis `holders`, or over this device's rows alone."""
@@ -382,7 +390,7 @@ def make_buffer(
         stage=over_mesh(stage, keyed=True),
         stats=make_stats(shards, num_classes),
         no_rows=jax.jit(over_mesh(no_rows, keyed=False)),
-        local=Local(insert=insert, draw=draw, turn=turn, receive=receive),
+        local=Local(insert=insert, keep=keep, draw=draw, turn=turn, receive=receive),
         capacity=capacity,
         representatives=representatives,
         repeats=repeats,

@@ -64,6 +64,7 @@ class Loader:
         self._offset = process_index * self._local
         self._num_threads, self._by_class = num_threads, by_class
         self._crop_seed = crop_seed
+        self.rows_per_epoch = num_rows
         self.steps_per_epoch = -(-num_rows // batch_size)
         self._steps = epochs * self.steps_per_epoch
 
@@ -108,6 +109,8 @@ def train_batches(
     process_count: int = 1,
     num_threads: int = 2,
     by_class: bool = False,
+    memory: Sequence[int] | np.ndarray = (),
+    part: int = 1,
 ) -> Loader:
     """Batches for training: every epoch visits every row once, in a new order.
 
@@ -122,16 +125,19 @@ def train_batches(
       num_threads: threads that read ahead, two batches each; 0 reads in the caller's thread.
       by_class: sorts the rows of every global batch by class, so that each device sees few classes: the same batches, but
         the shards of a sharded memory differ as much as they can.
+      memory: int [m], rows that join `indices`, in any number of copies.
+      part: of every `part` neighbours in `memory` one joins an epoch, drawn anew for each.
 
     Raises:
       UserError: a size is out of range, or batch_size is no multiple of process_count.
     """
     if not seed or any(s < 0 for s in seed):
         raise UserError(f"seed {tuple(seed)}: allowed are one or more integers from 0")
+    order = _Shuffle(np.array(indices, np.int64), seed, np.array(memory, np.int64), part)
     return Loader(
         source,
-        _Shuffle(np.array(indices, np.int64), seed),
-        len(indices),
+        order,
+        len(order(0)),
         batch_size=batch_size,
         epochs=epochs,
         process_index=process_index,
@@ -147,18 +153,19 @@ def eval_batches(
     indices: np.ndarray,
     *,
     batch_size: int,
+    epochs: int = 1,
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 2,
 ) -> Loader:
-    """Batches for evaluation: every row exactly once, in the order of `indices`. Arguments as in `train_batches`."""
+    """Batches in the order of `indices`, as for evaluation: every row exactly once. Arguments as in `train_batches`."""
     rows = np.array(indices, np.int64)
     return Loader(
         source,
         lambda epoch: rows,
         len(rows),
         batch_size=batch_size,
-        epochs=1,
+        epochs=epochs,
         process_index=process_index,
         process_count=process_count,
         num_threads=num_threads,
@@ -191,8 +198,9 @@ def blank_batches(
 class _Shuffle:
     """epoch -> the rows in that epoch's order. Keeps two: threads that read ahead work across the border of epochs."""
 
-    def __init__(self, rows: np.ndarray, seed: Sequence[int]):
+    def __init__(self, rows: np.ndarray, seed: Sequence[int], memory: np.ndarray, part: int):
         self._rows, self._seed = rows, tuple(int(s) for s in seed)
+        self._memory, self._part = memory, part
         self._lock = threading.Lock()
         self._orders: dict[int, np.ndarray] = {}
 
@@ -204,8 +212,16 @@ class _Shuffle:
                 # The length comes first because a SeedSequence takes (1,) and (1, 0) for the same entropy.
                 entropy = (len(self._seed), *self._seed, epoch)
                 rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
-                self._orders[epoch] = rng.permutation(self._rows)
+                self._orders[epoch] = rng.permutation(np.concatenate([self._rows, self._replayed(rng)]))
             return self._orders[epoch]
+
+    def _replayed(self, rng: np.random.Generator) -> np.ndarray:
+        """The memory's rows of an epoch: all, or one of every `part` neighbours."""
+        if self._part == 1:
+            return self._memory
+        begin = np.arange(0, len(self._memory), self._part)
+        size = np.minimum(self._part, len(self._memory) - begin)
+        return self._memory[begin + rng.integers(size)]
 
 
 def _pad(rows: np.ndarray, size: int, value: int) -> np.ndarray:

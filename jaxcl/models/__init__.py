@@ -11,10 +11,12 @@ from typing import Any, NamedTuple, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcl.errors import UserError
 from jaxcl.models.convnet import ConvNet
 from jaxcl.models.convnext import ConvNeXt
+from jaxcl.models.dytox import DyTox
 from jaxcl.models.ghostnet import GhostNet
 from jaxcl.models.mlp import KERNEL_INITS, MLP
 from jaxcl.models.mobilenet import MobileNetV3Small
@@ -47,9 +49,9 @@ class Apply(Protocol):
             gradient of a loss that gives them weight 0. None where all are valid.
 
         Returns:
-          {"logits": [B, K] float32, "features": [B, D] float32, the input of the head}, or of a model that reconstructs
-          images {"amplitude": ..., "phase": ...} of [B, H, W, 1] float32; and the new batch_stats: as given unless
-          `train`. With the "local" norm they differ between devices; average them to keep them replicated.
+          {"logits": [B, K] float32, "features": [B, D] float32, the input of the head} (see `DyTox` for what it adds), or of
+          a model that reconstructs images {"amplitude": ..., "phase": ...} of [B, H, W, 1] float32; and the new batch_stats:
+          as given unless `train`. With the "local" norm they differ between devices; average them to keep them replicated.
         """
 
 
@@ -83,6 +85,7 @@ _DTYPE = _one_of("float32", "bfloat16")
 _STEM = _one_of("small", "imagenet")
 _SCALE = _Option(lambda v: _is_size(v) or (isinstance(v, float) and 0 < v < float("inf")), "a positive number")
 _RESNET = {"width": _WIDTH, "norm": _NORM, "stem": _STEM, "zero_init": _one_of(False, True)}
+_DYTOX = {**dict.fromkeys(("width", "depth", "heads", "patch"), _WIDTH), "divergence": _one_of(False, True)}
 
 
 def _ptychonn(num_classes: int, **fields: Any) -> nn.Module:
@@ -99,6 +102,10 @@ _MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, _Option]]] = {
     "mobilenet_v3_small": (MobileNetV3Small, {"norm": _NORM, "stem": _STEM}),
     "convnext_tiny": (ConvNeXt, {"width": _WIDTH, "stem": _STEM}),
     "ptychonn": (_ptychonn, {"width": _WIDTH}),
+    "dytox": (
+        DyTox,
+        {**dict.fromkeys(("width", "depth", "heads", "patch"), _WIDTH), "divergence": _one_of(False, True)},
+    ),
 }
 
 
@@ -114,11 +121,13 @@ def make_model(
     options: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     axis_name: str | None = None,
+    classes: np.ndarray | None = None,
 ) -> Model:
     """Builds a network.
 
     Args:
-      name: "mlp", "convnet", "resnet18", "resnet50", "ghostnet", "mobilenet_v3_small", "convnext_tiny" or "ptychonn".
+      name: "mlp", "convnet", "resnet18", "resnet50", "ghostnet", "mobilenet_v3_small", "convnext_tiny", "ptychonn" or
+        "dytox".
       num_classes: K, outputs of the head.
       options: of the model; what is left out keeps its default.
         mlp: hidden = (100, 100), kernel_init = "lecun" | "xavier".
@@ -128,8 +137,10 @@ def make_model(
         mobilenet_v3_small: norm = "local" | "sync", stem = "small" | "imagenet".
         convnext_tiny: width = 96, stem = "small" | "imagenet".
         ptychonn: width = 32.
+        dytox: width = 384, depth = 5, heads = 12, patch = 4, divergence = True.
       dtype: of the computation, "float32" or "bfloat16"; parameters, statistics and outputs are float32.
       axis_name: mesh axis of the batch; norm = "sync" sums its statistics over it, norm = "local" leaves it unused.
+      classes: bool [T, K], the classes of each task, for a model that grows with the tasks (dytox); None: one task.
 
     Raises:
       UserError: for an unknown name or option, or a value that is not allowed.
@@ -148,6 +159,9 @@ def make_model(
         fields["axis_name"] = axis_name
     if "hidden" in fields:
         fields["hidden"] = tuple(fields["hidden"])  # a module's fields must be hashable
+    if name == "dytox":  # a class that several tasks have belongs to the first, one that none has to none
+        table = np.ones((1, num_classes), bool) if classes is None else classes
+        fields["task_of_class"] = tuple(np.where(table.any(axis=0), np.argmax(table, axis=0), -1).tolist())
     module = make(num_classes=num_classes, dtype=jnp.dtype(dtype), **fields)
 
     @jax.jit  # compiled, the forward pass that only gives the shapes is dead code

@@ -69,6 +69,8 @@ class Context:
       task: int32 scalar, the present task.
       classes: bool `[T, K]`, the classes that appear in each task.
       learning_rate: float32 scalar, of this step.
+      key: for what the strategy draws in this step, the same on every device; None but in a step.
+      tuning: whether the step is one of the fine-tuning on the memory alone that `config.finetune` asks for.
     """
 
     predict: Callable[[PyTree, PyTree, jax.Array], Outputs]
@@ -76,6 +78,8 @@ class Context:
     task: jax.Array
     classes: np.ndarray
     learning_rate: jax.Array
+    key: jax.Array | None = None
+    tuning: bool = False
 
     @property
     def present(self) -> jax.Array:
@@ -210,8 +214,9 @@ class Strategy(NamedTuple):
       rows: `(scenario, task) -> int64 [n]`, the rows of the train source a task trains on; none: nothing is trained.
       fresh: each task starts from newly initialised weights and optimiser.
       draws: independent draws from the rehearsal buffer a step replays; 0 for strategies without a buffer.
-      exemplars: `(outputs) -> float32 [b, D]`: the memory is filled at a task's end with the rows that herding chooses by
-        these features from all rows of the task, and `buffer.policy` is then "herding". None: rows enter as they arrive.
+      selection: how the memory chooses, at a task's end, among all rows of the task, one of `SELECTIONS` unless the config
+        says another; `buffer.policy` is then "herding". "": rows enter as they arrive, unless the config chooses.
+      features: `(outputs, context) -> float32 [b, D]`, by which rows are chosen.
       record: `(image uint8 [b, H, W, C], outputs) -> pytree`, what the buffer stores of new rows, leaves `[b, ...]`,
         "image" among them. `outputs` are the model's in this step if it `stores_outputs`, else {}.
       stores_outputs: whether `record` reads `outputs`; an insert then has to wait for the forward pass.
@@ -225,6 +230,10 @@ class Strategy(NamedTuple):
       rounds: how often `visit` and `end_task` take turns after a task, each turn from what the last one left: iterations of
         a fit over all devices' rows.
       scores: `(outputs, state) -> [b, K]`, by which evaluation ranks the classes.
+      alike: whether its loss treats rows of the memory like new ones, so that they may come among them (`buffer.replay`) or
+        alone (`config.finetune`).
+      frozen: `(params, context) -> pytree` like params of bools that broadcast to them: weights that a step leaves as they
+        are. None: all are trained.
       rehearse: passes over the buffer which, at the end of a task, train newly initialised weights on it alone; the task
         itself then only fills the buffer. 0 for all that learn as they go.
     """
@@ -232,7 +241,8 @@ class Strategy(NamedTuple):
     rows: Callable[[Scenario, int], np.ndarray] = task_rows
     fresh: bool = False
     draws: int = 0
-    exemplars: Callable[[Outputs], jax.Array] | None = None
+    selection: str = ""
+    features: Callable[[Outputs, Context], jax.Array] = lambda outputs, context: outputs["features"]
     record: Callable[[jax.Array, Outputs], PyTree] = image_only
     stores_outputs: bool = False
     loss: Loss = pooled
@@ -243,6 +253,8 @@ class Strategy(NamedTuple):
     end_task: Callable[[End], tuple[PyTree, PyTree]] | None = None
     rounds: int = 1
     scores: Callable[[Outputs, PyTree], jax.Array] = lambda outputs, state: outputs["logits"]
+    alike: bool = False
+    frozen: Callable[[PyTree, Context], PyTree] | None = None
     rehearse: int = 0
 
     @property

@@ -8,4 +8,4 @@ from jaxcl.strategies.base import Strategy
 
 
 def er() -> Strategy:
-    return Strategy(draws=1)
+    return Strategy(draws=1, alike=True)

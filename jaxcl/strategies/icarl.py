@@ -8,7 +8,7 @@ scaled to length 1, are averaged class by class; evaluation ranks classes by the
 The memory changes at a task's end only: of all rows of the task herding takes those whose mean features come nearest to
 the mean of their class, and the old classes give up their last (algorithms 4 and 5). While a task lasts the memory thus
 holds earlier tasks alone. A class that comes again in a later task keeps its exemplars. The paper trains on the union of
-data and memory; here a draw of the memory joins every batch.
+data and memory, as `buffer.replay = append` does; by default a draw of the memory joins every batch.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxcl.buffer.selection import unit
 from jaxcl.strategies.base import Context, End, Outputs, Part, PyTree, Share, Strategy, pooled_mean
 from jaxcl.strategies.lwf import answers, snapshot
 
@@ -50,12 +51,10 @@ def icarl() -> Strategy:
         """Of unit vectors, the nearest is the one of the largest inner product."""
         return jnp.where(state["known"], unit(outputs["features"]) @ state["mean"].T, -2.0)
 
-    def exemplars(outputs: Outputs) -> jax.Array:
-        return unit(outputs["features"])
-
     return Strategy(
         draws=1,
-        exemplars=exemplars,
+        selection="icarl",
+        alike=True,
         loss=loss,
         init=init,
         visit=visit,
@@ -63,8 +62,3 @@ def icarl() -> Strategy:
         end_task=end_task,
         scores=scores,
     )
-
-
-def unit(vectors: jax.Array) -> jax.Array:
-    """`[n, D]` scaled to length 1; a zero vector stays zero."""
-    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -6,9 +6,11 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from jaxcl.buffer import DRAWS, EXCHANGES, HANDOVERS, MEMORIES, POLICIES, REPEATS, TIERS
+from jaxcl.buffer.selection import FEATURES, KEYS, QUOTAS, SELECTIONS
 from jaxcl.data import SCENARIOS
 from jaxcl.errors import UserError
-from jaxcl.strategies import STRATEGIES, default_options, make_strategy
+from jaxcl.strategies import STRATEGIES, Strategy, default_options, make_strategy
+from jaxcl.training.replay import ORDERS, REPLAYS
 
 
 def default_config() -> ConfigDict:
@@ -64,17 +66,34 @@ def default_config() -> ConfigDict:
             "buffer": {
                 "capacity": 200,  # rows in the union of all devices' shards
                 "share": config_dict.placeholder(float),  # of all tasks' training rows: gives the capacity instead
-                "policy": "class_random",  # of rows that enter as they arrive; icarl, which herds, has "herding"
+                "policy": "class_random",  # of rows that enter as they arrive; those that are selected have "herding"
                 "representatives": 64,  # rows drawn a step
                 "candidates": 16,  # of a batch: expected rows stored once a class is full (class_random)
                 "memory": "sharded",  # sharded | replicated | independent
                 "exchange": "mix",  # mix | balance | local
                 "sampling": "uniform",  # uniform | class_balanced
+                "replay": "draw",  # draw | append | append_part: see jaxcl/training/replay.py
                 "repeats": "all",  # all | first_epoch | distinct: what happens to a row that comes by again
                 "tier": "device",  # device | host: where records lie
                 "path": config_dict.placeholder(str),  # of the host tier: a folder for memory-mapped files
                 "handover": "outputs",  # of the host tier: outputs | callback, how rows leave the step
                 "queue": 4,  # of the host tier: steps that may wait to be stored
+                "selection": {  # of a task's rows, at its end
+                    "by": config_dict.placeholder(
+                        str
+                    ),  # random | closest | furthest | icarl; else rows enter as they arrive
+                    "features": "clean",  # clean | augmented: of what images
+                    "random_keys": "shared",  # shared | per_shard: whether an independent memory's choices are all the same
+                    "quota": "adaptive",  # adaptive: capacity / classes seen; fixed: capacity // all classes
+                    "ways": 1,  # independent choices that share a sharded memory
+                },
+            },
+            "finetune": {  # at a task's end, on the memory alone
+                "epochs": 0,  # 0: none
+                "learning_rate": config_dict.placeholder(float),  # constant; that of the optimizer where not given
+                "frozen": (),  # parts of the model that it leaves alone, as its parameters are named
+                "order": "shuffled",  # shuffled | sequential: class by class, all ranks at the same place
+                "ranks": config_dict.placeholder(int),  # of sequential; the devices where not given
             },
             "eval": {"batch_size": 256},
             "checkpoint": {  # beside those at the end of every task
@@ -106,12 +125,31 @@ def check_config(config: ConfigDict, devices: int) -> None:
     for field in ("batch_size", "epochs", "log_every", "eval.batch_size", "data.threads", "checkpoint.keep"):
         _positive(field, _get(config, field))
     _positive("optimizer.learning_rate", config.optimizer.learning_rate)
-    not_negative = ("seed", "optimizer.warmup_epochs", "optimizer.weight_decay", "optimizer.momentum")
+    not_negative = (
+        "seed",
+        "finetune.epochs",
+        "optimizer.warmup_epochs",
+        "optimizer.weight_decay",
+        "optimizer.momentum",
+    )
     for field in (*not_negative, "checkpoint.every_steps", "checkpoint.every_seconds"):
         if _get(config, field) < 0:
             raise UserError(f"{field}: {_get(config, field)} is not allowed, give 0 or more")
     if not 0 <= config.data.validation < 1:
         raise UserError(f"data.validation: {config.data.validation} is not allowed, give a share from 0 to less than 1")
+    chosen = config.buffer.selection
+    if chosen.by is not None:
+        _one_of("buffer.selection.by", chosen.by, SELECTIONS)
+    for field, names in {"features": FEATURES, "random_keys": KEYS, "quota": QUOTAS}.items():
+        _one_of(f"buffer.selection.{field}", chosen[field], names)
+    _positive("buffer.selection.ways", chosen.ways)
+    if chosen.ways > 1 and config.buffer.memory != "sharded":
+        raise UserError(
+            f"buffer.selection.ways: {chosen.ways} is not allowed with buffer.memory = {config.buffer.memory}, "
+            "give 1 or memory = sharded"
+        )
+    _one_of("buffer.replay", config.buffer.replay, REPLAYS)
+    _one_of("finetune.order", config.finetune.order, ORDERS)
     sizes = ["batch_size", "eval.batch_size"]
     strategy = make_strategy(config.strategy, config.strategies.get(config.strategy, {}))
     if strategy.draws:
@@ -124,6 +162,9 @@ def check_config(config: ConfigDict, devices: int) -> None:
             raise UserError(
                 f"buffer.tier: host is not allowed with {config.strategy}, which reads the memory on the devices"
             )
+        if config.buffer.tier == "host" and (chosen.by or strategy.selection):
+            raise UserError("buffer.tier: host is not allowed with rows selected at a task's end, give device")
+        _check_replay(config, strategy, devices)
         if config.buffer.candidates > config.batch_size:
             raise UserError(
                 f"buffer.candidates: {config.buffer.candidates} is more than a batch holds, "
@@ -154,6 +195,28 @@ def check_config(config: ConfigDict, devices: int) -> None:
         raise UserError(f"optimizer.warmup_from: {o.warmup_from} is not allowed, give a number from 0 to 1")
     if not o.warmup_epochs < config.epochs and o.warmup_epochs > 0:
         raise UserError(f"optimizer.warmup_epochs: {o.warmup_epochs} must be less than epochs = {config.epochs}")
+
+
+def _check_replay(config: ConfigDict, strategy: Strategy, devices: int) -> None:
+    """Whether rows of the memory may be treated as the config asks."""
+    buffer, finetune = config.buffer, config.finetune
+    selects = bool(buffer.selection.by or strategy.selection)
+    for field, asked in (("buffer.replay", buffer.replay != "draw"), ("finetune.epochs", finetune.epochs > 0)):
+        if asked and not strategy.alike:
+            allowed = [name for name in STRATEGIES if make_strategy(name).alike]
+            raise UserError(
+                f"{field}: {_get(config, field)} is not allowed with {config.strategy}, whose loss tells new rows from "
+                f"replayed ones; choose one of {', '.join(allowed)}"
+            )
+        if asked and not selects:
+            raise UserError(
+                f"{field}: {_get(config, field)} needs a memory that is filled at a task's end, give buffer.selection.by"
+            )
+    if finetune.learning_rate is not None:
+        _positive("finetune.learning_rate", finetune.learning_rate)
+    ranks = devices if finetune.ranks is None else finetune.ranks
+    if finetune.epochs and finetune.order == "sequential" and (ranks < 1 or config.batch_size % ranks):
+        raise UserError(f"finetune.ranks: {ranks} is not allowed, give a divisor of batch_size = {config.batch_size}")
 
 
 def unknown_field(name: str, parent: str, allowed: list[str]) -> UserError:

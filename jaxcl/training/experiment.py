@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from jaxcl import data
@@ -19,10 +20,26 @@ from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
 from jaxcl.training.config import check_config
 from jaxcl.training.end_task import make_end_task
 from jaxcl.training.evaluate import make_evaluate
-from jaxcl.training.exemplars import make_store_exemplars
+from jaxcl.training.exemplars import Selection, make_store_exemplars
 from jaxcl.training.optimizer import make_optimizer, make_schedule
+from jaxcl.training.replay import choices, finetune_batches, memory_rows
 from jaxcl.training.state import TrainState, make_weights
 from jaxcl.training.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Review:
+    """A second phase of every task, on the memory alone: `Strategy.rehearse` or `config.finetune`.
+
+    Attributes:
+      step: jitted, see `make_train_step`.
+      batches: `(config, state, task) -> Loader`, None where a task has no such phase.
+      renews_weights: whether it trains new weights; else only the optimiser's state is new, as it is for the next task.
+    """
+
+    step: Any
+    batches: Callable[[ConfigDict, TrainState, int], data.Loader | None]
+    renews_weights: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +54,7 @@ class Experiment:
     buffer: Buffer | None
     new_weights: Callable[[jax.Array], Any]
     train_step: Any  # jitted: see make_train_step
-    rehearse_step: Any  # the step of strategy.rehearse, None without
+    review: "Review | None"
     store_exemplars: Callable | None  # of strategies that fill the memory at a task's end
     end_task: Callable
     evaluate: Callable
@@ -77,7 +94,7 @@ def build(
     check_config(config, mesh.size)
     if config.batch_size % jax.process_count():
         raise UserError(f"batch_size: {config.batch_size} is not a multiple of {jax.process_count()} processes")
-    strategy = make_strategy(config.strategy, config.strategies.get(config.strategy, {}))
+    strategy = strategy_of(config)
     d = config.data
     scenario, train, test = make_tasks(config)
     augment = data.make_augment(d.augment, train.image_shape, mean=d.mean, std=d.std)
@@ -88,6 +105,7 @@ def build(
         options=config.model.options.to_dict(),
         dtype=config.model.dtype,
         axis_name=AXIS,
+        classes=scenario.class_table,
     )
     _check_objective(config, strategy, model, train)
     buffer = None
@@ -113,34 +131,52 @@ def build(
         )
     optimizer = make_optimizer(config.optimizer)
     schedule = make_schedule(config.optimizer, strategy.rehearse or config.epochs)
+    new_weights = make_weights(mesh, model, optimizer, train.image_shape)
+    if buffer is not None and config.buffer.replay != "draw":
+        strategy = strategy._replace(draws=0)
 
-    def train_step(learn: bool) -> Any:
+    def train_step(**options: Any) -> Any:
+        parts = {"strategy": strategy, "buffer": buffer if strategy.draws else None, "schedule": schedule} | options
         return make_train_step(
             mesh,
             model,
-            strategy,
-            buffer,
-            optimizer,
-            schedule,
-            augment,
-            config.seed if seeds is None else tuple(seeds),
-            scenario.class_table,
+            optimizer=optimizer,
+            augment=augment,
+            seed=config.seed if seeds is None else tuple(seeds),
+            classes=scenario.class_table,
             loss_classes=d.loss_classes,
-            learn=learn,
+            **parts,
         )
 
+    def finetune(config: ConfigDict, state: TrainState, task: int) -> data.Loader | None:
+        assert state.buffer is not None
+        memory = memory_rows(config, train, state.buffer, mesh.size)
+        return finetune_batches(config, train, memory, task, mesh.size)
+
+    review = None
+    if strategy.rehearse:
+        step = train_step(learn=True)
+        review = Review(step, lambda config, state, task: blank_batches(strategy, buffer, train, mesh, state), True)
+    elif buffer is not None and config.finetune.epochs:
+        _check_names("finetune.frozen", config.finetune.frozen, new_weights)
+        constant = optax.constant_schedule(config.finetune.learning_rate or config.optimizer.learning_rate)
+        options = {"strategy": strategy._replace(draws=0), "buffer": None, "schedule": constant}
+        step = train_step(**options, frozen=tuple(config.finetune.frozen), tuning=True)
+        review = Review(step, finetune, False)
+
     store_exemplars = None
-    if buffer is not None and strategy.exemplars is not None:
+    if buffer is not None and strategy.selection:
         store_exemplars = make_store_exemplars(
             mesh,
             model,
             strategy,
             buffer,
+            augment,
             normalize,
             train,
             scenario.class_table,
+            selection_of(config, strategy, buffer),
             batch_size=config.eval.batch_size,
-            sharded=config.buffer.memory == "sharded",
         )
 
     return Experiment(
@@ -150,9 +186,9 @@ def build(
         test=test,
         scenario=scenario,
         buffer=buffer,
-        new_weights=make_weights(mesh, model, optimizer, train.image_shape),
+        new_weights=new_weights,
         train_step=train_step(learn=not strategy.rehearse),
-        rehearse_step=train_step(learn=True) if strategy.rehearse else None,
+        review=review,
         store_exemplars=store_exemplars,
         end_task=make_end_task(mesh, model, strategy, normalize, scenario.class_table),
         evaluate=make_evaluate(
@@ -172,11 +208,17 @@ def rows_of_task(run: Experiment, task: int) -> np.ndarray:
     return run.strategy.rows(run.scenario, task)
 
 
-def train_batches(config: ConfigDict, run: Experiment, task: int) -> data.Loader | None:
-    """Batches of the rows a task trains on; None where there are none."""
-    rows = rows_of_task(run, task)
+def train_batches(
+    config: ConfigDict, run: Experiment, task: int, state: TrainState | None = None
+) -> data.Loader | None:
+    """Batches of the rows a task trains on; None where there are none. With the `state` in which it begins, or its like,
+    those of the memory are among them if they are appended."""
+    rows, memory, part = rows_of_task(run, task), np.zeros(0, np.int64), 1
     if not len(rows):
         return None
+    if state is not None and state.buffer is not None and config.buffer.replay != "draw":
+        memory = memory_rows(config, run.train, state.buffer, run.mesh.size)
+        part = choices(config, run.mesh.size) if config.buffer.replay == "append_part" else 1
     return data.train_batches(
         run.train,
         rows,
@@ -187,6 +229,8 @@ def train_batches(config: ConfigDict, run: Experiment, task: int) -> data.Loader
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_threads=config.data.threads,
+        memory=memory,
+        part=part,
     )
 
 
@@ -213,22 +257,43 @@ def task_batches(config: ConfigDict, run: Experiment, task: int) -> data.Loader:
     )
 
 
-def blank_batches(run: Experiment, state: TrainState) -> data.Loader:
+def blank_batches(
+    strategy: Strategy, buffer: Buffer | None, source: data.Source, mesh: jax.sharding.Mesh, state: TrainState
+) -> data.Loader:
     """The batches of a training on the buffer alone, one row a device and not valid: `Strategy.rehearse` passes over it."""
-    assert run.buffer is not None and state.buffer is not None
+    assert buffer is not None and state.buffer is not None
     return data.blank_batches(
-        run.train,
-        batch_size=run.mesh.size,
-        steps_per_epoch=-(-run.buffer.stats(state.buffer)["rows"] // run.buffer.representatives),
-        epochs=run.strategy.rehearse,
+        source,
+        batch_size=mesh.size,
+        steps_per_epoch=-(-buffer.stats(state.buffer)["rows"] // buffer.representatives),
+        epochs=strategy.rehearse,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
 
 
+def strategy_of(config: ConfigDict) -> Strategy:
+    """The strategy of a run, with the selection that the config chooses."""
+    strategy = make_strategy(config.strategy, config.strategies.get(config.strategy, {}))
+    return strategy._replace(selection=config.buffer.selection.by or strategy.selection)
+
+
 def policy_of(config: ConfigDict, strategy: Strategy) -> str:
-    """Of the buffer: a strategy with exemplars stores them in rank order."""
-    return config.buffer.policy if strategy.exemplars is None else "herding"
+    """Of the buffer: rows that are selected at a task's end are stored in rank order."""
+    return "herding" if strategy.selection else config.buffer.policy
+
+
+def selection_of(config: ConfigDict, strategy: Strategy, buffer: Buffer) -> Selection:
+    chosen = config.buffer.selection
+    return Selection(
+        by=strategy.selection,
+        features=chosen.features,
+        random_keys=chosen.random_keys,
+        quota=chosen.quota,
+        ways=chosen.ways,
+        memory=config.buffer.memory,
+        capacity=buffer.capacity,
+    )
 
 
 def capacity_of(config: ConfigDict, scenario: data.Scenario) -> int:
@@ -247,6 +312,18 @@ def _record(model: Model, strategy: Strategy, source: data.Source) -> Any:
     target = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in source.targets.items()}
     rows = jax.eval_shape(record, jax.ShapeDtypeStruct((1, *source.image_shape), np.uint8), target)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), rows)
+
+
+def _check_names(field: str, names: Sequence[str], new_weights: Callable[[jax.Array], Any]) -> None:
+    """Whether the model has parts of these names.
+
+    Raises:
+      UserError: it has not.
+    """
+    parts = jax.eval_shape(new_weights, jax.random.key(0))[0]
+    for name in names:
+        if name not in parts:
+            raise UserError(f"{field}: {name!r} is no part of the model; choose from {', '.join(parts)}")
 
 
 def _outputs(model: Model, image: jax.Array) -> dict[str, jax.Array]:

@@ -20,16 +20,14 @@ from jaxcl.errors import Diverged
 from jaxcl.training import control
 from jaxcl.training.experiment import (
     Experiment,
-    blank_batches,
     build,
     capacity_of,
     eval_batches,
     policy_of,
-    rows_of_task,
     task_batches,
     train_batches,
 )
-from jaxcl.training.result import add_scores, summarize, times
+from jaxcl.training.result import add_scores, count_rows, summarize, times
 from jaxcl.training.session import Session, diverged, open_session
 from jaxcl.training.state import TrainState, initial_state
 from jaxcl.training.step import step_keys
@@ -106,7 +104,9 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
     if store is not None:
         session.serve(store, int(state.step), state.staged)
         step = Fed(step, store, phases)
-        run = dataclasses.replace(run, rehearse_step=run.rehearse_step and Fed(run.rehearse_step, store, phases))
+        if run.review is not None:
+            fed = dataclasses.replace(run.review, step=Fed(run.review.step, store, phases))
+            run = dataclasses.replace(run, review=fed)
         with phases("compile"):
             step.compile(state, first)
     to_do = sum(len(x) for x in loaders[at.task + at.rehearsing :] if x) - (0 if at.rehearsing else at.batch)
@@ -120,22 +120,34 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
         for task, loader in list(zip(tasks, loaders, strict=True))[at.task :]:
             bar.set_description(f"{config.strategy}, task {task.index + 1} of {len(tasks)}")
             if run.strategy.fresh and task.index and at.iterator is None:
-                state = _renew(state, run.new_weights(weights_key(task.index)))
+                state = renewed(state, run.new_weights(weights_key(task.index)), True)
             if loader is not None and not at.rehearsing:  # without rows the strategy trains nothing in this task
+                if config.buffer.replay != "draw":
+                    bar.total -= len(loader)
+                    loader = train_batches(config, run, task.index, state) or loader
+                    bar.total += len(loader)
                 if at.iterator is None:
                     state = _begin_task(run.mesh, state, task.index, loader.steps_per_epoch)
                 state = _train(run.mesh, step, state, loader, config.log_every, session, bar)
-                at.images += config.epochs * len(rows_of_task(run, task.index))
+                count_rows(config, run, at, state, loader, task.index)
                 with phases("end of task"):
-                    state = end_task(config, run, session, state, task.index)
-            if loader is not None and run.rehearse_step is not None:
-                blank = blank_batches(run, state)
+                    state = store_exemplars(config, run, session, state, task.index)
+            review = run.review if loader is not None else None
+            again = None if review is None else review.batches(config, state, task.index)
+            if review is not None and again is not None:
+                weights = functools.partial(run.new_weights, weights_key(task.index))
                 if not at.rehearsing:
                     at.rehearsing, at.iterator = True, None
-                    state = _renew(state, run.new_weights(weights_key(task.index)))
-                    state = _begin_task(run.mesh, state, task.index, blank.steps_per_epoch)
-                bar.total += len(blank) - at.batch
-                state = _train(run.mesh, run.rehearse_step, state, blank, config.log_every, session, bar)
+                    state = renewed(state, weights(), review.renews_weights)
+                    state = _begin_task(run.mesh, state, task.index, again.steps_per_epoch)
+                bar.total += len(again) - at.batch
+                state = _train(run.mesh, review.step, state, again, config.log_every, session, bar)
+                if not review.renews_weights:
+                    at.tuned.append(again.rows_per_epoch)
+                    state = renewed(state, weights(), False)
+            if loader is not None:
+                with phases("end of task"):
+                    state = end_task(config, run, session, state, task.index)
             with phases("evaluate"):
                 batches = session.watched(eval_batches(config, run), "a batch of the evaluation")
                 scores = run.evaluate(state.params, state.batch_stats, state.strategy_state, batches)
@@ -253,11 +265,18 @@ def restore(config: ConfigDict, run: Experiment, session: Session, state: TrainS
     return dataclasses.replace(state, buffer=buffer, staged=jax.jit(run.buffer.stage)(buffer, keys))
 
 
-def end_task(config: ConfigDict, run: Experiment, session: Session, state: TrainState, task: int) -> TrainState:
-    """What the strategy does when the steps of a task are done."""
+def store_exemplars(config: ConfigDict, run: Experiment, session: Session, state: TrainState, task: int) -> TrainState:
+    """Fills the memory, where that is done at a task's end."""
+    if run.store_exemplars is None:
+        return state
     batches = functools.partial(session.watched, task_batches(config, run, task), "a batch at a task's end")
-    if run.store_exemplars is not None:
-        state = run.store_exemplars(state, task, batches())
+    selecting = jax.random.fold_in(jax.random.key(config.seed), np.uint32(2**32 - 1))  # no step has this number
+    return run.store_exemplars(state, task, jax.random.fold_in(selecting, task), batches)
+
+
+def end_task(config: ConfigDict, run: Experiment, session: Session, state: TrainState, task: int) -> TrainState:
+    """What the strategy does when all steps of a task are done."""
+    batches = functools.partial(session.watched, task_batches(config, run, task), "a batch at a task's end")
     return run.end_task(state, batches)
 
 
@@ -266,8 +285,11 @@ def _begin_task(mesh: jax.sharding.Mesh, state: TrainState, task: int, steps_per
     return dataclasses.replace(state, task_step=task_step, steps_per_epoch=per_epoch, task=number)
 
 
-def _renew(state: TrainState, weights: tuple[Any, Any, Any]) -> TrainState:
+def renewed(state: TrainState, weights: tuple[Any, Any, Any], all_of_them: bool) -> TrainState:
+    """The state with these new weights and optimiser, or with the new optimiser alone."""
     params, batch_stats, opt_state = weights
+    if not all_of_them:
+        return dataclasses.replace(state, opt_state=opt_state)
     return dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state)
 
 

@@ -9,8 +9,10 @@ from ml_collections import ConfigDict
 
 from jaxcl import metrics
 from jaxcl.buffer import Buffer
+from jaxcl.data import Loader
 from jaxcl.training import workdir
 from jaxcl.training.experiment import Experiment
+from jaxcl.training.replay import draws_per_epoch
 from jaxcl.training.session import Progress, Session
 from jaxcl.training.state import TrainState
 
@@ -37,6 +39,14 @@ def add_scores(at: Progress, scores: dict[str, np.ndarray]) -> dict[str, list[fl
     return rows
 
 
+def count_rows(config: ConfigDict, run: Experiment, at: Progress, state: TrainState, loader: Loader, task: int) -> None:
+    """Adds to the progress what a task has trained on, `state` being the one in which its steps end."""
+    at.images += config.epochs * loader.rows_per_epoch
+    if run.buffer is not None and state.buffer is not None:
+        stored = run.buffer.stats(state.buffer)["rows_per_shard"]
+        at.replayed.append(draws_per_epoch(config, run.buffer, stored, loader.steps_per_epoch))
+
+
 def summarize(
     config: ConfigDict, run: Experiment, at: Progress, state: TrainState, scores: dict[str, np.ndarray], untrained: Any
 ) -> dict[str, Any]:
@@ -53,6 +63,7 @@ def summarize(
         "steps": at.step,
         "images": at.images,
         "buffer": _buffer_report(run.buffer, state),
+        "replay": None if run.buffer is None else _replay_report(config, at),
         "devices": {
             "count": run.mesh.size,
             "kind": run.mesh.devices.flat[0].device_kind,
@@ -96,6 +107,12 @@ def _top5(matrix: list[list[float]], num_classes: int) -> dict[str, Any]:
         return {}
     so_far = metrics.accuracy_so_far(matrix).tolist()
     return {"top5_matrix": matrix, "average_top5": metrics.average_accuracy(matrix), "top5_so_far": so_far}
+
+
+def _replay_report(config: ConfigDict, at: Progress) -> dict[str, Any]:
+    """Rows that an epoch of each task replays, and one of each fine-tuning, from the second task on, passes over."""
+    tuned = {"finetune_rows_per_epoch": at.tuned} if config.finetune.epochs else {}
+    return {"form": config.buffer.replay, "draws_per_epoch": at.replayed, **tuned}
 
 
 def _buffer_report(buffer: Buffer | None, state: TrainState) -> dict[str, Any] | None:

@@ -31,7 +31,8 @@ from jaxcl.mesh import AXIS
 from jaxcl.strategies import make_strategy
 from jaxcl.training import control, experiment, loop
 from jaxcl.training import workdir as workdir_lib
-from jaxcl.training.result import add_scores, summarize, times
+from jaxcl.training.experiment import train_batches
+from jaxcl.training.result import add_scores, count_rows, summarize, times
 from jaxcl.training.session import Session, diverged, open_session
 from jaxcl.training.state import TrainState, initial_state
 
@@ -194,9 +195,26 @@ def _run_tasks(
         found = run.evaluate(params, batch_stats, strategy_state, batches)
         return [{name: x[i] for name, x in found.items()} for i in range(len(configs))]
 
+    def batches_of(
+        make: Callable[[ConfigDict, TrainState, int], data.Loader | None], state: TrainState, task: int
+    ) -> list[data.Loader | None]:
+        return [make(config, lanes.one(state, i), task) for i, config in enumerate(configs)]
+
+    def with_memory(config: ConfigDict, state: TrainState, task: int) -> data.Loader | None:
+        return train_batches(config, run, task, state)
+
+    def end(act: Callable[..., TrainState], state: TrainState, task: int) -> TrainState:
+        """What is done at a task's end, seed after seed."""
+        with _phase(sessions, "end of task"):
+            ended = [
+                act(config, run, session, lanes.one(state, i), task)
+                for i, (config, session) in enumerate(zip(configs, sessions, strict=True))
+            ]
+            return lanes.join(ended)
+
     ats, tasks, scores = [session.progress for session in sessions], run.scenario.tasks, None
     at, first = ats[0], configs[0]
-    loaders = [[experiment.train_batches(config, run, t) for config in configs] for t in range(len(tasks))]
+    loaders = [[train_batches(config, run, t) for config in configs] for t in range(len(tasks))]
     lengths = [0 if each[0] is None else len(each[0]) for each in loaders]
     with _phase(sessions, "compile"):
         states = [initial_state(run.mesh, weights, run.buffer, run.strategy) for weights in new_weights(0)]
@@ -210,8 +228,8 @@ def _run_tasks(
     with _phase(sessions, "compile"):
         step = run.train_step.lower(state, lanes.batch([loader[0] for loader in loaders[0] if loader])).compile()
     with tqdm(
-        total=sum(lengths),
-        initial=sum(lengths[: at.task]) + (at.iterator["next_index"] if at.iterator else 0),
+        total=at.step + sum(lengths[at.task + at.rehearsing :]) - (0 if at.rehearsing else at.batch),
+        initial=at.step,
         desc=f"{first.strategy}, {len(configs)} seeds",
         unit="step",
         disable=not progress,
@@ -219,29 +237,42 @@ def _run_tasks(
         for task in tasks[at.task :]:
             own = [loader for loader in loaders[task.index] if loader is not None]
             if run.strategy.fresh and task.index and at.iterator is None:
-                params, batch_stats, opt_state = lanes.weights(new_weights(task.index))
-                state = dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state)
-            if own:
+                state = loop.renewed(state, lanes.weights(new_weights(task.index)), True)
+            if own and not at.rehearsing:
+                if first.buffer.replay != "draw":
+                    bar.total -= len(own[0])
+                    own = _of_one_length(batches_of(with_memory, state, task.index))
+                    bar.total += len(own[0])
                 if at.iterator is None:
                     state = _begin_task(run.mesh, state, task.index, own[0].steps_per_epoch, len(configs))
                 state = _train_task(lanes, step, state, own, first.log_every, sessions, bar)
-                for progressed in ats:
-                    progressed.images += first.epochs * len(experiment.rows_of_task(run, task.index))
-                if run.strategy.end_task is not None or run.store_exemplars is not None:
-                    with _phase(sessions, "end of task"):
-                        ended = [
-                            loop.end_task(config, run, session, lanes.one(state, i), task.index)
-                            for i, (config, session) in enumerate(zip(configs, sessions, strict=True))
-                        ]
-                        state = lanes.join(ended)
-                        del ended
+                for i, config in enumerate(configs):
+                    count_rows(config, run, ats[i], lanes.one(state, i), own[i], task.index)
+                if run.store_exemplars is not None:
+                    state = end(loop.store_exemplars, state, task.index)
+            review = run.review if own else None
+            again = [] if review is None else _of_one_length(batches_of(review.batches, state, task.index))
+            if review is not None and again:
+                if not at.rehearsing:
+                    for progressed in ats:
+                        progressed.rehearsing, progressed.iterator = True, None
+                    state = loop.renewed(state, lanes.weights(new_weights(task.index)), False)
+                    state = _begin_task(run.mesh, state, task.index, again[0].steps_per_epoch, len(configs))
+                bar.total += len(again[0]) - at.batch
+                state = _train_task(lanes, review.step, state, again, first.log_every, sessions, bar)
+                for progressed, loader in zip(ats, again, strict=True):
+                    progressed.tuned.append(loader.rows_per_epoch)
+                state = loop.renewed(state, lanes.weights(new_weights(task.index)), False)
+            if own and run.strategy.end_task is not None:
+                state = end(loop.end_task, state, task.index)
             with _phase(sessions, "evaluate"):
                 scores = evaluate(state.params, state.batch_stats, state.strategy_state)
             for session, score in zip(sessions, scores, strict=True):
                 rows = add_scores(session.progress, score)
                 session.log.write("evaluation", session.progress.step, {"task": task.index, **rows})
                 session.log.write_seconds(session.progress.step, session.phases.seconds, {})
-                session.progress.task, session.progress.iterator = task.index + 1, None
+                at_end = session.progress
+                at_end.task, at_end.rehearsing, at_end.iterator = task.index + 1, False, None
             _save(lanes, state, sessions)
             if at.task < len(tasks):
                 for session in sessions:
@@ -259,6 +290,18 @@ def _run_tasks(
     return [
         summarize(config, run, ats[i], lanes.one(state, i), scores[i], untrained[i]) for i, config in enumerate(configs)
     ]
+
+
+def _of_one_length(loaders: Sequence[data.Loader | None]) -> list[data.Loader]:
+    """Those that there are.
+
+    Raises:
+      UserError: they differ in length.
+    """
+    found = [loader for loader in loaders if loader is not None]
+    if len({len(loader) for loader in found}) > 1:
+        raise UserError("--vmap: not allowed here, as the memories of the seeds differ in size; leave it out")
+    return found
 
 
 def _begin_task(mesh: jax.sharding.Mesh, state: TrainState, task: int, steps_per_epoch: int, n: int) -> TrainState:

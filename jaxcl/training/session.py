@@ -49,9 +49,11 @@ class Progress:
     Attributes:
       step: steps taken.
       task: the present task.
-      rehearsing: whether the task's own batches are done, and those of `Strategy.rehearse` are on.
+      rehearsing: whether the task's own batches are done, and those of its `Review` are on.
       iterator: state of the iterator over the present batches; None before the first of them.
       images: trained on in the tasks that are done.
+      replayed: rows replayed in an epoch of each task that is done.
+      tuned: rows in an epoch of each fine-tuning that is done.
       accuracy, top5, error: a row for each task that is done; accuracies or, of reconstruction, errors.
       seconds, phases: wall seconds of the run, over all its sessions.
       metrics_size: bytes of metrics.jsonl; None before the first checkpoint.
@@ -63,6 +65,8 @@ class Progress:
     rehearsing: bool = False
     iterator: dict[str, Any] | None = None
     images: int = 0
+    replayed: list[int] = dataclasses.field(default_factory=list)
+    tuned: list[int] = dataclasses.field(default_factory=list)
     accuracy: list[list[float]] = dataclasses.field(default_factory=list)
     top5: list[list[float]] = dataclasses.field(default_factory=list)
     error: list[list[float]] = dataclasses.field(default_factory=list)

@@ -51,6 +51,8 @@ def make_train_step(
     *,
     loss_classes: str = "all",
     learn: bool = True,
+    frozen: Sequence[str] = (),
+    tuning: bool = False,
 ) -> Any:
     """Binds the parts of a run to `train_step(state, batch) -> (state, metrics)`, jitted and donating the state; with a
     buffer of the host tier to what `buffer.host.Fed` makes such a step of.
@@ -65,6 +67,8 @@ def make_train_step(
       loss_classes: the classes among which rows are classified: "all" of the data set, those "seen" so far, or those of
         the "task" in which a row's class appears (one head a task).
       learn: False leaves the weights alone: a step then only fills the buffer and draws from it.
+      frozen: names of the model's parts, as its parameters are named, whose weights and statistics stay as they are.
+      tuning: what `Context.tuning` says.
 
     Metrics are scalars of this step: loss, accuracy (new rows), replay_accuracy (representatives; 0 without any),
     learning_rate, rows (valid new rows), replayed (valid representatives). Where images are to be reconstructed, error and
@@ -83,7 +87,7 @@ def make_train_step(
         parts = [Part(batch["image"], batch["label"], batch["valid"], batch["id"], target=batch.get("target", {}))]
         parts += [
             Part(d.record["image"], d.label, d.valid, d.id, d.record, target=d.record.get("target", {}))
-            for d in state.staged
+            for d in (state.staged if buffer is not None else ())
         ]
         sizes = [len(part.label) for part in parts]
         images = augment(key, _positions(sizes), jnp.concatenate([part.image for part in parts]))
@@ -117,6 +121,14 @@ def make_train_step(
 
         return descend
 
+    def still_weights(params: PyTree, context: Context) -> PyTree | None:
+        """What a step leaves as it is: bools like the parameters, None for nothing."""
+        if strategy.frozen is None and not frozen:
+            return None
+        none = jax.tree.map(lambda w: jnp.bool_(False), params)
+        still = none if strategy.frozen is None else strategy.frozen(params, context)
+        return still | {name: jax.tree.map(lambda w: jnp.bool_(True), params[name]) for name in frozen}
+
     def local_turn(
         key: jax.Array, shard: Shard, clock: Clock, batch: Batch, outputs: Outputs
     ) -> tuple[Shard, Staged, Any]:
@@ -124,7 +136,7 @@ def make_train_step(
         assert buffer is not None
         step, task_step, steps_per_epoch = clock
         _, insert_key, *draw_keys = step_keys(key, step, strategy.draws)
-        streams = strategy.exemplars is None  # else rows enter at the task's end
+        streams = not strategy.selection  # else rows enter at the task's end
         offered = batch["valid"] & streams & ((task_step < steps_per_epoch) | (buffer.repeats != "first_epoch"))
         record = strategy.stored(batch["image"], outputs, batch.get("target", {}))
         candidates = Rows(record, batch["label"], batch["id"], offered)
@@ -143,12 +155,20 @@ def make_train_step(
         handover: Any = ()
         if learn:
             context = make_context(model, state.strategy_state, state.task, classes, learning_rate)
+            own_key = jax.random.fold_in(augment_key, np.uint32(2**32 - 1))  # no row has this number
+            context = dataclasses.replace(context, key=own_key, tuning=tuning)
             parts = make_parts(state, batch, augment_key, context)
             found = strategy.gradients(make_descend(context), state.params, state.batch_stats, parts, context)
             outputs = found.parts[0].outputs
-            direction, opt_state = optimizer.update(found.grads, state.opt_state, state.params)
+            grads, still = found.grads, still_weights(state.params, context)
+            if still is not None:
+                grads = jax.tree.map(lambda f, g: jnp.where(f, 0.0, g), still, grads)
+            direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction)
-            update |= {"params": params, "batch_stats": found.batch_stats, "opt_state": opt_state}
+            if still is not None:  # momentum and decay would move them
+                params = jax.tree.map(jnp.where, still, state.params, params)
+            kept = {name: x for name, x in state.batch_stats.items() if name in frozen}
+            update |= {"params": params, "batch_stats": found.batch_stats | kept, "opt_state": opt_state}
             metrics |= {"loss": found.loss, **_scores(found.parts)}
         if buffer is not None and state.buffer is not None:
             stored, staged, handover = local_turn(key, state.buffer, _clock(state), batch, outputs)

@@ -152,7 +152,7 @@ def herding(capacity: int, shards: int, num_classes: int) -> Policy:
     enough rows share the memory to within one row, and a class that shrinks keeps its first, best rows. Among equally large
     classes shard i takes from the one next above class K - 1 - i: shards take from different classes. Nothing is random.
 
-    `jaxcl.buffer.herding` ranks the rows. Each class is a list linked from its last row back: O(K) a row, in a loop over the
+    `jaxcl.buffer.selection` ranks the rows. Each class is a list linked from its last row back: O(K) a row, in a loop over the
     rows, which takes no step where no row can be stored. Labels outside [0, K) are not stored.
     """
     slots = -(-capacity // shards)

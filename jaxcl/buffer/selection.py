@@ -1,13 +1,13 @@
 """Which rows of a class are worth keeping, judged by their features at a task's end, on any number of devices.
 
-    rank = rank_rows("icarl", key, features, rows.label, rows.valid, num_classes=K, quota=q, axis=AXIS)
-    state = buffer.local.insert(state, in_rank_order(rows, rank, count), key)      # policy = "herding"
+    rank = rank_rows("icarl", key, features, label, valid, id, num_classes=K, quota=q, axis=AXIS)
+    state = buffer.local.keep(state, rows_of_this_device, key)      # best first; policy = "herding"
 
-Every device ranks the rows it was given, towards class means over the rows of all devices, and keeps its share of the
-quota; with one device, or with `herd` over a mesh axis on any number of them, this is iCaRL (Rebuffi et al., iCaRL:
-Incremental Classifier and Representation Learning, CVPR 2017, algorithm 4). The policy `herding` keeps rows in the order in
-which they come and shrinks classes from the end, so the best of each class survive (algorithm 5). Features are used as they
-are: normalise them first, as iCaRL does.
+A choice is one over the rows of all devices: the same rows are chosen on any number of them. How many choices are made, and
+who stores what, is the memory's mode, see `jaxcl.training.exemplars`. The policy `herding` keeps rows in the order in which
+they come and shrinks classes from the end, so the best of each class survive (Rebuffi et al., iCaRL: Incremental Classifier
+and Representation Learning, CVPR 2017, algorithms 4 and 5). The other selections are those of DyTox (Douillard et al., CVPR
+2022): by distance to the class mean, and at random, here without replacement.
 """
 
 import jax
@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcl.buffer.shard import Rows
 from jaxcl.errors import UserError
 
 SELECTIONS = ("random", "closest", "furthest", "icarl")
+FEATURES = ("clean", "augmented")  # of what images
+KEYS = ("shared", "per_shard")  # of several choices
+QUOTAS = ("adaptive", "fixed")  # rows of a class
 UNRANKED = np.iinfo(np.int32).max
 
 
@@ -51,46 +53,63 @@ def rank_rows(
     features: jax.Array,
     label: jax.Array,
     valid: jax.Array,
+    order: jax.Array,
     *,
     num_classes: int,
     quota: jax.Array | int,
     axis: str | None = None,
 ) -> jax.Array:
-    """Ranks this device's rows within their classes, best first.
+    """Ranks the rows of all devices within their classes, best first.
 
     Args:
-      selection: "icarl": greedily, each next row brings the mean of the chosen ones nearest to the class mean; "closest" and
-        "furthest": by distance to the class mean; "random": a uniform permutation.
-      key: of "random", for this device alone; the same key ranks the same rows alike.
-      features, label, valid, num_classes, axis: see `class_means`.
-      quota: rows wanted of each class on this device. "icarl" makes that many rounds over all rows, O(quota n D).
+      selection: "icarl": greedily, each next row brings the mean of the chosen ones nearest to the class mean, of features
+        scaled to length 1; "closest" and "furthest": by distance to the class mean; "random": a uniform permutation.
+      key: of "random", the same on all devices; the same key ranks the same rows alike.
+      features: float `[n, D]`, not read by "random"; label: int32 `[n]`; valid: bool `[n]`.
+      order: int32 `[n]`, different for all rows of all devices: an id. Of equally good rows the least is better.
+      num_classes: K.
+      quota: rows wanted of each class. "icarl" makes that many rounds over all rows, O(quota n D).
+      axis: mesh axis along which devices choose together; None: one device.
 
     Returns:
-      int32 `[n]`: 0 for the best row of its class on this device; `UNRANKED` from the quota on and for invalid rows. Of equal
-      rows the first is better.
+      int32 `[n]`: 0 for the best row of its class; `UNRANKED` from the quota on and for invalid rows.
 
     Raises:
       UserError: unknown selection.
     """
     if selection not in SELECTIONS:
         raise UserError(f"selection: {selection!r} is unknown, choose one of {', '.join(SELECTIONS)}")
-    features = features.astype(jnp.float32)
     if selection == "random":
-        return _rank_by(jax.random.bits(key, label.shape, jnp.uint32), label, valid, quota)
+        bits = jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row), (), jnp.uint32))(order)
+        return _rank_by(bits, label, valid, order, quota, axis)
+    features = features.astype(jnp.float32)
+    if selection == "icarl":
+        features = unit(features)
     means = class_means(features, label, valid, num_classes, axis)
     if selection == "icarl":
-        return herd(means, features, label, valid, jnp.arange(len(label), dtype=jnp.int32), quota)
+        return herd(means, features, label, valid, order, quota, axis)
     distance = jnp.sum((features - means[label]) ** 2, axis=1)
-    return _rank_by(distance if selection == "closest" else -distance, label, valid, quota)
+    return _rank_by(distance if selection == "closest" else -distance, label, valid, order, quota, axis)
 
 
-def _rank_by(score: jax.Array, label: jax.Array, valid: jax.Array, quota: jax.Array | int) -> jax.Array:
-    """Ranks by ascending score within each class."""
-    position = jnp.arange(label.shape[0], dtype=jnp.int32)
-    invalid, label, _, row = lax.sort((~valid, label, score, position), num_keys=3)
+def unit(vectors: jax.Array) -> jax.Array:
+    """`[n, D]` scaled to length 1; a zero vector stays zero."""
+    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _rank_by(
+    score: jax.Array, label: jax.Array, valid: jax.Array, order: jax.Array, quota: jax.Array | int, axis: str | None
+) -> jax.Array:
+    """Ranks by ascending score within each class; every device sorts the scores of all and keeps those of its own rows."""
+    n, rows = label.shape[0], (~valid, label, score, order)
+    if axis is not None:
+        rows = lax.all_gather(rows, axis, tiled=True)
+    position = jnp.arange(rows[0].shape[0], dtype=jnp.int32)
+    invalid, label, _, _, row = lax.sort((*rows, position), num_keys=4)
     begins = jnp.searchsorted(jnp.where(invalid, UNRANKED, label), label).astype(jnp.int32)
     rank = jnp.where(invalid | (position - begins >= quota), UNRANKED, position - begins)
-    return jnp.zeros_like(position).at[row].set(rank, unique_indices=True)
+    rank = jnp.zeros_like(position).at[row].set(rank, unique_indices=True)
+    return rank if axis is None else lax.dynamic_slice(rank, (lax.axis_index(axis) * n,), (n,))
 
 
 def herd(
@@ -135,19 +154,3 @@ def herd(
 
     start = jnp.full(label.shape, UNRANKED, jnp.int32), jnp.zeros_like(means)
     return lax.fori_loop(0, quota, choose, start)[0]
-
-
-def in_rank_order(rows: Rows, rank: jax.Array, count: int) -> Rows:
-    """This device's first `count` rows by rank, all classes in turn, ready to be inserted; rows without rank are invalid.
-
-    An insert compares its rows pairwise, so give thousands in several parts: slices of this, in order.
-
-    Args:
-      rows: leaves `[n, ...]`.
-      rank: int32 `[n]`, see `rank_rows`.
-      count: at most n.
-    """
-    rank, chosen = lax.sort((rank, jnp.arange(rank.shape[0], dtype=jnp.int32)), num_keys=1)
-    chosen = chosen[:count]
-    rows = jax.tree.map(lambda x: x[chosen], rows)
-    return Rows(rows.record, rows.label, rows.id, rows.valid & (rank[:count] != UNRANKED))
