@@ -5,7 +5,7 @@ import functools
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -30,9 +30,11 @@ from jaxcl.training.experiment import (
     train_batches,
 )
 from jaxcl.training.result import add_scores, summarize, times
-from jaxcl.training.session import Session, diverged, open_session
+from jaxcl.training.session import Session, State, diverged, open_session
 from jaxcl.training.state import TrainState, initial_state
 from jaxcl.training.step import step_keys
+
+S = TypeVar("S", bound=State)
 
 
 def train_and_evaluate(
@@ -124,7 +126,7 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
             if loader is not None and not at.rehearsing:  # without rows the strategy trains nothing in this task
                 if at.iterator is None:
                     state = _begin_task(run.mesh, state, task.index, loader.steps_per_epoch)
-                state = _train(run.mesh, step, state, loader, config.log_every, session, bar)
+                state = train_steps(run.mesh, step, state, loader, config.log_every, session, bar)
                 at.images += config.epochs * len(rows_of_task(run, task.index))
                 with phases("end of task"):
                     state = end_task(config, run, session, state, task.index)
@@ -135,7 +137,7 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
                     state = _renew(state, run.new_weights(weights_key(task.index)))
                     state = _begin_task(run.mesh, state, task.index, blank.steps_per_epoch)
                 bar.total += len(blank) - at.batch
-                state = _train(run.mesh, run.rehearse_step, state, blank, config.log_every, session, bar)
+                state = train_steps(run.mesh, run.rehearse_step, state, blank, config.log_every, session, bar)
             with phases("evaluate"):
                 batches = session.watched(eval_batches(config, run), "a batch of the evaluation")
                 scores = run.evaluate(state.params, state.batch_stats, state.strategy_state, batches)
@@ -158,15 +160,15 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
     return summarize(config, run, at, state, scores, untrained)
 
 
-def _train(
+def train_steps(
     mesh: jax.sharding.Mesh,
     step: Callable,
-    state: TrainState,
+    state: S,
     loader: data.Loader,
     log_every: int,
     session: Session,
     bar: tqdm,
-) -> TrainState:
+) -> S:
     """The steps of one task, or of the rehearsal at its end, that are not done yet. Metrics are fetched a logging interval
     late, so that the devices never wait for them; a checkpoint waits, so that the log it belongs to is complete."""
     pending: tuple[int, int, dict] | None = None
