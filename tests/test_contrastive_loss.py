@@ -305,16 +305,15 @@ def compiled(mesh, kind, capacity, drawn, store):
     ("kind", "drawn", "store"), [("fifo", 0, "float32"), ("fifo", 0, "int8"), ("slots", 256, "bfloat16")]
 )
 def test_no_device_holds_the_bank_and_a_step_works_in_place(kind, drawn, store, mesh_of):
-    """Sixteen times the rows, the same temporaries but for a number an anchor and block; nothing in the program has as many
-    rows as the bank, nor, but for what is donated, as many as the device's share."""
+    """Sixteen times the rows, the same temporaries; nothing in the program has as many rows as the bank, nor, but for what is
+    donated, as many as the device's share."""
     mesh = mesh_of(8)
     small, large = (compiled(mesh, kind, rows, drawn, store) for rows in (2**14, 2**18))
-    blocks = 2 if drawn else 2**18 // 8 // 128
     growth = large.memory_analysis().temp_size_in_bytes - small.memory_analysis().temp_size_in_bytes
-    assert growth <= 4 * 16 * 2 * 3 * blocks, growth  # float32, anchors, ways, log-sum-exps kept of a block
+    assert growth <= 64, growth
     share = 2**18 // 8
     shapes = set(re.findall(r"\b([a-z]+\d*)\[([\d,]+)\]", large.as_text()))
     wide = {(dtype, shape) for dtype, shape in shapes if any(int(n) >= share for n in shape.split(","))}
-    stored = {"float32": "f32", "int8": "s8", "bfloat16": "bf16"}[store]
+    stored = {"float32": "f32", "int8": "s8", "bfloat16": "u16"}[store]
     allowed = {(stored, f"{share},8"), ("s32", f"{share}"), ("f32", f"{share}")}
     assert wide <= allowed, wide - allowed

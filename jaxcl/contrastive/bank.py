@@ -67,8 +67,8 @@ class Bank:
     Attributes:
       init: `() -> state`, without a row, split over the mesh.
       insert: `(state, rows) -> state`; `rows` are those of all devices, the same on every device. In place when donated.
-      reader: `(state, key) -> (read, needed, blocks)`: `read(i)` is this device's block i of the rows that serve as
-        negatives, all of them or a sample of the union; `needed(i)` whether it can hold any, None for "always".
+      reader: `(state, key) -> (read, blocks)`: `read(i)` is block i of this device's rows that serve as negatives, all of
+        them or its share of a sample of the union; `blocks` how many there are.
       previous: `(state, ids) -> ({side: float32 [B, D]}, bool [B])`: what is stored of these examples on this device, 0 and
         False where it holds nothing of them. Of "slots" alone.
       pack: `(pair, step) -> record` of embeddings float32 `[n, D]` of both sides, made at `step`.
@@ -81,7 +81,7 @@ class Bank:
 
     init: Callable[[], BankState]
     insert: Callable[[BankState, Rows], BankState]
-    reader: Callable[[BankState, jax.Array], tuple[Callable, Callable | None, int]]
+    reader: Callable[[BankState, jax.Array], tuple[Callable[[jax.Array], Block], jax.Array | int]]
     previous: Callable[[BankState, jax.Array], tuple[dict[str, jax.Array], jax.Array]]
     pack: Callable[[Sequence[jax.Array], jax.Array], PyTree]
     capacity: int
@@ -143,32 +143,32 @@ def make_bank(
         mine = (slot >= 0) & (slot < here)
         return BankState(shard_lib.write(state.shard, new, jnp.where(mine, slot, here + count), ()), meta)
 
-    def read_all(state: BankState, key: jax.Array) -> tuple[Callable, None, int]:
+    def read_all(state: BankState, key: jax.Array) -> tuple[Callable[[jax.Array], Block], int]:
         size = min(chunk, here)
 
-        def read(i: jax.Array | int) -> Block:
-            start = jnp.minimum(jnp.int32(i) * size, here - size)  # the last block reaches back into the one before
+        def read(i: jax.Array) -> Block:
+            start = jnp.minimum(i * size, here - size)  # the last block reaches back into the one before
             number = start + jnp.arange(size, dtype=jnp.int32)
             part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), state.shard)
-            return Block(part.record, part.label, (part.id >= 0) & (number >= jnp.int32(i) * size))
+            return Block(part.record, part.label, (part.id >= 0) & (number >= i * size))
 
-        return read, None, -(-here // size)
+        return read, -(-here // size)
 
-    def read_drawn(state: BankState, key: jax.Array) -> tuple[Callable, Callable, int]:
+    def read_drawn(state: BankState, key: jax.Array) -> tuple[Callable[[jax.Array], Block], jax.Array]:
         held = jnp.clip(capacity - jnp.arange(devices, dtype=jnp.int32) * here, 0, here)
         plan = draw.make_plan(key, held, drawn)  # the same on all devices: ranks of the union, which are its slots
         me = lax.axis_index(AXIS)
         first, end = plan.first[me], plan.first[me + 1]
-        # One block holds what a device has to supply, almost always; the others are skipped then, and never lost.
+        # One block holds what a device has to supply, almost always; where it does not, there are more.
         size = min(drawn, here, chunk, six_sigma(drawn / devices, 1))
 
-        def read(i: jax.Array | int) -> Block:
-            position = first + jnp.int32(i) * size + jnp.arange(size, dtype=jnp.int32)
+        def read(i: jax.Array) -> Block:
+            position = first + i * size + jnp.arange(size, dtype=jnp.int32)
             slot = jnp.where(position < end, plan.rank.at[position].get(mode="clip") - base(), 0)
             stored, key, ids = shard_lib.read(state.shard, slot)
             return Block(stored, key, (position < end) & (ids >= 0))
 
-        return read, lambda i: first + jnp.int32(i) * size < end, -(-min(drawn, here) // size)
+        return read, -(-(end - first) // size)
 
     def previous(state: BankState, ids: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
         slot = ids - base()

@@ -79,34 +79,51 @@ def stored_sums(
     bank: Bank, state: BankState, anchors: Pair, scale: jax.Array, key: jax.Array, draw_key: jax.Array
 ) -> dict[int, jax.Array]:
     """Of the anchors of all devices `[B, D]`, the log-sum-exp of their scores over the rows this device holds, `[B]`; by the
-    number of the anchors' side, for those whose other side is stored. FAR where there is none."""
+    number of the anchors' side, for those whose other side is stored. FAR where there is none.
+
+    Block after block, each scored again for its gradient, which is written out here: what is kept of a block is nothing, and
+    how many blocks there are may depend on the draw.
+    """
     sides = [side for side in (0, 1) if SIDES[1 - side] in bank.sides]
-    read, needed, blocks = bank.reader(jax.lax.stop_gradient(state), draw_key)
 
-    def sums(anchors: Pair, scale: jax.Array, i: jax.Array | int) -> list[jax.Array]:
-        block: Block = read(i)
-        allowed = (key[:, None] != block.key[None, :]) & block.usable[None, :]
+    def over_blocks(anchors: Pair, held: tuple, add: Callable, begin: list) -> list:
+        """`add(side, sum, cosines [B, n], allowed [B, n], rows [n, D]) -> sum` over all blocks, from `begin`."""
+        state, key, draw_key = held
+        read, blocks = bank.reader(state, draw_key)
 
-        def one(side: int) -> jax.Array:
-            rows = decode(block.record[SIDES[1 - side]])
-            return jax.nn.logsumexp(jnp.where(allowed, scale * anchors[side] @ rows.T, FAR), axis=1)
+        def block(i: jax.Array, sums: list) -> list:
+            found: Block = read(i)
+            allowed = (key[:, None] != found.key[None, :]) & found.usable[None, :]
+            rows = [decode(found.record[SIDES[1 - side]]) for side in sides]
+            return [add(n, x, anchors[sides[n]] @ rows[n].T, allowed, rows[n]) for n, x in enumerate(sums)]
 
-        return [one(side) for side in sides]
+        return lax.fori_loop(0, blocks, block, begin)
 
-    nothing = [jnp.full(key.shape, FAR) for _ in sides]
-    if blocks == 1:
-        return dict(zip(sides, sums(anchors, scale, 0), strict=True))
-    # Block after block, each computed again for its gradient: what is kept of a block is one number an anchor.
-    again: Callable = jax.checkpoint(sums)
+    @jax.custom_vjp
+    def sums(anchors: Pair, scale: jax.Array, held: tuple) -> list[jax.Array]:
+        def add(n: int, total: jax.Array, cosine: jax.Array, allowed: jax.Array, rows: jax.Array) -> jax.Array:
+            return jnp.logaddexp(total, jax.nn.logsumexp(jnp.where(allowed, scale * cosine, FAR), axis=1))
 
-    def add(total: list[jax.Array], i: jax.Array) -> tuple[list[jax.Array], None]:
-        if needed is None:
-            found = again(anchors, scale, i)
-        else:
-            found = lax.cond(needed(i), again, lambda *_: nothing, anchors, scale, i)
-        return [jnp.logaddexp(x, y) for x, y in zip(total, found, strict=True)], None
+        return over_blocks(anchors, held, add, [jnp.full(key.shape, FAR) for _ in sides])
 
-    return dict(zip(sides, lax.scan(add, nothing, jnp.arange(blocks, dtype=jnp.int32))[0], strict=True))
+    def forward(anchors: Pair, scale: jax.Array, held: tuple) -> tuple[list[jax.Array], tuple]:
+        found = sums(anchors, scale, held)
+        return found, (anchors, scale, held, found)
+
+    def backward(kept: tuple, g: list[jax.Array]) -> tuple:
+        anchors, scale, held, found = kept
+
+        def add(n: int, grads: Pair, cosine: jax.Array, allowed: jax.Array, rows: jax.Array) -> Pair:
+            share = jnp.where(allowed, jnp.exp(scale * cosine - found[n][:, None]), 0) * g[n][:, None]
+            return grads[0] + scale * share @ rows, grads[1] + jnp.sum(share * cosine)
+
+        grads = over_blocks(anchors, held, add, [(jnp.zeros_like(anchors[side]), jnp.float32(0)) for side in sides])
+        by_side = {side: grad for side, (grad, _) in zip(sides, grads, strict=True)}
+        both = tuple(by_side.get(side, jnp.zeros_like(anchors[side])) for side in (0, 1))
+        return both, sum((x for _, x in grads), jnp.float32(0)), None
+
+    sums.defvjp(forward, backward)
+    return dict(zip(sides, sums(anchors, scale, (state, key, draw_key)), strict=True))
 
 
 def join(partial: jax.Array, b: int) -> jax.Array:
