@@ -17,8 +17,9 @@ def get_config() -> ConfigDict:
     config.data.source = "emoji:emoji_pairs.npz"
     config.data.augment = ("crop",)
     config.batch_size = 32
-    config.epochs = 40
+    config.epochs = 20
+    config.momentum = 0.99  # 820 steps are too few for 0.999
+    config.bank.start = 5.0
     config.optimizer.learning_rate = 2e-3
     config.optimizer.weight_decay = 0.05
-    config.model.image_width = 16
     return config

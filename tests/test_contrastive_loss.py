@@ -1,4 +1,4 @@
-"""The contrastive loss and its bank against plain NumPy: values, gradients, what is stored, what is drawn, what is allocated."""
+"""The contrastive loss and its bank against plain NumPy: values, gradients, what is stored, drawn, allocated."""
 
 import dataclasses
 import functools
@@ -115,9 +115,7 @@ def computed(mesh, case, bank=None, state=None, key=None, gather=True, same_side
 
     split, whole = PartitionSpec(AXIS), PartitionSpec()
     specs = (*(split,) * 6, whole, whole if state is None else bank_lib.specs())
-    run = jax.shard_map(
-        local, mesh=mesh, in_specs=specs, out_specs=(split, split, split, whole), check_vma=False
-    )
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(split, split, split, whole), check_vma=False)
     rows = mesh_lib.shard_rows(mesh, list(dataclasses.astuple(case)))
     return jax.device_get(jax.jit(run)(*rows, jnp.float32(SCALE), state))
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from jaxcl.contrastive.storage import STORAGES
 from jaxcl.contrastive.step import NEGATIVES, PAIRS
+from jaxcl.contrastive.storage import STORAGES
 from jaxcl.errors import UserError
 from jaxcl.training import config as training
 
@@ -34,6 +34,7 @@ def default_config() -> ConfigDict:
             "bank": {
                 "capacity": 1024,  # of fifo and momentum: rows of the union of all devices
                 "drawn": 256,  # of full_bank: K rows of the bank, without replacement, are a step's negatives; 0: all
+                "start": 0.0,  # the epoch from which its rows are negatives; XBM warms up (Wang et al. 2020)
                 "proximal": 0.0,  # of full_bank: lambda of lambda * |v_i - stored v_i|^2
                 "storage": "float32",  # float32 | bfloat16 | int8
                 "chunk": 8192,  # rows of a device that are scored at a time
@@ -54,7 +55,11 @@ def default_config() -> ConfigDict:
             },
             "model": {"image_width": 16, "text_width": 64, "dtype": "float32"},
             "optimizer": optimizer,
-            "eval": {"batch_size": 256, "rounds": 1, "staleness_rows": 4096},  # evaluations, evenly spread over the epochs
+            "eval": {
+                "batch_size": 256,
+                "rounds": 1,
+                "staleness_rows": 4096,
+            },  # evaluations, evenly spread over the epochs
             "checkpoint": shared.checkpoint.to_dict(),
         }
     )
@@ -79,15 +84,14 @@ RULES: dict[str, Rule] = {
     "seed": NOT_NEGATIVE,
     "bank.drawn": NOT_NEGATIVE,
     "bank.proximal": NOT_NEGATIVE,
+    "bank.start": NOT_NEGATIVE,
     "checkpoint.every_steps": NOT_NEGATIVE,
     "checkpoint.every_seconds": NOT_NEGATIVE,
     "optimizer.warmup_epochs": NOT_NEGATIVE,
-    **{
-        field: POSITIVE
-        for field in ("batch_size", "epochs", "passes", "dim", "temperature", "log_every", "bank.capacity", "bank.chunk")
-    },
-    **{field: POSITIVE for field in ("data.length", "data.threads", "model.image_width", "model.text_width")},
-    **{field: POSITIVE for field in ("optimizer.learning_rate", "eval.batch_size", "eval.rounds", "checkpoint.keep")},
+    **dict.fromkeys(("batch_size", "epochs", "passes", "dim", "temperature", "log_every"), POSITIVE),
+    **dict.fromkeys(("bank.capacity", "bank.chunk", "data.length", "data.threads"), POSITIVE),
+    **dict.fromkeys(("model.image_width", "model.text_width", "optimizer.learning_rate"), POSITIVE),
+    **dict.fromkeys(("eval.batch_size", "eval.rounds", "checkpoint.keep"), POSITIVE),
 }
 
 
@@ -98,7 +102,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
       UserError: a field is unknown, missing or of another type, or a value is not allowed on `devices` devices.
     """
     training.check_fields(config, default_config(), "config")
-    flat = {name: value for name, value in _flat(config)}
+    flat = dict(_flat(config))
     for field, (ok, allowed) in RULES.items():
         if not ok(flat[field]):
             raise UserError(f"{field}: {flat[field]!r} is not allowed, {allowed}")

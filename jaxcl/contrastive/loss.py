@@ -36,6 +36,7 @@ def info_nce(
     bank: Bank | None = None,
     state: BankState | None = None,
     draw_key: jax.Array | None = None,
+    used: jax.Array | bool = True,
 ) -> jax.Array:
     """The loss of each of this device's pairs, the mean of both ways, float32 `[b]`; inside `shard_map`.
 
@@ -49,6 +50,7 @@ def info_nce(
       gather: whether the candidates of all devices count, or this device's alone.
       same_side: whether the other anchors of the same side are candidates too (SimCLR's NT-Xent, Chen et al. 2020).
       bank, state, draw_key: whose rows are candidates beside the current ones; needs `gather`.
+      used: bool, the same on all devices, whether the stored rows are candidates already.
     """
     b = len(key)
     me = lax.axis_index(AXIS) if gather else 0
@@ -68,7 +70,7 @@ def info_nce(
     partial = [current(0), current(1)]
     if bank is not None:
         assert gather and state is not None and draw_key is not None
-        stored = stored_sums(bank, state, everyone, scale, every_key, draw_key)
+        stored = stored_sums(bank, state, everyone, scale, every_key, draw_key, used)
         partial = [jnp.logaddexp(x, stored[side]) if side in stored else x for side, x in enumerate(partial)]
     total = [join(x, b) if gather else x for x in partial]
     positive = [scale * jnp.sum(anchors[side] * candidates[1 - side], axis=1) for side in (0, 1)]
@@ -76,7 +78,13 @@ def info_nce(
 
 
 def stored_sums(
-    bank: Bank, state: BankState, anchors: Pair, scale: jax.Array, key: jax.Array, draw_key: jax.Array
+    bank: Bank,
+    state: BankState,
+    anchors: Pair,
+    scale: jax.Array,
+    key: jax.Array,
+    draw_key: jax.Array,
+    used: jax.Array | bool = True,
 ) -> dict[int, jax.Array]:
     """Of the anchors of all devices `[B, D]`, the log-sum-exp of their scores over the rows this device holds, `[B]`; by the
     number of the anchors' side, for those whose other side is stored. FAR where there is none.
@@ -88,7 +96,7 @@ def stored_sums(
 
     def over_blocks(anchors: Pair, held: tuple, add: Callable, begin: list) -> list:
         """`add(side, sum, cosines [B, n], allowed [B, n], rows [n, D]) -> sum` over all blocks, from `begin`."""
-        state, key, draw_key = held
+        state, key, draw_key, used = held
         read, blocks = bank.reader(state, draw_key)
 
         def block(i: jax.Array, sums: list) -> list:
@@ -97,7 +105,7 @@ def stored_sums(
             rows = [decode(found.record[SIDES[1 - side]]) for side in sides]
             return [add(n, x, anchors[sides[n]] @ rows[n].T, allowed, rows[n]) for n, x in enumerate(sums)]
 
-        return lax.fori_loop(0, blocks, block, begin)
+        return lax.fori_loop(0, jnp.where(used, blocks, 0), block, begin)
 
     @jax.custom_vjp
     def sums(anchors: Pair, scale: jax.Array, held: tuple) -> list[jax.Array]:
@@ -123,7 +131,7 @@ def stored_sums(
         return both, sum((x for _, x in grads), jnp.float32(0)), None
 
     sums.defvjp(forward, backward)
-    return dict(zip(sides, sums(anchors, scale, (state, key, draw_key)), strict=True))
+    return dict(zip(sides, sums(anchors, scale, (state, key, draw_key, jnp.asarray(used))), strict=True))
 
 
 def join(partial: jax.Array, b: int) -> jax.Array:

@@ -138,6 +138,7 @@ def make_step(
     passes: int = 1,
     same_side: bool = False,
     proximal: float = 0.0,
+    bank_start: float = 0.0,
     momentum: float = 0.999,
 ) -> Any:
     """Binds the parts to `step(state, batch) -> (state, metrics)`, jitted and donating the state.
@@ -149,6 +150,7 @@ def make_step(
       schedule: learning rate as a function of the epoch.
       passes: optimiser steps on one batch; the bank takes in the embeddings of the last.
       proximal: lambda, of "full_bank".
+      bank_start: the epoch from which the bank's rows are negatives; until then it only takes them in.
       momentum: m of the key encoders, of "momentum".
 
     Metrics: loss (the whole of it), proximal (its term before lambda), positive (mean cosine of the pairs), scale,
@@ -169,7 +171,8 @@ def make_step(
         b, valid = len(batch["valid"]), batch["valid"]
         rows = lax.axis_index(AXIS) * b + jnp.arange(b, dtype=jnp.int32)
         inputs = inputs_of(augment_key, rows, batch)
-        rate = jnp.asarray(schedule(state.step / steps_per_epoch), jnp.float32)
+        epoch = state.step / steps_per_epoch
+        rate = jnp.asarray(schedule(epoch), jnp.float32)
         total = jnp.maximum(lax.psum(jnp.sum(valid, dtype=jnp.float32), AXIS), 1.0)
 
         def one_pass(carry: tuple[PyTree, ...], i: jax.Array) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
@@ -191,6 +194,7 @@ def make_step(
                     bank=bank,
                     state=held,
                     draw_key=jax.random.fold_in(draw_key, i),
+                    used=epoch >= bank_start,
                 )
                 moved = jnp.zeros_like(losses)
                 if proximal:

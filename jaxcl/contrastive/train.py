@@ -1,5 +1,7 @@
-"""A contrastive run: its parts from the config, its rounds of training and evaluation, what it leaves. The session, the log, the
-checkpoints and the stepping are those of `jaxcl.training`."""
+"""A contrastive run: its parts from the config, its rounds of training and evaluation, what it leaves.
+
+The session, the log, the checkpoints and the stepping are those of `jaxcl.training`.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -71,7 +73,9 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Co
         vocabulary=d.vocabulary,
     )
     if config.bank.drawn > len(train) and config.negatives == "full_bank":
-        raise UserError(f"bank.drawn: {config.bank.drawn} rows of a bank of {len(train)}, give at most that, or 0 for all")
+        raise UserError(
+            f"bank.drawn: {config.bank.drawn} rows of a bank of {len(train)}, give at most that, or 0 for all"
+        )
     augment = data.make_augment(d.augment, train.image_shape, mean=d.mean, std=d.std)
     plain = data.make_augment((), train.image_shape, mean=d.mean, std=d.std)
     towers = make_towers(config.dim, m.image_width, m.text_width, d.vocabulary, m.dtype)
@@ -118,10 +122,13 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Co
         passes=config.passes,
         same_side=config.same_side,
         proximal=config.bank.proximal,
+        bank_start=config.bank.start,
         momentum=config.momentum,
     )
     embed = make_embed(mesh, towers, d.pairs, augment if d.pairs == "views" else plain)
-    return Contrastive(mesh, train, test, bank, new_state, step, embed, make_staleness(mesh, config.eval.staleness_rows))
+    return Contrastive(
+        mesh, train, test, bank, new_state, step, embed, make_staleness(mesh, config.eval.staleness_rows)
+    )
 
 
 def train_batches(config: ConfigDict, run: Contrastive, part: int) -> data.Loader:
@@ -189,7 +196,9 @@ def train_and_evaluate(
     ):
         if isinstance(session, dict):
             return session
-        result = _run_rounds(config, run, session, progress and first) | {"evaluations": session.log.lines("evaluation")}
+        result = _run_rounds(config, run, session, progress and first) | {
+            "evaluations": session.log.lines("evaluation")
+        }
         result |= times(result["images"], session)
         if first:
             files.write_json(folder / "result.json", result)

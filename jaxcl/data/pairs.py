@@ -53,7 +53,9 @@ def open_pairs(
         return _coco(data_dir, pairs, image_size or 64, length, vocabulary)
     train, test = open_source(name, data_dir, image_size=image_size)
     if train.targets:
-        raise UserError(f"dataset {name!r}: images to be reconstructed have no class names; give one of labelled images")
+        raise UserError(
+            f"dataset {name!r}: images to be reconstructed have no class names; give one of labelled images"
+        )
     if pairs == "views":
         return _keyed_by_row(train), _keyed_by_row(test)
     names = text.tokens([SENTENCE.format(x) for x in train.class_names], length, vocabulary)
@@ -92,9 +94,7 @@ def _emoji(
     return part(np.sort(order[:border])), part(np.sort(order[border:]))
 
 
-def _coco(
-    data_dir: str | None, pairs: str, image_size: int, length: int, vocabulary: int
-) -> tuple[Source, Source]:
+def _coco(data_dir: str | None, pairs: str, image_size: int, length: int, vocabulary: int) -> tuple[Source, Source]:
     """MS-COCO captions (Chen et al. 2015) as TFDS prepares them: about 82,783 + 40,504 images with five captions each.
 
     A row is a caption, the images' middle squares are decoded batch by batch, and the keys are the images' numbers.
