@@ -160,7 +160,9 @@ def main() -> None:
             found = measure(config, workdir, part)
         if path is not None:
             whole = json.loads(path.read_text()) if path.exists() else {}
-            whole[part] = {"seeds": SEEDS.value, "settings": found, **environment()}
+            about = {"name": config.name, "batch_size": config.batch_size, "epochs": config.epochs}
+            about |= {"bank_start": config.bank.start, "seeds": 1 if part == "staleness" else SEEDS.value}
+            whole[part] = {**about, "settings": found, **environment()}
             path.write_text(json.dumps(whole, indent=1) + "\n")
 
 
