@@ -216,6 +216,24 @@ def _tfds_builder(name: str, tfds_name: str, data_dir: str | None) -> Any:
         raise UserError(f"dataset {name!r}: cannot be opened ({_brief(error)})") from None
 
 
+def open_examples(name: str, data_dir: str | None, splits: Sequence[str]) -> list[Any]:
+    """Splits of a TFDS set with an "image" and whatever else, each example a dict by random access, its image a file's bytes.
+
+    Raises:
+      UserError: the set is unknown or cannot be prepared, or has no such split.
+    """
+    from tensorflow_datasets import decode
+
+    builder = _tfds_builder(name, name.partition(":")[2], data_dir)
+    if not _prepared(builder):
+        builder = _download(name, builder, data_dir)
+    missing = [split for split in splits if split not in builder.info.splits]
+    if missing:
+        found = ", ".join(builder.info.splits)
+        raise UserError(f"dataset {name!r}: has splits {found}; needed are {', '.join(splits)}")
+    return [builder.as_data_source(split, decoders={"image": decode.SkipDecoding()}) for split in splits]
+
+
 def _open_builder(
     name: str, builder: Any, data_dir: str | None, cache_bytes: int, image_size: int | None = None
 ) -> tuple[Source, Source]:

@@ -111,7 +111,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
     Raises:
       UserError: a field is unknown, missing or of another type, or a value is not allowed on `devices` devices.
     """
-    _check_fields(config, default_config(), "config")
+    check_fields(config, default_config(), "config")
     _one_of("strategy", config.strategy, tuple(STRATEGIES))
     _one_of("data.placement", config.data.placement, ("shuffled", "by_class"))
     _one_of("data.scenario", config.data.scenario, SCENARIOS)
@@ -226,7 +226,12 @@ def unknown_field(name: str, parent: str, allowed: list[str]) -> UserError:
     return UserError(f"{parent}.{name}: no such field; {hint}")
 
 
-def _check_fields(config: ConfigDict, default: ConfigDict, path: str) -> None:
+def check_fields(config: ConfigDict, default: ConfigDict, path: str) -> None:
+    """Whether `config` has the fields of `default`, with values of their types.
+
+    Raises:
+      UserError: it has not.
+    """
     for name in config:
         if name not in default:
             raise unknown_field(name, path, list(default))
@@ -238,7 +243,7 @@ def _check_fields(config: ConfigDict, default: ConfigDict, path: str) -> None:
             if not isinstance(config[name], ConfigDict):
                 raise UserError(f"{field}: {config[name]!r} is not a group of fields")
             if field != "config.model.options":
-                _check_fields(config[name], default[name], field)
+                check_fields(config[name], default[name], field)
         elif field == "config.data.tasks" or config[name] is None:
             continue
         elif not isinstance(config[name], (want := _type(default, name))):

@@ -5,7 +5,7 @@ import functools
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -28,9 +28,11 @@ from jaxcl.training.experiment import (
     train_batches,
 )
 from jaxcl.training.result import add_scores, count_rows, summarize, times
-from jaxcl.training.session import Session, diverged, open_session
+from jaxcl.training.session import Session, State, diverged, open_session
 from jaxcl.training.state import TrainState, initial_state
 from jaxcl.training.step import step_keys
+
+S = TypeVar("S", bound=State)
 
 
 def train_and_evaluate(
@@ -128,7 +130,7 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
                     bar.total += len(loader)
                 if at.iterator is None:
                     state = _begin_task(run.mesh, state, task.index, loader.steps_per_epoch)
-                state = _train(run.mesh, step, state, loader, config.log_every, session, bar)
+                state = train_steps(run.mesh, step, state, loader, config.log_every, session, bar)
                 count_rows(config, run, at, state, loader, task.index)
                 with phases("end of task"):
                     state = store_exemplars(config, run, session, state, task.index)
@@ -141,7 +143,7 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
                     state = renewed(state, weights(), review.renews_weights)
                     state = _begin_task(run.mesh, state, task.index, again.steps_per_epoch)
                 bar.total += len(again) - at.batch
-                state = _train(run.mesh, review.step, state, again, config.log_every, session, bar)
+                state = train_steps(run.mesh, review.step, state, again, config.log_every, session, bar)
                 if not review.renews_weights:
                     at.tuned.append(again.rows_per_epoch)
                     state = renewed(state, weights(), False)
@@ -170,15 +172,15 @@ def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: 
     return summarize(config, run, at, state, scores, untrained)
 
 
-def _train(
+def train_steps(
     mesh: jax.sharding.Mesh,
     step: Callable,
-    state: TrainState,
+    state: S,
     loader: data.Loader,
     log_every: int,
     session: Session,
     bar: tqdm,
-) -> TrainState:
+) -> S:
     """The steps of one task, or of the rehearsal at its end, that are not done yet. Metrics are fetched a logging interval
     late, so that the devices never wait for them; a checkpoint waits, so that the log it belongs to is complete."""
     pending: tuple[int, int, dict] | None = None

@@ -7,7 +7,7 @@ import logging
 import pathlib
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,16 @@ from jaxcl import mesh as mesh_lib
 from jaxcl.buffer.host import Pending, Store
 from jaxcl.errors import Diverged, Preempted
 from jaxcl.training import control, workdir
-from jaxcl.training.state import TrainState
 
 T = TypeVar("T")
 _log = logging.getLogger("jaxcl")
+
+
+class State(Protocol):
+    """What can be saved: a pytree of arrays with, among others, parameters."""
+
+    @property
+    def params(self) -> Any: ...
 
 
 class Phases:
@@ -158,7 +164,7 @@ class Session:
             self._watchdog.done(what)
             yield item
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: State) -> None:
         """Starts a checkpoint of `state` and the present progress.
 
         Raises:

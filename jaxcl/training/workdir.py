@@ -152,6 +152,13 @@ class Log:
                 for name, value in seconds.items():
                     self._events.add_scalar(f"seconds_{kind}/{name}", value, step)
 
+    def lines(self, kind: str) -> list[dict[str, Any]]:
+        """What was written of this kind so far, an interrupted session's part included; [] on processes that do not write."""
+        if self._lines is None:
+            return []
+        found = map(json.loads, pathlib.Path(self._lines.name).read_text().splitlines())
+        return [{name: x for name, x in line.items() if name != "kind"} for line in found if line["kind"] == kind]
+
     def close(self) -> None:
         if self._lines is not None and self._events is not None:
             self._lines.close()
