@@ -107,8 +107,8 @@ def paragraph(found: Json) -> str:
             ),
             f"On the device, a step with insert, draw and exchange takes {shown:+.2f} ms over a plain step on as many rows"
             f" ({step['rehearsal, device'] / step['plain, b + r rows']:.2f} times as long). In host memory the thread samples,"
-            f" exchanges and populates for {work:.2f} ms a step, and the step takes {longer:+.2f} ms over that with the memory on"
-            " the device. Its copying begins when a step's rows can be seen, and the loop waits for rows while the devices"
+            f" exchanges and populates for {work:.2f} ms a step, and the step takes {longer:+.2f} ms over that with the memory"
+            " on the device. Its copying begins when a step's rows can be seen, and the loop waits for rows while the devices"
             " train: both phases hold the computation itself.",
         ]
     )
