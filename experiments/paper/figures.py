@@ -7,7 +7,7 @@ from matplotlib.figure import Figure as Picture
 
 from experiments import uniformity
 from experiments.paper import accuracy, memory, phases, scaling, sweep
-from experiments.paper.study import Json, Study, changed
+from experiments.paper.study import Json, Study
 
 
 class Figure(NamedTuple):
@@ -26,7 +26,7 @@ class Figure(NamedTuple):
 
 
 def draws(study: Study) -> Json:
-    return uniformity.measure(changed(study.config, study.figures.short), study.devices)
+    return uniformity.measure(study.config.copy_and_resolve_references(), study.devices)
 
 
 FIGURES = {

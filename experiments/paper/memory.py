@@ -72,7 +72,9 @@ def picture(found: Json) -> Figure:
         device, host = ([x[key] / 2**20 for x in rows] for key in ("on_device", "on_host"))
         axes.bar(places, device, 0.6, color="#56B4E9", label="on the devices")
         axes.bar(places, host, 0.6, device, color="#E69F00", label="on the host")
-        axes.plot(places, [x["budget"] / 2**20 for x in rows], "_", ms=34, color="#23292f", label="budget")
+        budgets = [x["budget"] / 2**20 for x in rows]
+        axes.hlines(budgets, [x - 0.4 for x in places], [x + 0.4 for x in places], color="#23292f", label="budget")
+        axes.set_ylim(0, 1.08 * max(budgets))
         axes.set_xticks(places, [f"{x['capacity']:,}" for x in rows])
         axes.set_xlabel("rows of memory")
         axes.set_title(f"tier: {tier}", loc="left", fontsize=9)

@@ -27,7 +27,7 @@ class Figures:
       shares: of figures 2 and 5, of the training rows.
       representatives, candidates: of figure 2, over all devices; (): the config's own times 1, 2, 4, 8 and a half, 1, 2.
       new, drawn: of figure 3, rows a device and step.
-      short: fields changed where only times or draws are read, figures 4 and 6.
+      short: fields changed where only times are read, figures 3 and 4.
     """
 
     models: Mapping[str, Fields] = dataclasses.field(default_factory=dict)

@@ -86,12 +86,11 @@ def paragraph(found: Json) -> str:
             mean(last(p["top5_so_far"])),
             f"{100 * np.mean(last(p['top5_so_far'])) / scratch:.1f} %",
             mean(last(p["top1_so_far"])),
-            mean(p["seconds_of_steps"], 1),
         )
         for field, points in found["swept"].items()
         for p in points
     ]
-    head = ("changed", "to", "rows of memory", "top-5, %", "of from scratch", "top-1, %", "run time, s")
+    head = ("changed", "to", "rows of memory", "top-5, %", "of from scratch", "top-1, %")
     return "\n\n".join(
         [
             f"{found['name']}, {found['model']}, {found['seeds']} seed(s), after the last task; {found['batch_size']} new rows"
