@@ -121,12 +121,15 @@ def changes(by: str, count: int) -> list[tuple[str, Setting, Setting]]:
         ("keys of their own", same, own),
         ("each appends its own", own, part),
         ("N times the budget", own, replace(own, mode="n_times")),
+        ("N times, as many drawn", own, replace(part, mode="n_times")),
         ("8 rows drawn a step", one, replace(one, replay="draw", drawn=8)),
         ("128 rows drawn a step", one, replace(one, replay="draw", drawn=128)),
         ("fine-tuning, one memory", replace(one, **none), one),
         ("fine-tuning, N memories", replace(own, **none), own),
         ("class-sorted order, one memory", one, replace(one, **in_order)),
         ("class-sorted order, N memories", own, replace(own, **in_order)),
+        ("N memories, shuffled order", one, own),
+        ("N memories, class-sorted order", replace(one, **in_order), replace(own, **in_order)),
         ("all at an equal budget", replace(one, **in_order), erratum),
         ("all, as published", replace(one, **in_order), published),
     ]
@@ -261,7 +264,6 @@ def main() -> None:
     result = {
         "name": config.name,
         "capacity": config.buffer.capacity,
-        "seconds": time.perf_counter() - begin,
         "grid": [found[x] for x in of_grid],
         "apart": [found[x] for x in dict.fromkeys(x for _, *pair in apart for x in pair)],
         "effects": effects(apart, found),

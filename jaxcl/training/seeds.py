@@ -93,7 +93,9 @@ def train_seeds(
     found: dict[int, dict[str, Any]] = {}
     for standing, seeds in groups.items():
         configs = {seed: with_seed(config, seed) for seed in seeds}
-        if standing is None or len(seeds) == 1:  # finished, or none to go with
+        if together and standing is None:  # finished
+            found |= {seed: _finished(one, folders[seed]) for seed, one in configs.items()}
+        elif standing is None or len(seeds) == 1:  # none to go with
             for seed, one in configs.items():
                 found[seed] = loop.train_and_evaluate(one, folders[seed], overwrite=overwrite, **options)
         else:
@@ -105,6 +107,14 @@ def with_seed(config: ConfigDict, seed: int) -> ConfigDict:
     one = config.copy_and_resolve_references()
     one.seed = seed
     return one
+
+
+def _finished(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
+    """The result of a finished run of the config, for which no data are opened."""
+    with workdir_lib.locked(folder):
+        result = workdir_lib.claim(folder, config)
+    assert result is not None, "a run that was finished a moment ago"
+    return result
 
 
 def _standing(folder: pathlib.Path, overwrite: bool) -> str | None:
