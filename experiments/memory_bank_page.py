@@ -306,17 +306,18 @@ a learned temperature, in `jaxcl/contrastive/`:
 - `data.pairs`: captions, views of one image (with `same_side` SimCLR's loss; with `momentum` MoCo's), or two styles.
 
 ```
-python -m experiments.memory_bank --config=configs/memory_bank_emoji.py --config.data.source=emoji:FILE --workdir=DIR --devices=8
+python -m experiments.pairs --config=configs/memory_bank_emoji.py --config.data.source=emoji:FILE --workdir=DIR
+    [--config.negatives=fifo --config.bank.capacity=1024 ...] [--devices=8]
 ```
 
 `--config.data.source=tfds:mnist`, `npz:FILE` and the like take the names of the classes as text: rows of one class
 then match, and are no negatives of each other. `tfds:coco_captions` is written and tested on a stand-in, and has not
 been run on the real set."""
 
-ADVICE = """With devices to spare, gather; and give the run as many steps as before. On one device take the batch that fits first.
-A queue or a full bank needs the warm-up, and is worth its few bytes only where the table above says better. A
-momentum encoder is the bank to begin with where the batch cannot grow: it survives without a warm-up, at the price of
-its copy."""
+ADVICE = """With devices to spare, gather, and give the run as many steps as before. On one device take the batch that fits
+first. A queue or a full bank needs the warm-up, and is worth its few bytes only where the list above says better; the longer
+the queue, the older its rows, and the more they harm. A momentum encoder keeps even a long queue harmless, at the price of
+its copy; m must be low enough that the average follows within the run."""
 
 LIMITS = """## What these figures cannot say
 
