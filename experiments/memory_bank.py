@@ -55,6 +55,9 @@ def accuracy_settings(config: ConfigDict) -> Iterator[Setting]:
             yield 1, {"negatives": "full_bank", "bank.drawn": rows, "bank.proximal": weight}
     for negatives in ("fifo", "momentum", "full_bank"):  # used from the first step
         yield 1, {"negatives": negatives, "bank.capacity": middle, "bank.drawn": middle, "bank.start": 0.0}
+    # A stored row is also another crop of its example than the encoders see now.
+    for negatives in ("in_batch", "fifo", "momentum", "full_bank"):
+        yield 1, {"negatives": negatives, "bank.capacity": MORE, "bank.drawn": MORE, "data.augment": ("crop",)}
 
 
 def storage_settings(config: ConfigDict) -> Iterator[Setting]:
@@ -79,7 +82,7 @@ def pairs_settings(config: ConfigDict) -> Iterator[Setting]:
 
 
 def staleness_settings(config: ConfigDict) -> Iterator[Setting]:
-    shared = {"eval.rounds": 4, "data.augment": (), "bank.capacity": MORE}
+    shared = {"eval.rounds": 4, "bank.capacity": MORE}
     yield 1, shared | {"negatives": "fifo", "bank.start": 0.0}
     yield 1, shared | {"negatives": "fifo"}
     for m in MOMENTA:

@@ -46,7 +46,8 @@ def option(one: Json) -> str:
     named = {"momentum": "m", "bank.proximal": "λ", "bank.storage": "", "data.pairs": "", "bank.start": "from epoch"}
     wanted = {"momentum": ("momentum",), "full_bank": ("bank.proximal",)}.get(one["negatives"], ())
     fields = [f for f in named if f in one and (f in wanted or f in ("bank.start", "bank.storage", "data.pairs"))]
-    return ", ".join(f"{named[f]} {one[f]:g}".strip() if isinstance(one[f], float) else one[f] for f in fields)
+    said = [f"{named[f]} {one[f]:g}".strip() if isinstance(one[f], float) else one[f] for f in fields]
+    return ", ".join([*said, *one.get("data.augment", ())])
 
 
 def stored(one: Json) -> int | str:
@@ -58,6 +59,11 @@ def row(one: Json, batch: int) -> tuple[Any, ...]:
     size = one.get("batch_size", batch)
     shared = (one["negatives"], stored(one), option(one), one["devices"], size, one["negatives_of_an_anchor"])
     return (*shared, one["steps"], *(said(one, x) for x in RECALLS))
+
+
+def special(one: Json) -> bool:
+    """Whether more than the negatives is changed."""
+    return "bank.start" in one or "data.augment" in one
 
 
 def find(settings: list[Json], **fields: Any) -> Json:
@@ -74,7 +80,7 @@ def accuracy(part: Json) -> list[str]:
     banks = [one for one in settings if one["negatives"] != "gathered"]
     return [
         "## Retrieval",
-        f"Recall on the held-out pairs, per cent, mean and sample deviation over {part['seeds']} seeds. {part['about']}",
+        f"Recall on the held-out pairs, per cent, mean and sample deviation over {part['seeds']} seeds.",
         "Devices that gather, for as many epochs and for as many steps as one device:",
         table((*HEAD, *WAYS), (row(one, batch) for one in gathered)),
         "One device with a bank:",
@@ -86,11 +92,13 @@ def accuracy(part: Json) -> list[str]:
 
 def plot_accuracy(part: Json, path: pathlib.Path) -> None:
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    for axes, way, title in zip(figure.subplots(1, 2, sharey=True), RECALLS[2::3], (WAYS[2], WAYS[5]), strict=True):
+    for axes, way, title in zip(
+        figure.subplots(1, 2, sharey=True), RECALLS[2::3], ("image to text", "text to image"), strict=True
+    ):
         lines: dict[tuple[str, str], list[Json]] = {}
         first = find(part["settings"], negatives="gathered", devices=1)
         for one in part["settings"]:
-            if "bank.start" in one:
+            if special(one):
                 continue
             name = option(one) or ("as many epochs" if "epochs" not in one else "as many steps")
             lines.setdefault((one["negatives"], name if one["negatives"] != "fifo" else ""), []).append(one)
@@ -109,7 +117,7 @@ def plot_accuracy(part: Json, path: pathlib.Path) -> None:
             )
         axes.set_xscale("log", base=2)
         axes.set_xlabel("negatives of an anchor")
-        axes.set_title("text to image" if "text to" in title else "image to text", fontsize=10)
+        axes.set_title(title, fontsize=10)
         axes.grid(color="#e4e8ec")
     figure.axes[0].set_ylabel("recall@10, %")
     figure.axes[0].set_ylim(bottom=0)
@@ -119,7 +127,7 @@ def plot_accuracy(part: Json, path: pathlib.Path) -> None:
 
 def staleness_rows(settings: Iterable[Json]) -> Iterable[tuple[Any, ...]]:
     for one in settings:
-        for found in (one["evaluations"][0], one["evaluations"][-1]):
+        for found in one["evaluations"][:2]:
             cosine = (np.array(found["left"]) + np.array(found["right"])) / 2
             ages = f"{found['age'][0]:.0f} to {found['age'][-1]:.0f}"
             yield one["negatives"], option(one), found["step"], ages, f"{cosine[0]:.3f}", f"{cosine[-1]:.3f}"
@@ -129,7 +137,8 @@ def staleness(part: Json) -> list[str]:
     return [
         "## How stale a row is",
         "Cosine between what is stored and what the encoders that fill the bank make of the same example now, mean of both"
-        " sides, by age in optimiser steps; one seed, images without augmentation.",
+        " sides, by age in optimiser steps, at two moments of training; one seed. Later little moves: the training pairs have"
+        " been learned, and the learning rate goes to 0.",
         table(
             ("bank", "option", "step", "ages", "cosine, youngest", "cosine, oldest"), staleness_rows(part["settings"])
         ),
@@ -236,9 +245,9 @@ def answer(found: Json) -> str:
     eight = find(settings, negatives="gathered", devices=8, epochs=None)
     long = next(x for x in settings if x["negatives"] == "gathered" and x["devices"] == 8 and "epochs" in x)
     rows = max(x["bank.capacity"] for x in settings if x["negatives"] == "fifo" and x["bank.capacity"] < MORE)
-    fifo = find(settings, negatives="fifo", bank__capacity=rows, bank__start=None)
-    momentum = [x for x in settings if x["negatives"] == "momentum" and stored(x) == rows and "bank.start" not in x]
-    full = [x for x in settings if x["negatives"] == "full_bank" and stored(x) == rows and "bank.start" not in x]
+    fifo = find(settings, negatives="fifo", bank__capacity=rows, bank__start=None, data__augment=None)
+    momentum = [x for x in settings if x["negatives"] == "momentum" and stored(x) == rows and not special(x)]
+    full = [x for x in settings if x["negatives"] == "full_bank" and stored(x) == rows and not special(x)]
     cold = {x["negatives"]: x for x in settings if x.get("bank.start") == 0}
     best_m, best_l = max(momentum, key=mean), max(full, key=mean)
 
