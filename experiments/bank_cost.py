@@ -39,7 +39,7 @@ def measure_modes(config: ConfigDict) -> list[Json]:
             run = build(one, jax.devices()[:devices])
             state, batch = run.new_state(), mesh_lib.shard_rows(run.mesh, train_batches(one, run, 0)[0])
             program = run.step.lower(state, batch).compile()
-            sizes = bytes_of(run, state) | {"temporaries": program.memory_analysis().temp_size_in_bytes}
+            sizes = bytes_of(state) | {"temporaries": program.memory_analysis().temp_size_in_bytes}
             steppers[negatives] = [program, state, batch, sizes, []]
         for _ in range(TURNS + 1):  # the first warms up
             for stepper in steppers.values():
