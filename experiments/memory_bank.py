@@ -58,6 +58,7 @@ def accuracy_settings(config: ConfigDict) -> Iterator[Setting]:
     # A stored row is also another crop of its example than the encoders see now.
     for negatives in ("in_batch", "fifo", "momentum", "full_bank"):
         yield 1, {"negatives": negatives, "bank.capacity": MORE, "bank.drawn": MORE, "data.augment": ("crop",)}
+    yield 1, {"negatives": "full_bank", "bank.drawn": MORE, "bank.proximal": LAMBDAS[1], "data.augment": ("crop",)}
 
 
 def storage_settings(config: ConfigDict) -> Iterator[Setting]:
