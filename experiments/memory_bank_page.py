@@ -355,9 +355,8 @@ ADVICE = """So, of the four:
 - On a set this small no bank finds clearly more than the batch alone, nor do more devices: the batch is already a fair sample
   of all there is, and the first advice is to take the largest batch that fits.
 - Devices that gather are the only kind that cannot go wrong, and need no setting but the number of steps.
-- A queue or a full bank must warm up, or it collapses; where stored rows differ from fresh ones for another reason too, such as
-  random crops, the longer bank is the worse one. The proximal term holds the rows of a full bank together and is then worth its
-  lookup; too strong it holds the training back.
+- A queue or a full bank must warm up, or it collapses, and may do harm even then: see the crops above and the styles below. The
+  proximal term holds the rows of a full bank together; too strong, it holds the training back.
 - A momentum encoder is the bank that survives both, without a warm-up and with crops, at the price of its copy and a forward
   pass; m must be low enough that the average follows within the run."""
 
