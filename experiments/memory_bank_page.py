@@ -171,14 +171,30 @@ def plot_staleness(part: Json, path: pathlib.Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def simple(title: str, text: str) -> Any:
-    """A section that is one table of retrieval."""
+def pairs(part: Json) -> list[str]:
+    ways = [f"{way} @{k}" for way in ("first to second", "back") for k in (1, 5, 10)]
+    return [
+        "## Styles and views",
+        "Two drawings of one thing; and two crops, perhaps mirrored, of one picture, where what does not store has SimCLR's loss."
+        f" Recall in per cent, {over(part)}.",
+        table((*HEAD, *ways), (row(one, part["batch_size"]) for one in part["settings"])),
+        where(part),
+    ]
 
-    def section(part: Json) -> list[str]:
-        rows = (row(one, part["batch_size"]) for one in part["settings"])
-        return [f"## {title}", f"{text} Recall in per cent, {over(part)}.", table((*HEAD, *WAYS), rows), where(part)]
 
-    return section
+def storage(part: Json) -> list[str]:
+    head = ("stored as", "bytes of 768 numbers", "distance of a unit vector from what is stored", *WAYS)
+    rows = (
+        (one["bank.storage"], f"{one['row_bytes']:,}", f"{one['error']:.1e}", *(said(one, x) for x in RECALLS))
+        for one in part["settings"]
+    )
+    return [
+        "## Storage",
+        f"The queue of a momentum encoder, {stored(part['settings'][0])} rows. Recall in per cent, {over(part)}; the distance is"
+        " the root mean square over random vectors.",
+        table(head, rows),
+        where(part),
+    ]
 
 
 def cost(part: Json) -> list[str]:
@@ -232,10 +248,8 @@ def scale(part: Json) -> list[str]:
 SECTIONS: dict[str, Any] = {
     "accuracy": accuracy,
     "staleness": staleness,
-    "pairs": simple("Styles and views", "Two drawings of one thing; and two crops, perhaps mirrored, of one picture."),
-    "storage": simple(
-        "Storage", "The queue of a momentum encoder, kept in float32, bfloat16 or int8 with a scale a row."
-    ),
+    "pairs": pairs,
+    "storage": storage,
     "cost": cost,
     "scale": scale,
 }
