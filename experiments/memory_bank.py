@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -148,7 +150,7 @@ def storage_error(kind: str) -> float:
     """Root mean square distance of a random unit vector of 768 numbers from what is stored of it."""
     x = np.random.default_rng(0).normal(size=(1000, bank_cost.DIM)).astype(np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
-    lost = np.asarray(storage.decode(storage.encode(kind, jax.numpy.asarray(x)))) - x
+    lost = np.asarray(storage.decode(storage.encode(kind, jnp.asarray(x)))) - x
     return float(np.sqrt(np.mean(np.sum(lost**2, axis=1))))
 
 

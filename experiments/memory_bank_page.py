@@ -175,8 +175,8 @@ def pairs(part: Json) -> list[str]:
     ways = [f"{way} @{k}" for way in ("first to second", "back") for k in (1, 5, 10)]
     return [
         "## Styles and views",
-        "Two drawings of one thing; and two crops, perhaps mirrored, of one picture, where what does not store has SimCLR's loss."
-        f" Recall in per cent, {over(part)}.",
+        "Two drawings of one thing; and two crops, perhaps mirrored, of one picture, where kinds without a bank have SimCLR's"
+        f" loss. Recall in per cent, {over(part)}.",
         table((*HEAD, *ways), (row(one, part["batch_size"]) for one in part["settings"])),
         where(part),
     ]
@@ -190,8 +190,8 @@ def storage(part: Json) -> list[str]:
     )
     return [
         "## Storage",
-        f"The queue of a momentum encoder, {stored(part['settings'][0])} rows. Recall in per cent, {over(part)}; the distance is"
-        " the root mean square over random vectors.",
+        f"The queue of a momentum encoder, {stored(part['settings'][0])} rows. Recall in per cent, {over(part)}; the distance"
+        " is the root mean square over random vectors.",
         table(head, rows),
         where(part),
     ]
