@@ -269,7 +269,7 @@ def answer(found: Json) -> str:
     cold = {x["negatives"]: x for x in settings if x.get("bank.start") == 0}
     best_m, best_l = max(momentum, key=mean), max(full, key=mean)
 
-    several = found["accuracy"]["seeds"] > 1
+    several = found["accuracy"]["seeds"] > 2
 
     def against(x: Json) -> str:
         if not several:
@@ -283,7 +283,7 @@ def answer(found: Json) -> str:
     compared = (
         "in brackets whether the means differ from that by more than two standard errors of their difference"
         if several
-        else "a single seed, so that differences of a few points mean nothing"
+        else "with so few seeds, differences of a few points mean nothing"
     )
 
     def each(several: list[Json], field: str, symbol: str) -> str:
@@ -366,9 +366,9 @@ been run on the real set."""
 
 ADVICE = """So, of the four:
 
-- On a set this small no bank finds clearly more than the batch alone, nor do more devices: the batch is already a fair sample
-  of all there is, and the first advice is to take the largest batch that fits.
-- Devices that gather are the only kind that cannot go wrong, and need no setting but the number of steps.
+- On a set this small more negatives are not what is missing: neither a bank nor more devices find clearly more than the batch
+  alone, at the learning rate of one device. Take the batch that fits.
+- Devices that gather have nothing stale and nothing to set; they are the yardstick for the others, not a bargain.
 - A queue or a full bank must warm up, or it collapses, and may do harm even then: see the crops above and the styles below. The
   proximal term holds the rows of a full bank together; too strong, it holds the training back.
 - A momentum encoder is the bank that survives both, without a warm-up and with crops, at the price of its copy and a forward
