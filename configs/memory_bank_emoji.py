@@ -15,7 +15,6 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.name = "emoji and captions"
     config.data.source = "emoji:emoji_pairs.npz"
-    config.data.augment = ("crop",)
     config.batch_size = 32
     config.epochs = 20
     config.momentum = 0.99  # 820 steps are too few for 0.999

@@ -25,7 +25,7 @@ def environment(packages: tuple[str, ...] = ("jax", "jaxlib", "flax", "optax", "
 def _without_place(argument: str) -> str:
     """`--workdir=/somewhere/x` -> `--workdir=WORKDIR`: where files lay says nothing about the figures."""
     return re.sub(
-        r"^--(?:\w+\.)*(\w+)=(npz:)?[/~].*", lambda m: f"{m[0].partition('=')[0]}={m[2] or ''}{m[1].upper()}", argument
+        r"^--(?:\w+\.)*(\w+)=(\w+:)?[/~].*", lambda m: f"{m[0].partition('=')[0]}={m[2] or ''}{m[1].upper()}", argument
     )
 
 

@@ -21,12 +21,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import bank_cost
 from experiments import main as common
 from experiments.environment import environment
+from jaxcl.contrastive import storage
 from jaxcl.contrastive.train import train_and_evaluate
 from jaxcl.errors import UserError
 
@@ -55,11 +58,15 @@ def accuracy_settings(config: ConfigDict) -> Iterator[Setting]:
             yield 1, {"negatives": "full_bank", "bank.drawn": rows, "bank.proximal": weight}
     for negatives in ("fifo", "momentum", "full_bank"):  # used from the first step
         yield 1, {"negatives": negatives, "bank.capacity": middle, "bank.drawn": middle, "bank.start": 0.0}
+    # A stored row is also another crop of its example than the encoders see now.
+    for negatives in ("in_batch", "fifo", "momentum", "full_bank"):
+        yield 1, {"negatives": negatives, "bank.capacity": MORE, "bank.drawn": MORE, "data.augment": ("crop",)}
+    yield 1, {"negatives": "full_bank", "bank.drawn": MORE, "bank.proximal": LAMBDAS[1], "data.augment": ("crop",)}
 
 
 def storage_settings(config: ConfigDict) -> Iterator[Setting]:
-    for storage in ("float32", "bfloat16", "int8"):
-        rows = {"bank.capacity": 7 * config.batch_size, "bank.storage": storage}
+    for kind in storage.STORAGES:
+        rows = {"bank.capacity": 7 * config.batch_size, "bank.storage": kind}
         yield 1, {"negatives": "momentum", **rows}
 
 
@@ -79,7 +86,7 @@ def pairs_settings(config: ConfigDict) -> Iterator[Setting]:
 
 
 def staleness_settings(config: ConfigDict) -> Iterator[Setting]:
-    shared = {"eval.rounds": 4, "data.augment": (), "bank.capacity": MORE}
+    shared = {"eval.rounds": 4, "bank.capacity": MORE}
     yield 1, shared | {"negatives": "fifo", "bank.start": 0.0}
     yield 1, shared | {"negatives": "fifo"}
     for m in MOMENTA:
@@ -129,7 +136,22 @@ def summary(part: str, devices: int, changes: dict[str, Any], runs: list[Json]) 
     }
     if part == "staleness":
         found["evaluations"] = [{"step": e["step"], **e["staleness"]} for e in runs[0]["evaluations"]]
+    if part == "storage":
+        found |= {"row_bytes": row_bytes(changes["bank.storage"]), "error": storage_error(changes["bank.storage"])}
     return found
+
+
+def row_bytes(kind: str) -> int:
+    """Of an embedding of 768 numbers."""
+    return sum(int(np.prod(x.shape, dtype=int)) * x.dtype.itemsize for x in storage.spec(kind, bank_cost.DIM).values())
+
+
+def storage_error(kind: str) -> float:
+    """Root mean square distance of a random unit vector of 768 numbers from what is stored of it."""
+    x = np.random.default_rng(0).normal(size=(1000, bank_cost.DIM)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    lost = np.asarray(storage.decode(storage.encode(kind, jnp.asarray(x)))) - x
+    return float(np.sqrt(np.mean(np.sum(lost**2, axis=1))))
 
 
 def negatives_of(config: Json) -> int:

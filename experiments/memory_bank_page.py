@@ -46,7 +46,8 @@ def option(one: Json) -> str:
     named = {"momentum": "m", "bank.proximal": "λ", "bank.storage": "", "data.pairs": "", "bank.start": "from epoch"}
     wanted = {"momentum": ("momentum",), "full_bank": ("bank.proximal",)}.get(one["negatives"], ())
     fields = [f for f in named if f in one and (f in wanted or f in ("bank.start", "bank.storage", "data.pairs"))]
-    return ", ".join(f"{named[f]} {one[f]:g}".strip() if isinstance(one[f], float) else one[f] for f in fields)
+    said = [f"{named[f]} {one[f]:g}".strip() if isinstance(one[f], float) else one[f] for f in fields]
+    return ", ".join([*said, *one.get("data.augment", ())])
 
 
 def stored(one: Json) -> int | str:
@@ -60,6 +61,11 @@ def row(one: Json, batch: int) -> tuple[Any, ...]:
     return (*shared, one["steps"], *(said(one, x) for x in RECALLS))
 
 
+def special(one: Json) -> bool:
+    """Whether more than the negatives is changed."""
+    return "bank.start" in one or "data.augment" in one
+
+
 def find(settings: list[Json], **fields: Any) -> Json:
     """The one setting with these fields, __ for the dots; None: the field is not there."""
     wanted = {name.replace("__", "."): x for name, x in fields.items()}
@@ -68,13 +74,17 @@ def find(settings: list[Json], **fields: Any) -> Json:
     return found[0]
 
 
+def over(part: Json) -> str:
+    return "one seed" if part["seeds"] == 1 else f"mean and sample deviation over {part['seeds']} seeds"
+
+
 def accuracy(part: Json) -> list[str]:
     settings, batch = part["settings"], part["batch_size"]
     gathered = [one for one in settings if one["negatives"] == "gathered"]
     banks = [one for one in settings if one["negatives"] != "gathered"]
     return [
         "## Retrieval",
-        f"Recall on the held-out pairs, per cent, mean and sample deviation over {part['seeds']} seeds. {part['about']}",
+        f"Recall on the held-out pairs, per cent, {over(part)}.",
         "Devices that gather, for as many epochs and for as many steps as one device:",
         table((*HEAD, *WAYS), (row(one, batch) for one in gathered)),
         "One device with a bank:",
@@ -86,11 +96,13 @@ def accuracy(part: Json) -> list[str]:
 
 def plot_accuracy(part: Json, path: pathlib.Path) -> None:
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    for axes, way, title in zip(figure.subplots(1, 2, sharey=True), RECALLS[2::3], (WAYS[2], WAYS[5]), strict=True):
+    for axes, way, title in zip(
+        figure.subplots(1, 2, sharey=True), RECALLS[2::3], ("image to text", "text to image"), strict=True
+    ):
         lines: dict[tuple[str, str], list[Json]] = {}
         first = find(part["settings"], negatives="gathered", devices=1)
         for one in part["settings"]:
-            if "bank.start" in one:
+            if special(one):
                 continue
             name = option(one) or ("as many epochs" if "epochs" not in one else "as many steps")
             lines.setdefault((one["negatives"], name if one["negatives"] != "fifo" else ""), []).append(one)
@@ -109,7 +121,7 @@ def plot_accuracy(part: Json, path: pathlib.Path) -> None:
             )
         axes.set_xscale("log", base=2)
         axes.set_xlabel("negatives of an anchor")
-        axes.set_title("text to image" if "text to" in title else "image to text", fontsize=10)
+        axes.set_title(title, fontsize=10)
         axes.grid(color="#e4e8ec")
     figure.axes[0].set_ylabel("recall@10, %")
     figure.axes[0].set_ylim(bottom=0)
@@ -119,7 +131,7 @@ def plot_accuracy(part: Json, path: pathlib.Path) -> None:
 
 def staleness_rows(settings: Iterable[Json]) -> Iterable[tuple[Any, ...]]:
     for one in settings:
-        for found in (one["evaluations"][0], one["evaluations"][-1]):
+        for found in one["evaluations"][:2]:
             cosine = (np.array(found["left"]) + np.array(found["right"])) / 2
             ages = f"{found['age'][0]:.0f} to {found['age'][-1]:.0f}"
             yield one["negatives"], option(one), found["step"], ages, f"{cosine[0]:.3f}", f"{cosine[-1]:.3f}"
@@ -129,7 +141,8 @@ def staleness(part: Json) -> list[str]:
     return [
         "## How stale a row is",
         "Cosine between what is stored and what the encoders that fill the bank make of the same example now, mean of both"
-        " sides, by age in optimiser steps; one seed, images without augmentation.",
+        " sides, by age in optimiser steps, at two moments of training; one seed. Later little moves: the training pairs have"
+        " been learned, and the learning rate goes to 0.",
         table(
             ("bank", "option", "step", "ages", "cosine, youngest", "cosine, oldest"), staleness_rows(part["settings"])
         ),
@@ -158,14 +171,30 @@ def plot_staleness(part: Json, path: pathlib.Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def simple(title: str, text: str) -> Any:
-    """A section that is one table of retrieval."""
+def pairs(part: Json) -> list[str]:
+    ways = [f"{way} @{k}" for way in ("first to second", "back") for k in (1, 5, 10)]
+    return [
+        "## Styles and views",
+        "Two drawings of one thing; and two crops, perhaps mirrored, of one picture, where kinds without a bank have SimCLR's"
+        f" loss. Recall in per cent, {over(part)}.",
+        table((*HEAD, *ways), (row(one, part["batch_size"]) for one in part["settings"])),
+        where(part),
+    ]
 
-    def section(part: Json) -> list[str]:
-        rows = (row(one, part["batch_size"]) for one in part["settings"])
-        return [f"## {title}", text, table((*HEAD, *WAYS), rows), where(part)]
 
-    return section
+def storage(part: Json) -> list[str]:
+    head = ("stored as", "bytes of 768 numbers", "distance of a unit vector from what is stored", *WAYS)
+    rows = (
+        (one["bank.storage"], f"{one['row_bytes']:,}", f"{one['error']:.1e}", *(said(one, x) for x in RECALLS))
+        for one in part["settings"]
+    )
+    return [
+        "## Storage",
+        f"The queue of a momentum encoder, {stored(part['settings'][0])} rows. Recall in per cent, {over(part)}; the distance"
+        " is the root mean square over random vectors.",
+        table(head, rows),
+        where(part),
+    ]
 
 
 def cost(part: Json) -> list[str]:
@@ -219,10 +248,8 @@ def scale(part: Json) -> list[str]:
 SECTIONS: dict[str, Any] = {
     "accuracy": accuracy,
     "staleness": staleness,
-    "pairs": simple("Styles and views", "Two drawings of one thing; and two crops, perhaps mirrored, of one picture."),
-    "storage": simple(
-        "Storage", "The queue of a momentum encoder, kept in float32, bfloat16 or int8 with a scale a row."
-    ),
+    "pairs": pairs,
+    "storage": storage,
     "cost": cost,
     "scale": scale,
 }
@@ -236,26 +263,35 @@ def answer(found: Json) -> str:
     eight = find(settings, negatives="gathered", devices=8, epochs=None)
     long = next(x for x in settings if x["negatives"] == "gathered" and x["devices"] == 8 and "epochs" in x)
     rows = max(x["bank.capacity"] for x in settings if x["negatives"] == "fifo" and x["bank.capacity"] < MORE)
-    fifo = find(settings, negatives="fifo", bank__capacity=rows, bank__start=None)
-    momentum = [x for x in settings if x["negatives"] == "momentum" and stored(x) == rows and "bank.start" not in x]
-    full = [x for x in settings if x["negatives"] == "full_bank" and stored(x) == rows and "bank.start" not in x]
+    fifo = find(settings, negatives="fifo", bank__capacity=rows, bank__start=None, data__augment=None)
+    momentum = [x for x in settings if x["negatives"] == "momentum" and stored(x) == rows and not special(x)]
+    full = [x for x in settings if x["negatives"] == "full_bank" and stored(x) == rows and not special(x)]
     cold = {x["negatives"]: x for x in settings if x.get("bank.start") == 0}
     best_m, best_l = max(momentum, key=mean), max(full, key=mean)
 
+    several = found["accuracy"]["seeds"] > 2
+
     def against(x: Json) -> str:
+        if not several:
+            return said(x)
         difference = mean(x) - mean(one)
-        pair = [[100 * y for y in z["recall"]["left_to_right@10"]] for z in (x, one)]
-        noise = 2 * sum(np.var(y, ddof=1) / len(y) for y in pair) ** 0.5 if len(pair[0]) > 1 else float("inf")
+        noise = 2 * sum(np.var([100 * y for y in z["recall"][RECALLS[2]]], ddof=1) for z in (x, one)) ** 0.5
+        noise /= found["accuracy"]["seeds"] ** 0.5
         verdict = "no different" if abs(difference) <= noise else "better" if difference > 0 else "worse"
         return f"{said(x)} ({verdict})"
+
+    compared = (
+        "in brackets whether the means differ from that by more than two standard errors of their difference"
+        if several
+        else "with so few seeds, differences of a few points mean nothing"
+    )
 
     def each(several: list[Json], field: str, symbol: str) -> str:
         return "; ".join(f"{symbol} {x[field]:g}: {said(x)}" for x in several)
 
     lines = [
         f"All with {fifo['negatives_of_an_anchor']} negatives beside the {one['negatives_of_an_anchor']} of one device's batch"
-        f" alone, which finds {said(one)} % of the held-out texts among the ten nearest of their images; in brackets whether"
-        " the means differ from that by more than two standard errors of their difference.",
+        f" alone, which finds {said(one)} % of the held-out texts among the ten nearest of their images; {compared}.",
         "",
         f"- **More devices that gather**: {against(long)} % with as many steps, {against(eight)} % with as many epochs, in"
         " which eight devices take an eighth of the steps. Exact, nothing stale; what it costs is the devices.",
@@ -268,6 +304,20 @@ def answer(found: Json) -> str:
         f"- **A momentum encoder (`momentum`)**: {against(best_m)} % at the best m of this table ({best_m['momentum']:g});"
         f" {each(momentum, 'momentum', 'm')}; from the first step {said(cold['momentum'])}. It costs a second copy of the"
         " encoders and a second forward pass.",
+    ]
+
+    def long_ones(augment: tuple[str, ...] | None) -> str:
+        wanted = [x for x in settings if stored(x) == MORE and tuple(x.get("data.augment", ())) == (augment or ())]
+        return ", ".join(
+            f"{x['negatives']} {option({**x, 'data.augment': ()})}".strip() + f" {said(x)}" for x in wanted
+        )
+
+    cropped = find(settings, negatives="in_batch")
+    lines += [
+        "",
+        f"With a bank of {MORE:,} (nearly the whole set): {long_ones(None)} %. The same where images are cropped at random in"
+        f" training, so that a stored row is also another crop of its example than the encoders would see now, against"
+        f" {said(cropped)} % in batch: {long_ones(('crop',))} %.",
     ]
     return "\n".join(lines)
 
@@ -306,17 +356,23 @@ a learned temperature, in `jaxcl/contrastive/`:
 - `data.pairs`: captions, views of one image (with `same_side` SimCLR's loss; with `momentum` MoCo's), or two styles.
 
 ```
-python -m experiments.memory_bank --config=configs/memory_bank_emoji.py --config.data.source=emoji:FILE --workdir=DIR --devices=8
+python -m experiments.pairs --config=configs/memory_bank_emoji.py --config.data.source=emoji:FILE --workdir=DIR
+    [--config.negatives=fifo --config.bank.capacity=1024 ...] [--devices=8]
 ```
 
 `--config.data.source=tfds:mnist`, `npz:FILE` and the like take the names of the classes as text: rows of one class
 then match, and are no negatives of each other. `tfds:coco_captions` is written and tested on a stand-in, and has not
 been run on the real set."""
 
-ADVICE = """With devices to spare, gather; and give the run as many steps as before. On one device take the batch that fits first.
-A queue or a full bank needs the warm-up, and is worth its few bytes only where the table above says better. A
-momentum encoder is the bank to begin with where the batch cannot grow: it survives without a warm-up, at the price of
-its copy."""
+ADVICE = """So, of the four:
+
+- On a set this small more negatives are not what is missing: neither a bank nor more devices find clearly more than the batch
+  alone, at the learning rate of one device. Take the batch that fits.
+- Devices that gather have nothing stale and nothing to set; they are the yardstick for the others, not a bargain.
+- A queue or a full bank must warm up, or it collapses, and may do harm even then: see the crops above and the styles below. The
+  proximal term holds the rows of a full bank together; too strong, it holds the training back.
+- A momentum encoder is the bank that survives both, without a warm-up and with crops, at the price of its copy and a forward
+  pass; m must be low enough that the average follows within the run."""
 
 LIMITS = """## What these figures cannot say
 

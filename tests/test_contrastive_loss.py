@@ -100,13 +100,14 @@ def expected(case, own_group, stored=None, same_side=False, detached=False, side
     return losses * (weight > 0), grads["left"], grads["right"], d_scale
 
 
-def computed(mesh, case, bank=None, state=None, key=None, gather=True, same_side=False, detached=False):
+def computed(mesh, case, bank=None, state=None, key=None, gather=True, same_side=False, detached=False, used=True):
     """The same of `info_nce` on the devices of `mesh`."""
 
     def local(left, right, left_keys, right_keys, row_key, valid, scale, state):
         def share(left, right, scale):
             candidates = (left_keys, right_keys) if detached else (left, right)
             options = {"gather": gather, "same_side": same_side, "bank": bank, "state": state, "draw_key": key}
+            options["used"] = jnp.bool_(used)
             losses = loss_lib.info_nce((left, right), candidates, scale, row_key, valid, **options)
             return jnp.sum(losses, where=valid), jnp.where(valid, losses, 0)
 
@@ -197,6 +198,13 @@ def test_a_slot_an_example_with_all_or_some_as_negatives(devices, drawn, chunk, 
     kept = np.isin(ids, chosen)
     found = computed(mesh, case, bank, state, draw_key)
     assert_close(found, expected(case, np.zeros(B), stored=(left[kept], right[kept], key[kept])))
+
+
+def test_a_bank_that_is_not_used_yet_changes_nothing(mesh_of):
+    case, mesh = make_case(3), mesh_of(8)
+    bank = make_bank("fifo", capacity=64, dim=D, mesh=mesh, chunk=3)
+    state, _ = filled(mesh, bank, count=40)
+    assert_close(computed(mesh, case, bank, state, jax.random.key(0), used=False), expected(case, np.zeros(B)))
 
 
 def test_a_bank_of_one_side_serves_one_way(mesh_of):

@@ -56,7 +56,7 @@ def run(mesh, negatives, steps=3, pairs="captions", rows=32, batches=None, **opt
 
 
 CASES = {
-    "views, both sides": ("gathered", {"pairs": "views", "same_side": True}),
+    "views, both sides": pytest.param("gathered", {"pairs": "views", "same_side": True}, marks=pytest.mark.slow),
     "full bank": ("full_bank", {"proximal": 0.5, "passes": 2}),
     "momentum": ("momentum", {"momentum": 0.8}),
 }

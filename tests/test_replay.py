@@ -169,7 +169,10 @@ def test_seeds_together_are_what_they_are_alone(tmp_path, monkeypatch):
 
 def test_mistakes_cost_one_line():
     for changes, message in (
-        ({"strategy": "der"}, r"buffer\.replay: append_part is not allowed with der, .*choose one of dytox, er, icarl, wa"),
+        (
+            {"strategy": "der"},
+            r"buffer\.replay: append_part is not allowed with der, .*choose one of dytox, er, icarl, wa",
+        ),
         ({"strategy": "der", "buffer__replay": "draw"}, r"finetune\.epochs: 2 is not allowed with der"),
         ({"buffer__selection__by": None}, r"buffer\.replay: append_part needs a memory .* give buffer\.selection\.by"),
         ({"buffer__replay": "add"}, r"buffer\.replay: 'add' is unknown"),

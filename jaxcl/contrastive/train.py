@@ -210,7 +210,7 @@ def _run_rounds(config: ConfigDict, run: Contrastive, session: Session, progress
     loaders = [train_batches(config, run, part) for part in range(config.eval.rounds)]
     with phases("compile"):
         state = run.new_state()
-        sizes = bytes_of(run, state)
+        sizes = bytes_of(state)
         step = run.step.lower(state, mesh_lib.shard_rows(run.mesh, loaders[0][0])).compile()
         sizes["temporaries"] = step.memory_analysis().temp_size_in_bytes
     if session.found is not None:
@@ -252,7 +252,7 @@ def _run_rounds(config: ConfigDict, run: Contrastive, session: Session, progress
     }
 
 
-def bytes_of(run: Contrastive, state: ContrastiveState) -> dict[str, int]:
+def bytes_of(state: ContrastiveState) -> dict[str, int]:
     """What a device holds between steps, in bytes."""
 
     def here(tree: Any) -> int:
