@@ -128,9 +128,9 @@ def test_configurations_of_one_strategy_stay_apart():
 
 
 def test_colors_do_not_depend_on_the_other_runs():
-    known = [report._color(strategy) for strategy in ("from_scratch", "incremental", "er")]
+    known = [report.color_of(strategy) for strategy in ("from_scratch", "incremental", "er")]
     assert len(set(known)) == 3
-    assert report._color("my_strategy") == "#44AA99"  # in every process: hash() would differ
+    assert report.color_of("my_strategy") == "#44AA99"  # in every process: hash() would differ
 
 
 def test_top5_column_only_where_measured():
@@ -157,15 +157,15 @@ def test_page_is_self_contained(folder):
 
 def test_pictures_show_the_numbers():
     groups = report.group_runs([report.Run(Path(), _result(s)) for s in SOURCES])
-    lines = [axes.lines for axes in report.accuracy_by_task(groups).axes]
+    lines = [axes.lines for axes in report.pictures.accuracy_by_task(groups).axes]
     np.testing.assert_allclose(lines[2][0].get_ydata(), [90, 70])  # er, task 1
     np.testing.assert_allclose(lines[2][1].get_ydata(), [80])  # task 2, from the moment it was trained
-    assert {axes.get_ylim() for axes in report.accuracy_by_task(groups).axes} == {(0, 100)}
-    [axes] = report.average_accuracy(groups).axes
+    assert {axes.get_ylim() for axes in report.pictures.accuracy_by_task(groups).axes} == {(0, 100)}
+    [axes] = report.pictures.average_accuracy(groups).axes
     assert [line.get_label() for line in axes.lines] == ["from_scratch", "incremental", "er"]
     np.testing.assert_allclose([line.get_ydata() for line in axes.lines], [[90, 90], [90, 45], [90, 75]])
-    assert [text.get_text() for text in report.accuracy_matrix(groups).axes[1].texts] == ["90", "0", "0", "90"]
-    [axes] = report.time_by_phase(groups).axes
+    assert [text.get_text() for text in report.pictures.accuracy_matrix(groups).axes[1].texts] == ["90", "0", "0", "90"]
+    [axes] = report.pictures.time_by_phase(groups).axes
     assert [bar.get_width() for bar in axes.patches[::3]] == [1, 6, 1, 2]  # load, train, compile, evaluate
 
 
@@ -176,7 +176,7 @@ def test_time_by_phase_of_loop_and_background():
     for seed, copied in ((0, 1.0), (1, 3.0)):
         background = {"own": 5.0, "populate": 4.0, "exchange": 3.0, "sample": 2.0, "copy": copied}
         runs.append(report.Run(Path(), _result(seed=seed, seconds_by_phase=loop, background_seconds=background)))
-    [axes] = report.time_by_phase(report.group_runs(runs)).axes
+    [axes] = report.pictures.time_by_phase(report.group_runs(runs)).axes
     names = [bars.get_label() for bars in axes.containers]
     steps = ["load", "wait", "assemble", "accumulate", "train", "compile", "evaluate", "new"]
     background = ["copy", "sample", "exchange", "populate", "own"]
@@ -187,7 +187,7 @@ def test_time_by_phase_of_loop_and_background():
     above, below = er["load"], er["copy (background)"]
     assert above.get_y() + above.get_height() < below.get_y()  # the axis points down: side by side, no overlap
     assert below.get_x() == 0
-    [axes] = report.time_of_steps(report.group_runs(runs)).axes
+    [axes] = report.pictures.time_of_steps(report.group_runs(runs)).axes
     assert [bars.get_label() for bars in axes.containers] == steps[:5] + names[8:]
 
 

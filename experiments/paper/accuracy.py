@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.paper.draw import COLORS, panels
+from experiments.paper.draw import panels
 from experiments.paper.study import STRATEGIES, Json, Study
 from experiments.performance import table
 from jaxcl.errors import UserError
 from jaxcl.metrics import accuracy_so_far
+from jaxcl.report import color_of
 from jaxcl.training.result import STEPPING
 
 PAPER = 0.8055 / 0.91  # top-5 accuracy with rehearsal over that from scratch, ResNet-50, 30 %
@@ -80,7 +81,7 @@ def picture(found: Json) -> Figure:
                 axes.plot(
                     range(1, found["tasks"] + 1),
                     values.mean(0),
-                    color=COLORS[strategy],
+                    color=color_of(strategy),
                     marker="o",
                     ms=4,
                     label=label,

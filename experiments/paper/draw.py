@@ -7,8 +7,6 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe & Ito 2008, for every kind of colour vision; the same strategy as in jaxcl/report.py.
-COLORS = {"from_scratch": "#009E73", "incremental": "#D55E00", "er": "#0072B2"}
 STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
 

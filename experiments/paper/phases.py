@@ -14,13 +14,11 @@ from matplotlib.patches import Patch
 from experiments.paper.draw import panels
 from experiments.paper.study import Fields, Json, Study
 from experiments.performance import table
+from jaxcl.report.pictures import BACKGROUND, STEP
 from jaxcl.training.result import STEPPING
 
 REPEATS = 3  # runs of each kind, in turn; with seeds of their own
-BACKGROUND = ("copy", "sample", "exchange", "populate")
-# Of each phase, as in jaxcl/report.py.
-COLORS = {"load": "#E69F00", "assemble": "#F0E442", "wait": "#D55E00", "train": "#0072B2", "accumulate": "#CC79A7"}
-COLORS |= {"copy": "#CC6677", "sample": "#DDCC77", "exchange": "#88CCEE", "populate": "#44AA99"}
+COLORS = STEP | BACKGROUND
 
 
 def kinds(study: Study) -> dict[str, tuple[str, Fields]]:

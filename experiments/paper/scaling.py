@@ -16,12 +16,13 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.paper.draw import COLORS, panels
+from experiments.paper.draw import panels
 from experiments.paper.study import STRATEGIES, Json, Study
 from experiments.performance import table
 from experiments.step_model import DEVICES, Load, Machine, all_reduce, exchange, fit, run_time
 from experiments.timing import Contender, in_turn, spread
 from jaxcl import mesh as mesh_lib
+from jaxcl.report import color_of
 from jaxcl.training.experiment import build, train_batches
 from jaxcl.training.state import initial_state
 
@@ -131,7 +132,7 @@ def picture(found: Json) -> Figure:
     figure, ((left, right),) = panels(2, width=4.2, height=3.2)
     for strategy, label in STRATEGIES.items():
         kind = of_kind(strategy)
-        style: Any = {"color": COLORS[strategy], "ms": 4}
+        style: Any = {"color": color_of(strategy), "ms": 4}
         for marker, points in (
             ("o-", [(x["devices"], x["step_ms"][kind]["median"]) for x in found["measured"]]),
             ("x", [(x["devices"], x["predicted_ms"]) for x in found["checked"] if x["kind"] == kind]),

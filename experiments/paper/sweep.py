@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from experiments.paper.accuracy import mean, summary
-from experiments.paper.draw import COLORS, panels
+from experiments.paper.draw import panels
 from experiments.paper.study import STRATEGIES, Json, Study
 from experiments.performance import table
+from jaxcl.report import color_of
 
 LABELS = {
     "buffer.share": "memory, share of training rows",
@@ -61,10 +62,10 @@ def picture(found: Json) -> Figure:
     for axes, (field, points) in zip(row, found["swept"].items(), strict=True):
         for strategy, x in found["bounds"].items():
             level = float(100 * np.mean(last(x["top5_so_far"])))
-            axes.axhline(level, color=COLORS[strategy], ls="--", label=STRATEGIES[strategy])
+            axes.axhline(level, color=color_of(strategy), ls="--", label=STRATEGIES[strategy])
         values = [point["value"] for point in points]
         top5 = [100 * np.mean(last(point["top5_so_far"])) for point in points]
-        axes.plot(values, top5, color=COLORS["er"], marker="o", ms=4, label="rehearsal")
+        axes.plot(values, top5, color=color_of("er"), marker="o", ms=4, label="rehearsal")
         axes.set_xscale("log")
         axes.set_xticks(values, [shown(field, x) for x in values])
         axes.xaxis.set_minor_locator(NullLocator())

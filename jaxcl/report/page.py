@@ -1,0 +1,124 @@
+"""One self-contained HTML page."""
+
+import base64
+import functools
+import html
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxcl.errors import UserError
+from jaxcl.report.pictures import PICTURES, color_of, png
+from jaxcl.report.runs import Group, Run, common_measure, group_runs
+from jaxcl.report.tables import rows_of, unfinished
+
+_CSS = """
+:root { color-scheme: light }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 4rem; color: #23292f; background: #fff;
+       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: .5rem 0 }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .25rem }
+p { margin: .25rem 0 .75rem; color: #5b6670 }
+img { display: block; width: 100%; min-width: 36rem; height: auto }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums }
+th, td { padding: .5rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e8ec }
+th { color: #5b6670; font-weight: 600; border-bottom: 2px solid #c9d1d8 }
+th:first-child, td:first-child { text-align: left; padding-left: 0; font-weight: 600 }
+.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em }
+ul { padding-left: 1.2rem; overflow-wrap: anywhere }
+"""
+
+
+def _html_table(groups: Sequence[Group]) -> str:
+    header, *rows = ([html.escape(cell) for cell in row] for row in rows_of(groups))
+    for group, row in zip(groups, rows, strict=True):
+        row[0] = f'<span class="dot" style="background:{color_of(group.strategy)}"></span>{row[0]}'
+    return _html_rows(header, rows)
+
+
+def _html_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are HTML already."""
+    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in header) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
+    return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"
+
+
+def _about(groups: Sequence[Group]) -> str:
+    """One line: what was run, on what."""
+    results = [result for group in groups for result in group.results]
+
+    def distinct(describe: Callable[[dict[str, Any]], str]) -> str:
+        return " / ".join(dict.fromkeys(map(describe, results)))
+
+    def devices(result: dict[str, Any]) -> str:
+        return f"{result['devices']['count']} x {result['devices'].get('kind', 'device')}"
+
+    def versions(result: dict[str, Any]) -> str:
+        return ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+
+    parts = [distinct(lambda r: r["source"]), distinct(lambda r: f"{len(r['tasks'])} tasks")]
+    parts += [distinct(lambda r: r["model"]), distinct(devices), distinct(versions)]
+    return " · ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table that a command adds to the page: text, and rows of equally many cells with the header first."""
+
+    title: str
+    caption: str
+    rows: Sequence[Sequence[str]]
+
+
+def write_report(runs: Sequence[Run], out: str | Path, sections: Sequence[Section] = ()) -> Path:
+    """Writes five PNGs and report.html, which embeds them, into `out` (created if need be) -> path of the page.
+
+    The sections come after the runs' own table. Runs without a result are listed on the page; with no finished run there
+    are no pictures.
+
+    Raises:
+      UserError: if `out` is a file.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out: {str(out)!r} is a file; allowed: a folder, or a path to make one at")
+    out.mkdir(parents=True, exist_ok=True)
+    groups = group_runs(runs)
+    body = ["<h1>Continual learning runs</h1>"]
+    if groups:
+        body += [f"<p>{html.escape(_about(groups))}</p>", _html_table(groups)]
+        body.append(
+            "<p>Mean ± standard deviation over seeds. Forgetting: best earlier accuracy minus the last (Chaudhry et "
+            "al. 2018). Backward transfer: last accuracy minus the first (Lopez-Paz &amp; Ranzato 2017). Of errors, the "
+            "same with their signs turned: where an error rises, forgetting is positive.</p>"
+        )
+    for section in sections:
+        body += [f"<h2>{html.escape(section.title)}</h2>", f"<p>{html.escape(section.caption)}</p>"]
+        header, *rows = ([html.escape(cell) for cell in row] for row in section.rows)
+        body.append(_html_rows(header, rows))
+    if groups:
+        measure = common_measure(groups)
+        for name, (draw, *texts) in PICTURES.items():
+            title, caption = (text.format(measure=measure) for text in texts)
+            title = title[0].upper() + title[1:]
+            picture = png(functools.partial(draw, groups))
+            (out / f"{name}.png").write_bytes(picture)
+            source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+            body += [
+                f"<h2>{title}</h2>",
+                f"<p>{caption}</p>",
+                f'<div class="scroll"><img alt="{title}" src="{source}"></div>',
+            ]
+    if problems := unfinished(runs):
+        items = "".join(f"<li>{html.escape(line)}</li>" for line in problems)
+        body += ["<h2>Runs without a result</h2>", f"<ul>{items}</ul>"]
+    page = out / "report.html"
+    page.write_text(
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>jaxcl report</title><style>{_CSS}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+    return page

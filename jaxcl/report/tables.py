@@ -1,0 +1,67 @@
+"""Plain-text tables."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from jaxcl.report.runs import Group, Run, common_measure, group_runs
+
+
+def _spread(values: np.ndarray, scale: float = 100, digits: int = 2) -> str:
+    """mean ± sample standard deviation; the latter only with several seeds."""
+    mean = f"{values.mean() * scale:.{digits}f}"
+    return f"{mean} ± {values.std(ddof=1) * scale:.{digits}f}" if len(values) > 1 else mean
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
+
+
+def rows_of(groups: Sequence[Group]) -> list[list[str]]:
+    """The header, then a row a group."""
+    top5 = any("average_top5" in result for group in groups for result in group.results)
+    m = common_measure(groups)
+    header = [
+        "strategy",
+        "seeds",
+        *(f"{x}{m.unit}" for x in (m.name, "incremental", "forgetting", "backward transfer")),
+    ]
+    rows = [[*header, *(["top-5 %"] if top5 else []), "seconds", "images/s", "buffer"]]
+    for g in groups:
+        row = [g.label, str(len(g.results))]
+        keys: list[tuple[str, ...]] = [(f"average_{m.name}",), (f"average_incremental_{m.name}",)]
+        keys += [("forgetting", "chaudhry"), ("backward_transfer", "gem")]
+        row += [_spread(g.values(*path), m.scale, m.digits) for path in keys]
+        if top5:
+            row.append(_spread(g.values("average_top5")) if all("average_top5" in r for r in g.results) else "-")
+        row += [_spread(g.values("seconds"), 1, 1), f"{g.values('images_per_second').mean():,.0f}"]
+        row.append(_bytes(g.values("buffer", "bytes").mean()) if g.results[0]["buffer"] else "-")
+        rows.append(row)
+    return rows
+
+
+def unfinished(runs: Iterable[Run]) -> list[str]:
+    return [f"{run.path}: {run.problem}" for run in runs if run.problem]
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Plain text: a line a strategy (percent, mean ± standard deviation over seeds), then a line a run without result.
+
+    Forgetting is Chaudhry's, backward transfer GEM's (jaxcl/metrics.py).
+    """
+    groups = group_runs(runs)
+    return "\n".join([*([text_table(rows_of(groups))] if groups else []), *unfinished(runs)])
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equally many cells, the header first, aligned: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
