@@ -22,27 +22,26 @@ from jaxcl.errors import UserError
 from jaxcl.training.result import STEPPING
 from jaxcl.training.seeds import check_together, train_seeds
 
-SEEDS = flags.DEFINE_integer("seeds", 5, "how many, from config.seed upwards; at least 2")
 ROUNDS = flags.DEFINE_integer("rounds", 2, "measurements of each way")
 
 
 def main() -> None:
     config = common.required(common.CONFIG)
-    for flag, low in ((SEEDS, 2), (ROUNDS, 1)):
-        if flag.value < low:
-            raise UserError(f"--{flag.name}: {flag.value} is not allowed, give at least {low}")
+    count = common.seeds(default=5, least=2)
+    if ROUNDS.value < 1:
+        raise UserError(f"--rounds: {ROUNDS.value} is not allowed, give at least 1")
     check_together(config)
     rounds: dict[str, list[dict[str, float]]] = {"alone": [], "together": []}
     for _ in range(ROUNDS.value):
         for way, measured in rounds.items():
             with tempfile.TemporaryDirectory() as folder:
-                measured.append(measure(config, pathlib.Path(folder), way == "together"))
+                measured.append(measure(config, pathlib.Path(folder), count, way == "together"))
     alone, together = rounds["alone"], rounds["together"]
     ratios = {name: [a[name] / b[name] for a, b in zip(alone, together, strict=True)] for name in ("whole", "steps")}
     found = {
         "name": config.name,
         "strategy": config.strategy,
-        "seeds": SEEDS.value,
+        "seeds": count,
         "speed_up": {name: {"median": statistics.median(x), "rounds": x} for name, x in ratios.items()},
         "seconds": rounds,
         **environment(),
@@ -53,9 +52,9 @@ def main() -> None:
         pathlib.Path(common.JSON.value).write_text(text + "\n")
 
 
-def measure(config: Any, folder: pathlib.Path, together: bool) -> dict[str, float]:
+def measure(config: Any, folder: pathlib.Path, count: int, together: bool) -> dict[str, float]:
     """Seconds of all seeds: of the whole, and of the phases of the steps."""
-    folders = {seed: folder / str(seed) for seed in range(config.seed, config.seed + SEEDS.value)}
+    folders = {seed: folder / str(seed) for seed in range(config.seed, config.seed + count)}
     begin = time.perf_counter()
     results = train_seeds(config, folders, together=together, progress=False)
     whole = time.perf_counter() - begin

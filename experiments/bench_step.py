@@ -2,10 +2,13 @@
 
     python -m experiments.bench_step --json=runs/bench_step.json --devices=8 [--models=mlp,resnet18] [--host]
 
-Same model, optimiser and process, the two kinds of step in turn, each run of a few steps ended by blocking; the ratio is
-taken run by run, so that what else the machine does hits both. The plain step trains on as many rows; it differs in nothing
-but insert, draw and exchange. Beside the ratio: images a second, and the time of insert and draw compiled alone. On a GPU
-give --dtype=bfloat16 and larger sizes; the goal is a ratio of 1.02.
+Same model, optimiser and process, the kinds of step in turn, each run of a few steps ended by blocking; the ratio is
+taken run by run, so that what else the machine does hits all. The plain step trains on as many rows; it differs in nothing
+but insert, draw and exchange. Two more steps say how to read the ratio: a second plain step, compiled and allocated anew
+(the control: how far from 1 a ratio of equals comes out), and a plain step with nothing but the bare collectives beside it,
+as many bytes as the exchange sends (the floor: no exchange on these devices can cost less). Beside the ratios: images a
+second, and the time of insert and draw compiled alone. On a GPU give --dtype=bfloat16 and larger sizes; the goal is a ratio
+of 1.02.
 
 With --host also the tier in host memory, by either way of handing rows over: its step time over that of the device tier
 (goal 1.05), how long the loop waits, and how much of the writer's work (storing, gathering, starting the transfer) the step
@@ -21,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
@@ -95,6 +99,8 @@ def contender(
     new: int,
     buffer: Buffer | None,
     phases: Phases | None = None,
+    *,
+    compiled: bool = True,
 ) -> Contender:
     options: dict[str, Any] = {"hidden": (100, 100)} if model_name == "mlp" else {"width": WIDTH.value}
     model = make_model(model_name, CLASSES, options=options, dtype=DTYPE.value, axis_name=AXIS)
@@ -118,7 +124,31 @@ def contender(
     batch = batch_of(mesh, new * mesh.size)
     if buffer is not None and buffer.host is not None:
         return Contender(Fed(step, buffer.host, phases or Phases({})), state, batch)
-    return Contender(step.lower(state, batch).compile(), state, batch)
+    return Contender(step.lower(state, batch).compile() if compiled else step, state, batch)
+
+
+def with_bare_collectives(mesh: jax.sharding.Mesh, plain: Contender, traffic: dict[str, int]) -> Contender:
+    """The plain step and, in the same program, an all-gather of a number and an all-to-all of the exchange's bytes."""
+    size = mesh_lib.shard_rows(mesh, np.ones(mesh.size, np.int32))
+    rows = traffic["rows_moved"] // mesh.size * mesh.size
+    packed = mesh_lib.shard_rows(mesh, np.zeros((rows * mesh.size, traffic["row_bytes"]), np.uint8))
+
+    def collectives(size: jax.Array, packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        total = jax.lax.all_gather(size, AXIS).sum()
+        moved = jax.lax.all_to_all(packed + total.astype(jnp.uint8), AXIS, 0, 0, tiled=True)
+        return size + total % 2, moved
+
+    split = PartitionSpec(AXIS)
+    bare = jax.shard_map(collectives, mesh=mesh, in_specs=(split, split), out_specs=(split, split), check_vma=False)
+
+    def step(state: Any, batch: Any) -> Any:
+        trained, sent = state
+        trained, metrics = plain.step(trained, batch)
+        return (trained, bare(*sent)), metrics
+
+    state = (plain.state, (size, packed))
+    compiled = jax.jit(step, donate_argnums=0).lower(state, plain.batch).compile()
+    return Contender(compiled, state, plain.batch)
 
 
 def median_of(function: Callable[[], Any], runs: int) -> float:
@@ -177,14 +207,21 @@ def measure_host(mesh: jax.sharding.Mesh, model: str) -> dict[str, Any]:
 
 
 def measure(mesh: jax.sharding.Mesh, model: str) -> dict[str, Any]:
-    """One model: the two contenders in turn."""
+    """One model: the contenders in turn."""
     b, r, n = NEW.value, DRAWN.value, mesh.size
     buffer = buffer_on(mesh)
-    rehearsal, plain = contender(mesh, model, "er", b, buffer), contender(mesh, model, "incremental", b + r, None)
-    for one in (rehearsal, plain):
+    plain, control = (contender(mesh, model, "incremental", b + r, None) for _ in range(2))
+    rehearsal = contender(mesh, model, "er", b, buffer)
+    uncompiled = contender(mesh, model, "incremental", b + r, None, compiled=False)
+    floor = with_bare_collectives(mesh, uncompiled, buffer.traffic)
+    contenders = [plain, rehearsal, control, floor]
+    for one in contenders:
         one.run(STEPS.value)
-    in_turn((rehearsal, plain), RUNS.value, STEPS.value)
-    ratio = np.array(rehearsal.seconds) / np.array(plain.seconds)
+    in_turn(contenders, RUNS.value, STEPS.value)
+
+    def over_plain(one: Contender) -> dict[str, float]:
+        ratio = np.array(one.seconds) / np.array(plain.seconds)
+        return {"median": float(np.median(ratio)), **quantiles(ratio)}
 
     stored, batch = full(buffer, mesh), batch_of(mesh, b * n)
     draw, key = jax.jit(buffer.draw), jax.random.key(0)
@@ -205,7 +242,9 @@ def measure(mesh: jax.sharding.Mesh, model: str) -> dict[str, Any]:
         "new": b,
         "drawn": r,
         "step_ms": {"rehearsal": spread(rehearsal.seconds), "plain": spread(plain.seconds)},
-        "overhead": {"median": float(np.median(ratio)), **quantiles(ratio)},
+        "overhead": over_plain(rehearsal),
+        "control": over_plain(control),
+        "floor": over_plain(floor),
         "images_per_second": {
             "rehearsal": float((b + r) * n / np.median(rehearsal.seconds)),
             "plain": float((b + r) * n / np.median(plain.seconds)),
@@ -221,21 +260,26 @@ def measure(mesh: jax.sharding.Mesh, model: str) -> dict[str, Any]:
 
 
 def plot(found: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """The ratio of each model with its spread, and the goal."""
+    """The ratio of each model with its spread, those of control and floor, and the goal."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.add_subplot()
+    kinds = {
+        "overhead": ("rehearsal", "#0072B2"),
+        "floor": ("bare collectives", "#D55E00"),
+        "control": ("plain again", "0.5"),
+    }
     for i, one in enumerate(found):
-        o = one["overhead"]
-        axes.errorbar(
-            i, o["median"], [[o["median"] - o["p10"]], [o["p90"] - o["median"]]], fmt="o", color="#0072B2", capsize=4
-        )
-        axes.annotate(f"{o['median']:.2f}", (i, o["median"]), xytext=(8, 0), textcoords="offset points", va="center")
+        for j, (name, (label, color)) in enumerate(kinds.items()):
+            o, x = one[name], i + 0.2 * (j - 1)
+            bars = [[o["median"] - o["p10"]], [o["p90"] - o["median"]]]
+            axes.errorbar(x, o["median"], bars, fmt="o", color=color, capsize=4, label=None if i else label)
+            axes.annotate(f"{o['median']:.2f}", (x, o["median"]), xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.axhline(1.02, color="0.5", linestyle=":", label="goal, 1.02")
     axes.set_xticks(range(len(found)), [one["model"] for one in found])
     axes.set_xlim(-0.5, len(found) - 0.3)
-    axes.set_ylabel("step with b + r rows\nover plain step on b + r")
+    axes.set_ylabel("time over that of\na plain step on b + r rows")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
@@ -249,7 +293,8 @@ def main() -> None:
         print(
             f"{model}: {one['step_ms']['rehearsal']['median']:.2f} ms with rehearsal,"
             f" {one['step_ms']['plain']['median']:.2f} ms plain, ratio {one['overhead']['median']:.3f}"
-            f" ({one['overhead']['p10']:.3f}..{one['overhead']['p90']:.3f}); alone: insert {one['alone_ms']['insert']:.2f} ms,"
+            f" ({one['overhead']['p10']:.3f}..{one['overhead']['p90']:.3f}); control {one['control']['median']:.3f},"
+            f" bare collectives {one['floor']['median']:.3f}; alone: insert {one['alone_ms']['insert']:.2f} ms,"
             f" draw and exchange {one['alone_ms']['draw_and_exchange']:.2f} ms",
             flush=True,
         )

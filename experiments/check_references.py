@@ -34,7 +34,7 @@ PROTOCOL = flags.DEFINE_string("protocol", None, "a config file of configs/ with
 SOURCE = flags.DEFINE_string("source", None, "config.data.source, where the protocol's own is not to be used")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "config.data.data_dir")
 ROWS = flags.DEFINE_list("rows", [], "rows to run; all of them if not given")
-SEEDS = flags.DEFINE_integer("seeds", 5, "runs of each row, with seeds from 0")
+SEEDS = 5  # of each row, from 0
 MAMMOTH = flags.DEFINE_string("mammoth", None, "a checkout of Mammoth: runs the reference's side instead of ours")
 PEER_PYTHON = flags.DEFINE_string("peer_python", sys.executable, "interpreter that has PyTorch, with --mammoth")
 
@@ -43,8 +43,7 @@ def main() -> None:
     if PROTOCOL.value is not None:
         if not (ROOT / "configs" / f"{PROTOCOL.value}.py").is_file():
             raise UserError(f"--protocol: there is no configs/{PROTOCOL.value}.py")
-        if SEEDS.value < 2:
-            raise UserError(f"--seeds: {SEEDS.value} is not allowed, a deviation needs at least 2")
+        common.seeds(SEEDS, least=2)  # a deviation needs two
         if MAMMOTH.value is None:
             check(PROTOCOL.value, pathlib.Path(common.required(common.WORKDIR)))
         else:
@@ -59,7 +58,7 @@ def check(protocol: str, workdir: pathlib.Path) -> None:
     module = importlib.import_module(f"configs.{protocol}")
     for row in ROWS.value or module.ROWS:
         runs = []
-        for seed in range(SEEDS.value):
+        for seed in range(common.seeds(SEEDS)):
             config = config_of(module, row)
             config.seed = config.data.scenario_seed = seed
             runs.append(train_and_evaluate(config, workdir / row / f"seed_{seed}", progress=False))
@@ -84,7 +83,11 @@ def run_reference(protocol: str, checkout: str) -> None:
     module = importlib.import_module(f"configs.{protocol}")
     path = RESULTS / f"{protocol}.reference.json"
     for row in ROWS.value or module.ROWS:
-        asked = {**mammoth_protocol(config_of(module, row)), "path": checkout, "seeds": list(range(SEEDS.value))}
+        asked = {
+            **mammoth_protocol(config_of(module, row)),
+            "path": checkout,
+            "seeds": list(range(common.seeds(SEEDS))),
+        }
         command = [PEER_PYTHON.value, "-m", "experiments.peers.mammoth_accuracy"]
         done = subprocess.run(command, cwd=ROOT, input=json.dumps(asked), stdout=subprocess.PIPE, text=True)
         if done.returncode:

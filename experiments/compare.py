@@ -15,19 +15,16 @@ from absl import flags
 
 from experiments import main as common
 from jaxcl import report
-from jaxcl.errors import UserError
 from jaxcl.strategies import make_strategy
 from jaxcl.training.seeds import check_together, train_seeds
 
 STRATEGIES = flags.DEFINE_list("strategies", ["from_scratch", "incremental", "er"], "strategies to compare")
-SEEDS = flags.DEFINE_integer("seeds", 1, "runs of each strategy, with seeds from config.seed upwards")
 VMAP = flags.DEFINE_bool("vmap", False, "train the seeds of a strategy together, as one program")
 
 
 def main() -> None:
     config, workdir = common.required(common.CONFIG), pathlib.Path(common.required(common.WORKDIR))
-    if SEEDS.value < 1:
-        raise UserError(f"--seeds: {SEEDS.value} is not allowed, give at least 1")
+    count = common.seeds(default=1)
     runs = []
     for strategy in STRATEGIES.value:
         make_strategy(strategy)
@@ -35,7 +32,7 @@ def main() -> None:
         one.strategy = strategy
         if VMAP.value:
             check_together(one)
-        seeds = range(config.seed, config.seed + SEEDS.value)
+        seeds = range(config.seed, config.seed + count)
         runs.append((one, {seed: workdir / strategy / f"seed_{seed}" for seed in seeds}))
     options: Any = {"overwrite": common.OVERWRITE.value, "stall_seconds": common.STALL.value}
     for one, folders in runs:

@@ -20,7 +20,6 @@ from experiments.environment import environment
 from jaxcl.buffer import EXCHANGES
 from jaxcl.training.loop import train_and_evaluate
 
-SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each setting, with seeds from config.seed upwards")
 MODELS = flags.DEFINE_list("models", ["mlp", "convnet"], "models to train: mlp, convnet (batch statistics per device)")
 
 
@@ -30,7 +29,7 @@ def main() -> None:
     for model in MODELS.value:
         for exchange in EXCHANGES:
             runs = []
-            for seed in range(config.seed, config.seed + SEEDS.value):
+            for seed in range(config.seed, config.seed + common.seeds(default=3)):
                 one = config.copy_and_resolve_references()
                 one.strategy, one.seed, one.data.placement, one.buffer.exchange = "er", seed, "by_class", exchange
                 if model == "convnet":

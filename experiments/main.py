@@ -22,6 +22,9 @@ JSON = flags.DEFINE_string(
     "json", None, "of a benchmark: file to write, and beside it a picture if it draws one; default: print only"
 )
 DEVICES = flags.DEFINE_integer("devices", None, "fake CPU devices of this process; default: the devices JAX finds")
+SEEDS = flags.DEFINE_integer(
+    "seeds", None, "runs of each kind, with seeds from config.seed upwards; default: as the command's text says"
+)
 OVERWRITE = flags.DEFINE_bool(
     "overwrite", False, "remove what an earlier run left in the workdir, instead of continuing it"
 )
@@ -48,6 +51,18 @@ def required(flag: flags.FlagHolder) -> Any:
     if flag.value is None:
         raise UserError(f"--{flag.name}: missing")
     return flag.value
+
+
+def seeds(default: int, least: int = 1) -> int:
+    """--seeds, or the command's default. The flag is defined here for all, so that commands can be imported together.
+
+    Raises:
+      UserError: fewer than `least`.
+    """
+    asked = default if SEEDS.value is None else SEEDS.value
+    if asked < least:
+        raise UserError(f"--seeds: {asked} is not allowed, give at least {least}")
+    return asked
 
 
 def from_config_file(path: str, function: str) -> Any:

@@ -33,7 +33,6 @@ from jaxcl.contrastive import storage
 from jaxcl.contrastive.train import train_and_evaluate
 from jaxcl.errors import UserError
 
-SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each setting, with seeds from config.seed upwards")
 PARTS = flags.DEFINE_list("parts", ["accuracy", "staleness", "storage", "pairs", "cost"], "what to measure")
 DEVICES = (1, 2, 4, 8)
 MORE = 1024  # rows of the largest bank
@@ -105,7 +104,7 @@ SETTINGS = {
 
 def measure(config: ConfigDict, workdir: pathlib.Path, part: str) -> list[Json]:
     """The settings of a part, each run with several seeds (staleness: one) and summarised; seed after seed."""
-    seeds = 1 if part == "staleness" else SEEDS.value
+    seeds = 1 if part == "staleness" else common.seeds(default=3)
     settings = list(SETTINGS[part](config))
     runs: list[list[Json]] = [[] for _ in settings]
     for seed in range(config.seed, config.seed + seeds):
@@ -183,7 +182,7 @@ def main() -> None:
         if path is not None:
             whole = json.loads(path.read_text()) if path.exists() else {}
             about = {"name": config.name, "batch_size": config.batch_size, "epochs": config.epochs}
-            about |= {"bank_start": config.bank.start, "seeds": 1 if part == "staleness" else SEEDS.value}
+            about |= {"bank_start": config.bank.start, "seeds": 1 if part == "staleness" else common.seeds(default=3)}
             whole[part] = {**about, "settings": found, **environment()}
             path.write_text(json.dumps(whole, indent=1) + "\n")
 

@@ -37,7 +37,6 @@ from jaxcl.buffer.selection import SELECTIONS
 from jaxcl.errors import UserError
 from jaxcl.training.seeds import train_seeds
 
-SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each setting, trained together, with seeds from config.seed upwards")
 COUNTS = flags.DEFINE_list("counts", ["1", "2", "4", "8"], "numbers of devices")
 SELECT = flags.DEFINE_list("selections", list(SELECTIONS), "selections of the grid; the last is taken apart")
 
@@ -250,7 +249,7 @@ def main() -> None:
     of_grid, apart = grid(counts, selections), changes(selections[-1], max(counts))
     settings = list(dict.fromkeys([*(x for _, *pair in apart for x in pair), *of_grid]))
     begin, found = time.perf_counter(), {}
-    seeds = range(config.seed, config.seed + SEEDS.value)
+    seeds = range(config.seed, config.seed + common.seeds(default=3))
     for number, setting in enumerate(settings, start=1):
         folders = {seed: workdir / setting.folder / f"seed_{seed}" for seed in seeds}
         devices = jax.devices()[: setting.devices]
@@ -286,8 +285,9 @@ def check(config: ConfigDict) -> tuple[list[int], list[str]]:
     if not all(n.isdecimal() and int(n) for n in COUNTS.value):
         raise UserError(f"--counts: {','.join(COUNTS.value)} is not allowed, give positive integers")
     counts = sorted({int(n) for n in COUNTS.value})
-    if SEEDS.value < 2 or counts[-1] < 2:
-        raise UserError("--seeds, --counts: give at least 2 seeds and a number of devices above 1")
+    common.seeds(default=3, least=2)
+    if counts[-1] < 2:
+        raise UserError(f"--counts: {counts[-1]} is not allowed, give a number of devices above 1")
     if counts[-1] > jax.device_count():
         raise UserError(
             f"--counts: {counts[-1]} is more than the {jax.device_count()} devices; on a CPU give --devices"

@@ -86,7 +86,9 @@ def step(found: Json) -> str:
             "Time of a step with b new and r drawn rows a device over that of a plain step on b + r rows: same model, same"
             " process, in turn; the ratio is taken run by run. On fake devices every collective is a meeting of as many threads"
             " as there are devices, and what a real device does once (the plan of a draw) is done as many times on the same"
-            " cores. What the buffer adds to a step does not depend on the model, so the ratio falls as the model grows.",
+            " cores. What the buffer adds to a step does not depend on the model, so the ratio falls as the model grows."
+            " *Control*: a second plain step over the first, which is what equals come out at. *Floor*: the plain step with"
+            " only the bare collectives beside it, as many bytes as the exchange sends.",
             table(
                 (
                     "model",
@@ -96,6 +98,8 @@ def step(found: Json) -> str:
                     "with rehearsal, ms",
                     "plain, ms",
                     "ratio",
+                    "control",
+                    "floor",
                     "insert alone, ms",
                     "draw alone, ms",
                 ),
@@ -108,6 +112,8 @@ def step(found: Json) -> str:
                         spread(m["step_ms"]["rehearsal"]),
                         spread(m["step_ms"]["plain"]),
                         spread(m["overhead"]),
+                        spread(m["control"]),
+                        spread(m["floor"]),
                         f"{m['alone_ms']['insert']:.3g}",
                         f"{m['alone_ms']['draw_and_exchange']:.3g}",
                     )

@@ -14,7 +14,6 @@ import json
 import pathlib
 
 import numpy as np
-from absl import flags
 
 from experiments import main as common
 from experiments.environment import environment
@@ -22,15 +21,13 @@ from jaxcl.buffer import REPEATS
 from jaxcl.errors import UserError
 from jaxcl.training.loop import train_and_evaluate
 
-SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each option, with seeds from config.seed upwards; at least 2")
 EPOCHS = 5
 SETTINGS = ((None, 200), (6000, 200), (6000, 1000), (1000, 500))  # training rows (None: all), capacity
 
 
 def main() -> None:
     config, workdir = common.required(common.CONFIG), pathlib.Path(common.required(common.WORKDIR))
-    if SEEDS.value < 2:
-        raise UserError(f"--seeds: {SEEDS.value} is not allowed, give at least 2")
+    common.seeds(default=3, least=2)
     kind, _, source = config.data.source.partition(":")
     if kind != "npz":
         raise UserError(f"config.data.source: {config.data.source!r} is not allowed here, give npz:FILE")
@@ -42,7 +39,7 @@ def main() -> None:
         options = {}
         for repeats in REPEATS:
             runs = []
-            for seed in range(config.seed, config.seed + SEEDS.value):
+            for seed in range(config.seed, config.seed + common.seeds(default=3)):
                 one = config.copy_and_resolve_references()
                 one.seed, one.buffer.repeats = seed, repeats
                 runs.append(train_and_evaluate(one, workdir / f"{rows or 'all'}_{capacity}" / repeats / f"seed_{seed}"))

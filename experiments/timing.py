@@ -8,15 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcl.training.state import TrainState
-
 
 @dataclasses.dataclass
 class Contender:
     """A compiled step, its state and the batch it is fed."""
 
     step: Any
-    state: TrainState
+    state: Any
     batch: dict[str, jax.Array]
     seconds: list[float] = dataclasses.field(default_factory=list)
 
@@ -30,9 +28,12 @@ class Contender:
 
 
 def in_turn(contenders: Sequence[Contender], runs: int, steps: int) -> None:
-    """Adds `runs` timings of `steps` steps each to every contender; who begins changes from run to run."""
+    """Adds `runs` timings of `steps` steps each to every contender; who begins, and in which direction the turn goes, changes
+    from run to run."""
+    n = len(contenders)
     for i in range(runs):
-        for one in contenders[:: 1 if i % 2 else -1]:
+        for j in range(n):
+            one = contenders[(i + (j if i // n % 2 else -j)) % n]
             one.seconds.append(one.run(steps))
 
 

@@ -32,7 +32,6 @@ from jaxcl import files
 from jaxcl.errors import UserError
 
 FIGURE = flags.DEFINE_list("figure", ["all"], f"which: all, or some of {', '.join(FIGURES)}")
-SEEDS = flags.DEFINE_integer("seeds", 1, "runs of each kind in figures 1 and 2, with seeds from config.seed upwards")
 OUT = flags.DEFINE_string("out", None, "folder of the figures; default WORKDIR/figures")
 MODELS = flags.DEFINE_list("models", [], "of those that get_figures() names; default all")
 NOTE = flags.DEFINE_string("note", None, "a sentence that stays with the figures, such as what else the machine did")
@@ -44,12 +43,11 @@ def main() -> None:
     names = list(FIGURES) if FIGURE.value == ["all"] else FIGURE.value
     if not names or not set(names) <= set(FIGURES):
         raise UserError(f"--figure: {','.join(names)} is not allowed, give all or some of {', '.join(FIGURES)}")
-    if SEEDS.value < 1:
-        raise UserError(f"--seeds: {SEEDS.value} is not allowed, give at least 1")
+    seeds = common.seeds(default=1)
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     varied = (common.from_config_file(path, "get_figures") or Figures()).only(MODELS.value)
     options = {"overwrite": common.OVERWRITE.value, "stall_seconds": common.STALL.value}
-    study = Study(config, varied, workdir, SEEDS.value, options=options)
+    study = Study(config, varied, workdir, seeds, options=options)
     study.check()
     for name in names:
         found = FIGURES[name].measure(study) | environment() | ({"note": NOTE.value} if NOTE.value else {})
