@@ -4,7 +4,6 @@ The session, the log, the checkpoints and the stepping are those of `jaxcl.train
 """
 
 import dataclasses
-import importlib.metadata
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -24,10 +23,9 @@ from jaxcl.contrastive.step import ContrastiveState, initial_state, make_step
 from jaxcl.data.pairs import open_pairs
 from jaxcl.errors import UserError
 from jaxcl.models.towers import make_towers
-from jaxcl.training import workdir as workdir_lib
 from jaxcl.training.loop import train_steps
 from jaxcl.training.optimizer import make_optimizer, make_schedule
-from jaxcl.training.result import times
+from jaxcl.training.result import conditions, times
 from jaxcl.training.session import Session, open_session
 
 
@@ -241,14 +239,7 @@ def _run_rounds(config: ConfigDict, run: Contrastive, session: Session, progress
         "images": at.images,
         "pairs": {"train": len(run.train), "test": len(run.test)},
         "bytes_per_device": sizes,
-        "devices": {
-            "count": run.mesh.size,
-            "kind": run.mesh.devices.flat[0].device_kind,
-            "platform": run.mesh.devices.flat[0].platform,
-            "processes": jax.process_count(),
-        },
-        "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")},
-        "config": workdir_lib.resolved(config),
+        **conditions(config, run.mesh),
     }
 
 

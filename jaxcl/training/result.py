@@ -64,10 +64,17 @@ def summarize(
         "images": at.images,
         "buffer": _buffer_report(run.buffer, state),
         "replay": None if run.buffer is None else _replay_report(config, at),
+        **conditions(config, run.mesh),
+    }
+
+
+def conditions(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Under which a run was made, for result.json: devices, versions, the resolved config."""
+    return {
         "devices": {
-            "count": run.mesh.size,
-            "kind": run.mesh.devices.flat[0].device_kind,
-            "platform": run.mesh.devices.flat[0].platform,
+            "count": mesh.size,
+            "kind": mesh.devices.flat[0].device_kind,
+            "platform": mesh.devices.flat[0].platform,
             "processes": jax.process_count(),
         },
         "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")},
