@@ -206,10 +206,11 @@ class Checkpoints:
 
 def _failed(path: pathlib.Path, error: Exception) -> RunError:
     text = " ".join(str(error).split())
-    if jax.process_count() > 1 and "Gloo" in text:  # the processes agree on a save by a collective
-        return PeerLost(f"another process has died: {text}; checkpoint {path} is not whole, those before it are kept")
     if "No space left" in text or "ENOSPC" in text:
         text = "the disk is full"
+    elif jax.process_count() > 1 and isinstance(error.__cause__ or error, jax.errors.JaxRuntimeError):
+        # The processes agree on a save by collectives and barriers; Orbax makes a TimeoutError of a barrier's error.
+        return PeerLost(f"another process has died: {text}; checkpoint {path} is not whole, those before it are kept")
     return StorageError(f"checkpoint {path} cannot be written: {text}; those before it are kept")
 
 

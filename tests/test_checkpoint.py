@@ -18,7 +18,7 @@ import pytest
 
 from jaxcl import checkpoint, data
 from jaxcl import mesh as mesh_lib
-from jaxcl.errors import Diverged, Preempted, RunError, StorageError, UserError
+from jaxcl.errors import Diverged, PeerLost, Preempted, RunError, StorageError, UserError
 from jaxcl.strategies import STRATEGIES
 from jaxcl.training import loop
 from jaxcl.training import session as session_lib
@@ -175,6 +175,25 @@ def test_a_failed_save_is_reported_at_the_next_check(state, tmp_path, monkeypatc
     checkpoints.check()  # said once
     checkpoints.close()
     assert checkpoint.newest(tmp_path)["name"] == "a"
+
+
+def test_a_save_that_fails_for_a_lost_process_is_not_a_full_disk(state, tmp_path, monkeypatch):
+    """Of several processes: a collective that breaks, and a barrier's error as Orbax passes it on, with a type of its own."""
+    broken = jax.errors.JaxRuntimeError("UNAVAILABLE: Failed to send RPC to coordination service.")
+
+    def passed_on(*_, **__):
+        raise TimeoutError("Timed out while waiting for async_write_complete barrier.") from broken
+
+    def direct(*_, **__):
+        raise broken
+
+    checkpoints = checkpoint.Checkpoints(tmp_path, 2)
+    monkeypatch.setattr(checkpoint.jax, "process_count", lambda: 2)
+    for failure in (direct, passed_on):
+        monkeypatch.setattr(checkpoints._orbax, "save", failure)
+        with pytest.raises(PeerLost, match=r"another process has died: .*those before it are kept"):
+            checkpoints.save("a", state, {})
+    checkpoints.close()
 
 
 # Whole runs, interrupted in this process.
