@@ -129,7 +129,7 @@ def step_host(found: Json) -> str:
     return "\n\n".join(
         [
             "The same step with the memory in host memory over the device tier's; *waiting* is the loop's, *hidden* the share"
-            " of the writer's work (storing, gathering, starting the transfer) by which the step is not longer.",
+            " of the writer's work (storing, gathering, starting the transfer) that is done when the step ends.",
             table(
                 (
                     "model",

@@ -51,11 +51,16 @@ def flags(config_changes: dict[str, Any]) -> list[str]:
     return ["--config=configs/digits.py", *(f"--config.{name}={value}" for name, value in changes.items())]
 
 
-def start(workdir: pathlib.Path, *more: str, **changes: Any) -> subprocess.Popen:
-    """`experiments.train` of the small config, as a user calls it: without what conftest sets for tests."""
+def command(module: str, workdir: pathlib.Path, *more: str) -> subprocess.Popen:
+    """A command as a user calls it: without what conftest sets for tests."""
     environment = {k: v for k, v in os.environ.items() if k not in ("NPROC", "XLA_FLAGS", "JAX_PLATFORMS")}
-    line = [sys.executable, "-m", "experiments.train", f"--workdir={workdir}", *flags(changes), *more]
+    line = [sys.executable, "-m", module, f"--workdir={workdir}", *more]
     return subprocess.Popen(line, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def start(workdir: pathlib.Path, *more: str, **changes: Any) -> subprocess.Popen:
+    """`experiments.train` of the small config."""
+    return command("experiments.train", workdir, *flags(changes), *more)
 
 
 def start_all(

@@ -41,19 +41,31 @@ def emoji(tmp_path_factory):
     return path
 
 
+SMALL = {
+    "batch_size": 8,
+    "epochs": 4,
+    "dim": 8,
+    "eval.rounds": 2,
+    "eval.batch_size": 16,
+    "log_every": 2,
+    "model.image_width": 2,
+    "model.text_width": 4,
+    "data.vocabulary": 64,
+    "data.length": 12,
+    "bank.capacity": 16,
+    "bank.drawn": 12,
+    "checkpoint.every_seconds": 0.0,
+}
+
+
+def changed(emoji, **changes):
+    """The fields in which the small config differs from that of the emoji."""
+    return SMALL | {"data.source": f"emoji:{emoji}"} | {name.replace("__", "."): x for name, x in changes.items()}
+
+
 def small(emoji, **changes):
     config = importlib.import_module("configs.memory_bank_emoji").get_config()
-    defaults = {
-        "data.source": f"emoji:{emoji}",
-        "batch_size": 8,
-        "epochs": 4,
-        "dim": 8,
-        "eval.rounds": 2,
-        "log_every": 2,
-    }
-    defaults |= {"model.image_width": 2, "model.text_width": 4, "data.vocabulary": 64, "data.length": 12}
-    defaults |= {"bank.capacity": 16, "bank.drawn": 12, "eval.batch_size": 16, "checkpoint.every_seconds": 0.0}
-    config.update_from_flattened_dict(defaults | {name.replace("__", "."): value for name, value in changes.items()})
+    config.update_from_flattened_dict(changed(emoji, **changes))
     return config
 
 
@@ -77,6 +89,29 @@ def test_a_run_stopped_twice_ends_as_if_it_had_not_been(emoji, tmp_path, monkeyp
             train(config, tmp_path / "stopped")
     train(config, tmp_path / "stopped")
     runs.assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_kills_change_nothing(emoji, tmp_path):
+    """SIGKILL of the command, once while a checkpoint is being written and once when one has been."""
+    changes = {"negatives": "momentum", "momentum": 0.9, "epochs": 20, "checkpoint.every_steps": 5}
+    train(small(emoji, **changes), tmp_path / "whole")
+    killed, folder = tmp_path / "killed", tmp_path / "killed" / "checkpoints"
+    fields = (f"--config.{name}={x}" for name, x in changed(emoji, **changes).items())
+    line = ["--config=configs/memory_bank_emoji.py", "--devices=2", *fields]
+    for moment in range(2):
+        before = runs.saved_step(folder)
+        process = runs.command("experiments.pairs", killed, *line)
+        runs.until(lambda before=before: runs.saved_step(folder) > before, process)
+        if moment == 0:
+            runs.until(lambda: any("tmp" in path.name for path in folder.iterdir()), process)
+        assert process.poll() is None, f"ended before it could be killed: {runs.wait(process)}"
+        process.kill()
+        runs.wait(process)
+    status, errors = runs.wait(runs.command("experiments.pairs", killed, *line))
+    assert status == 0, errors
+    assert len(runs.lines(killed, "resume")) == 2
+    runs.assert_same_run(tmp_path / "whole", killed)
 
 
 def test_a_run_goes_on_with_other_devices(emoji, tmp_path, monkeypatch):
