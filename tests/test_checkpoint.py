@@ -261,16 +261,15 @@ def test_a_run_moves_between_numbers_of_devices(changes, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize(("every_steps", "what"), [(0, r"the loss is (nan|inf)"), (1, "(the loss|a parameter) is .*")])
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_saved(every_steps, what, tmp_path, monkeypatch):
-    """The learning rate explodes in the second task, after the checkpoint at the end of the first."""
-    original = loop._begin_task
+    """The weights explode in the second task, after the checkpoint at the end of the first."""
+    original = loop.train_steps
 
-    def begin_task(mesh, state, task, steps_per_epoch):
-        state = original(mesh, state, task, steps_per_epoch)
-        if task == 1:
+    def train_steps(lanes, step, state, loaders, bar):
+        if lanes.at.task == 1:
             state = dataclasses.replace(state, params=jax.tree.map(lambda x: x * 1e30, state.params))
-        return state
+        return original(lanes, step, state, loaders, bar)
 
-    monkeypatch.setattr(loop, "_begin_task", begin_task)
+    monkeypatch.setattr(loop, "train_steps", train_steps)
     config = runs.small(checkpoint__every_steps=every_steps)
     with pytest.raises(Diverged, match=rf"{what} at step \d+, task 1; checkpoints from before are kept") as error:
         train(config, tmp_path)

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from jaxcl import checkpoint, data, files
+from jaxcl import checkpoint, data
 from jaxcl import mesh as mesh_lib
 from jaxcl.contrastive.bank import Bank, make_bank
 from jaxcl.contrastive.config import BANKED, check_config
@@ -23,10 +23,11 @@ from jaxcl.contrastive.step import ContrastiveState, initial_state, make_step
 from jaxcl.data.pairs import open_pairs
 from jaxcl.errors import UserError
 from jaxcl.models.towers import make_towers
+from jaxcl.training.lanes import Lanes
 from jaxcl.training.loop import train_steps
 from jaxcl.training.optimizer import make_optimizer, make_schedule
-from jaxcl.training.result import conditions, times
-from jaxcl.training.session import Session, open_session
+from jaxcl.training.result import conditions, record
+from jaxcl.training.session import Session
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,30 +187,23 @@ def train_and_evaluate(
     """
     begin = time.perf_counter()
     run = build(config, devices)
-    folder, first = pathlib.Path(workdir), jax.process_index() == 0
-    session_options: Any = {"begin": begin, "overwrite": overwrite, "stall_seconds": stall_seconds}
-    with (
-        files.full_disk_is_a_storage_error(folder),
-        open_session(config, folder, run.mesh, **session_options) as session,
-    ):
-        if isinstance(session, dict):
-            return session
-        result = _run_rounds(config, run, session, progress and first) | {
-            "evaluations": session.log.lines("evaluation")
-        }
-        result |= times(result["images"], session)
-        if first:
-            files.write_json(folder / "result.json", result)
-    return result
+
+    def train(sessions: Sequence[Session]) -> list[dict[str, Any]]:
+        lanes: Lanes[ContrastiveState] = Lanes(run.mesh, [config], sessions)
+        return [_run_rounds(config, run, lanes, progress and jax.process_index() == 0)]
+
+    options: Any = {"begin": begin, "overwrite": overwrite, "stall_seconds": stall_seconds}
+    return record([config], [pathlib.Path(workdir)], run.mesh, train, **options)[0]
 
 
-def _run_rounds(config: ConfigDict, run: Contrastive, session: Session, progress: bool) -> dict[str, Any]:
-    at, phases = session.progress, session.phases
+def _run_rounds(config: ConfigDict, run: Contrastive, lanes: Lanes[ContrastiveState], progress: bool) -> dict[str, Any]:
+    [session] = lanes.sessions
+    at, phases = lanes.at, lanes.phases
     loaders = [train_batches(config, run, part) for part in range(config.eval.rounds)]
     with phases("compile"):
         state = run.new_state()
         sizes = bytes_of(state)
-        step = run.step.lower(state, mesh_lib.shard_rows(run.mesh, loaders[0][0])).compile()
+        step = run.step.lower(state, lanes.batch([loaders[0][0]])).compile()
         sizes["temporaries"] = step.memory_analysis().temp_size_in_bytes
     if session.found is not None:
         with phases("restore"):
@@ -219,13 +213,13 @@ def _run_rounds(config: ConfigDict, run: Contrastive, session: Session, progress
     steps = sum(map(len, loaders))
     with tqdm(total=steps, initial=at.step, desc=config.negatives, unit="step", disable=not progress) as bar:
         for part in range(at.task, config.eval.rounds):
-            state = train_steps(run.mesh, step, state, loaders[part], config.log_every, session, bar)
+            state = train_steps(lanes, step, state, [loaders[part]], bar)
             with phases("evaluate"):
                 scores = evaluate(config, run, state)
             session.log.write("evaluation", at.step, scores)
             bar.set_postfix({name: f"{100 * scores[name]:.1f} %" for name in ("left_to_right@5", "right_to_left@5")})
             at.images += config.epochs // config.eval.rounds * len(run.train)
-            at.task, at.iterator = part + 1, None
+            lanes.stand(task=part + 1, iterator=None)
             session.save(state)
             if at.task < config.eval.rounds:
                 session.stop_if_asked()
@@ -239,6 +233,7 @@ def _run_rounds(config: ConfigDict, run: Contrastive, session: Session, progress
         "images": at.images,
         "pairs": {"train": len(run.train), "test": len(run.test)},
         "bytes_per_device": sizes,
+        "evaluations": session.log.lines("evaluation"),
         **conditions(config, run.mesh),
     }
 

@@ -1,22 +1,22 @@
-"""The loop around the compiled step: tasks, batches, evaluation, logs, checkpoints."""
+"""The loop around the compiled step: tasks, batches, evaluation, logs, checkpoints; of one seed, or of several as one."""
 
 import dataclasses
 import functools
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from jaxcl import checkpoint, data, files
+from jaxcl import checkpoint, data
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer.host import Fed
 from jaxcl.buffer.reshard import reshard
-from jaxcl.errors import Diverged
+from jaxcl.errors import Diverged, UserError
 from jaxcl.training import control
 from jaxcl.training.experiment import (
     Experiment,
@@ -27,12 +27,11 @@ from jaxcl.training.experiment import (
     task_batches,
     train_batches,
 )
-from jaxcl.training.result import add_scores, count_rows, summarize, times
-from jaxcl.training.session import Session, State, diverged, open_session
+from jaxcl.training.lanes import Lanes, S, Together
+from jaxcl.training.result import add_scores, count_rows, record, summarize
+from jaxcl.training.session import Session, diverged
 from jaxcl.training.state import TrainState, initial_state
 from jaxcl.training.step import step_keys
-
-S = TypeVar("S", bound=State)
 
 
 def train_and_evaluate(
@@ -68,170 +67,233 @@ def train_and_evaluate(
     """
     begin = time.perf_counter()
     run = build(config, devices)
-    folder, first = pathlib.Path(workdir), jax.process_index() == 0
-    session_options: Any = {"begin": begin, "overwrite": overwrite, "stall_seconds": stall_seconds}
-    with (
-        files.full_disk_is_a_storage_error(folder),
-        open_session(config, folder, run.mesh, **session_options) as session,
-    ):
-        if isinstance(session, dict):
-            return session
-        result = _run_tasks(config, run, session, progress and first)
-        result |= times(result["images"], session)
-        if run.buffer is not None and run.buffer.host is not None:
-            result["background_seconds"] = run.buffer.host.seconds  # of the first process's writer in this session
-        if first:
-            files.write_json(folder / "result.json", result)
-    return result
+    options: Any = {"begin": begin, "progress": progress, "overwrite": overwrite, "stall_seconds": stall_seconds}
+    return train_lanes([config], [pathlib.Path(workdir)], run, **options)[0]
 
 
-def _run_tasks(config: ConfigDict, run: Experiment, session: Session, progress: bool) -> dict:
-    def weights_key(task: int) -> jax.Array:
-        return jax.random.fold_in(jax.random.key(config.seed), task)
+def train_lanes(
+    configs: Sequence[ConfigDict], folders: Sequence[pathlib.Path], run: Experiment, *, progress: bool, **options: Any
+) -> list[dict[str, Any]]:
+    """The runs of these configs, which differ in their seed alone, side by side in one program.
 
-    at, phases = session.progress, session.phases
-    tasks, scores = run.scenario.tasks, None
-    store = None if run.buffer is None else run.buffer.host
-    loaders = [train_batches(config, run, t) for t in range(len(tasks))]
-    assert loaders[0] is not None, "the first task has no rows"
-    with phases("compile"):
-        state = initial_state(run.mesh, run.new_weights(weights_key(0)), run.buffer, run.strategy)
-        first = mesh_lib.shard_rows(run.mesh, loaders[0][0])
-        step = run.train_step
-        if store is None:
+    Args:
+      run: built for these seeds.
+      progress: whether to draw a progress bar.
+      options: see `record`.
+
+    Returns, raises: see `train_and_evaluate`.
+    """
+    make_lanes: type[Lanes[TrainState]] = Lanes if len(configs) == 1 else Together
+
+    def train(sessions: Sequence[Session]) -> list[dict[str, Any]]:
+        return _run_tasks(make_lanes(run.mesh, configs, sessions), run, progress and jax.process_index() == 0)
+
+    return record(configs, folders, run.mesh, train, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """What the tasks of a run consist of, for all lanes."""
+
+    lanes: Lanes[TrainState]
+    run: Experiment
+
+    def start(self) -> TrainState:
+        """The state of a new run, or the one saved last."""
+        lanes, run = self.lanes, self.run
+        with lanes.phases("compile"):
+            states = [initial_state(run.mesh, self._weights(c, 0), run.buffer, run.strategy) for c in lanes.configs]
+        if lanes.sessions[0].found is not None:
+            with lanes.phases("restore"):
+                each = zip(lanes.configs, lanes.sessions, states, strict=True)
+                states = [restore(config, session, run, state) for config, session, state in each]
+        return lanes.join(states)
+
+    def new_weights(self, task: int) -> Any:
+        """Newly initialised weights, and their optimiser's state."""
+        return self.lanes.weights([self._weights(config, task) for config in self.lanes.configs])
+
+    def _weights(self, config: ConfigDict, task: int) -> Any:
+        return self.run.new_weights(jax.random.fold_in(jax.random.key(config.seed), task))
+
+    def batches(self, task: int, state: TrainState | None = None) -> list[data.Loader]:
+        """Of the task's own rows, none where there are none; see `train_batches`."""
+        return self._loaders(lambda config, state: train_batches(config, self.run, task, state), state)
+
+    def review(self, task: int, state: TrainState) -> list[data.Loader]:
+        """The batches of the task's `Review`, none without one."""
+        review = self.run.review
+        return [] if review is None else self._loaders(lambda config, state: review.batches(config, state, task), state)
+
+    def _loaders(self, make: Callable[[ConfigDict, Any], data.Loader | None], state: Any) -> list[data.Loader]:
+        states = [None if state is None else self.lanes.one(state, i) for i in range(len(self.lanes))]
+        found = [make(config, state) for config, state in zip(self.lanes.configs, states, strict=True)]
+        loaders = [loader for loader in found if loader is not None]
+        if len({len(loader) for loader in loaders}) > 1:
+            raise UserError("--vmap: not allowed here, as the memories of the seeds differ in size; leave it out")
+        return loaders
+
+    def begin(self, state: TrainState, task: int, loaders: list[data.Loader]) -> TrainState:
+        """The state in which the task's first step is taken."""
+        start, per_epoch, number = (self.lanes.number(x) for x in (0, loaders[0].steps_per_epoch, task))
+        return dataclasses.replace(state, task_step=start, steps_per_epoch=per_epoch, task=number)
+
+    def end(self, act: Callable[..., TrainState], state: TrainState, task: int) -> TrainState:
+        """`act` at the task's end, lane after lane."""
+        with self.lanes.phases("end of task"):
+            each = zip(self.lanes.configs, self.lanes.sessions, strict=True)
+            ended = [act(*lane, self.run, self.lanes.one(state, i), task) for i, lane in enumerate(each)]
+            return self.lanes.join(ended)
+
+    def evaluate(self, params: Any, batch_stats: Any, strategy_state: Any) -> list[dict[str, np.ndarray]]:
+        """The scores of each lane on the rows of all tasks."""
+        batches = eval_batches(self.lanes.configs[0], self.run)
+        rows = self.lanes.sessions[0].watched(batches, "a batch of the evaluation")
+        return self.lanes.split(self.run.evaluate(params, batch_stats, strategy_state, rows))
+
+
+def _run_tasks(lanes: Lanes[TrainState], run: Experiment, progress: bool) -> list[dict[str, Any]]:
+    config, at, phases, tasks = lanes.configs[0], lanes.at, lanes.phases, run.scenario.tasks
+    course, store = Course(lanes, run), None if run.buffer is None else run.buffer.host
+    loaders = [course.batches(task.index) for task in tasks]
+    assert loaders[0], "the first task has no rows"
+    state, first = course.start(), lanes.batch([loader[0] for loader in loaders[0]])
+    step, review_step = run.train_step, run.review and run.review.step  # type: Any, Any
+    if store is None:
+        with phases("compile"):
             step = step.lower(state, first).compile()  # every later shape but this one is refused: no retrace
-    if session.found is not None:
-        with phases("restore"):
-            state = restore(config, run, session, state)
-    if store is not None:
-        session.serve(store, int(state.step), state.staged)
-        step = Fed(step, store, phases)
-        if run.review is not None:
-            fed = dataclasses.replace(run.review, step=Fed(run.review.step, store, phases))
-            run = dataclasses.replace(run, review=fed)
+    else:
+        lanes.sessions[0].serve(store, int(state.step), state.staged)
+        step, review_step = (x and Fed(x, store, phases) for x in (step, review_step))
         with phases("compile"):
             step.compile(state, first)
-    to_do = sum(len(x) for x in loaders[at.task + at.rehearsing :] if x) - (0 if at.rehearsing else at.batch)
-    with tqdm(
-        total=at.step + to_do,
-        initial=at.step,
-        desc=config.strategy,
-        unit="step",
-        disable=not progress,
-    ) as bar:
-        for task, loader in list(zip(tasks, loaders, strict=True))[at.task :]:
-            bar.set_description(f"{config.strategy}, task {task.index + 1} of {len(tasks)}")
+    to_do = sum(len(x[0]) for x in loaders[at.task + at.rehearsing :] if x) - (0 if at.rehearsing else at.batch)
+    name = config.strategy if len(lanes) == 1 else f"{config.strategy}, {len(lanes)} seeds"
+    scores: list[dict[str, np.ndarray]] = []
+    with tqdm(total=at.step + to_do, initial=at.step, desc=name, unit="step", disable=not progress) as bar:
+        for task in tasks[at.task :]:
+            bar.set_description(f"{name}, task {task.index + 1} of {len(tasks)}")
+            own = loaders[task.index]  # none where the strategy trains nothing in this task
             if run.strategy.fresh and task.index and at.iterator is None:
-                state = renewed(state, run.new_weights(weights_key(task.index)), True)
-            if loader is not None and not at.rehearsing:  # without rows the strategy trains nothing in this task
+                state = renewed(state, course.new_weights(task.index), True)
+            if own and not at.rehearsing:
                 if config.buffer.replay != "draw":
-                    bar.total -= len(loader)
-                    loader = train_batches(config, run, task.index, state) or loader
-                    bar.total += len(loader)
+                    bar.total -= len(own[0])
+                    own = course.batches(task.index, state)
+                    bar.total += len(own[0])
                 if at.iterator is None:
-                    state = _begin_task(run.mesh, state, task.index, loader.steps_per_epoch)
-                state = train_steps(run.mesh, step, state, loader, config.log_every, session, bar)
-                count_rows(config, run, at, state, loader, task.index)
-                with phases("end of task"):
-                    state = store_exemplars(config, run, session, state, task.index)
-            review = run.review if loader is not None else None
-            again = None if review is None else review.batches(config, state, task.index)
-            if review is not None and again is not None:
-                weights = functools.partial(run.new_weights, weights_key(task.index))
+                    state = course.begin(state, task.index, own)
+                state = train_steps(lanes, step, state, own, bar)
+                for i, session in enumerate(lanes.sessions):
+                    count_rows(lanes.configs[i], run, session.progress, lanes.one(state, i), own[i], task.index)
+                if run.store_exemplars is not None:
+                    state = course.end(store_exemplars, state, task.index)
+            again = course.review(task.index, state) if own else []
+            if again:
+                assert run.review is not None
                 if not at.rehearsing:
-                    at.rehearsing, at.iterator = True, None
-                    state = renewed(state, weights(), review.renews_weights)
-                    state = _begin_task(run.mesh, state, task.index, again.steps_per_epoch)
-                bar.total += len(again) - at.batch
-                state = train_steps(run.mesh, review.step, state, again, config.log_every, session, bar)
-                if not review.renews_weights:
-                    at.tuned.append(again.rows_per_epoch)
-                    state = renewed(state, weights(), False)
-            if loader is not None:
-                with phases("end of task"):
-                    state = end_task(config, run, session, state, task.index)
+                    lanes.stand(rehearsing=True, iterator=None)
+                    state = renewed(state, course.new_weights(task.index), run.review.renews_weights)
+                    state = course.begin(state, task.index, again)
+                bar.total += len(again[0]) - at.batch
+                state = train_steps(lanes, review_step, state, again, bar)
+                if not run.review.renews_weights:
+                    for session, loader in zip(lanes.sessions, again, strict=True):
+                        session.progress.tuned.append(loader.rows_per_epoch)
+                    state = renewed(state, course.new_weights(task.index), False)
+            if own and run.strategy.end_task is not None:
+                state = course.end(end_task, state, task.index)
             with phases("evaluate"):
-                batches = session.watched(eval_batches(config, run), "a batch of the evaluation")
-                scores = run.evaluate(state.params, state.batch_stats, state.strategy_state, batches)
-            rows = add_scores(at, scores)
-            session.log.write("evaluation", at.step, {"task": task.index, **rows})
-            session.log.write_seconds(at.step, phases.seconds, {} if store is None else store.seconds)
-            so_far = {name: np.mean(row[: task.index + 1]) for name, row in rows.items()}
-            bar.set_postfix({name: f"{x:.4f}" if name == "error" else f"{100 * x:.1f} %" for name, x in so_far.items()})
-            at.task, at.rehearsing, at.iterator = task.index + 1, False, None
-            session.save(state)
+                scores = course.evaluate(state.params, state.batch_stats, state.strategy_state)
+            for session, mine in zip(lanes.sessions, scores, strict=True):
+                rows = add_scores(session.progress, mine)
+                session.log.write("evaluation", at.step, {"task": task.index, **rows})
+                session.log.write_seconds(at.step, session.phases.seconds, {} if store is None else store.seconds)
+                so_far = {name: np.mean(row[: task.index + 1]) for name, row in rows.items()}
+                shown = {name: f"{x:.4f}" if name == "error" else f"{100 * x:.1f} %" for name, x in so_far.items()}
+                bar.set_postfix(shown)
+            lanes.stand(task=task.index + 1, rehearsing=False, iterator=None)
+            lanes.save(state)
             if at.task < len(tasks):
-                session.stop_if_asked()
+                lanes.stop_if_asked()
     with phases("save"):
-        session.checkpoints.wait()
+        for session in lanes.sessions:
+            session.checkpoints.wait()
     with phases("evaluate"):
-        if scores is None:  # the run was stopped after its last task
-            batches = session.watched(eval_batches(config, run), "a batch of the evaluation")
-            scores = run.evaluate(state.params, state.batch_stats, state.strategy_state, batches)
-        untrained = _score_untrained(config, run, session, run.new_weights(weights_key(0)))
-    return summarize(config, run, at, state, scores, untrained)
+        if not scores:  # the run was stopped after its last task
+            scores = course.evaluate(state.params, state.batch_stats, state.strategy_state)
+        params, batch_stats, _ = course.new_weights(0)  # against which forward transfer is measured
+        init = jax.jit(lanes.each(run.strategy.init), out_shardings=mesh_lib.replicated(run.mesh))
+        measure = "error" if run.train.targets else "accuracy"
+        untrained = [mine[measure] for mine in course.evaluate(params, batch_stats, init(params, batch_stats))]
+    together = {"seeds_together": len(lanes)} if len(lanes) > 1 else {}
+    background = {} if store is None else {"background_seconds": dict(store.seconds)}  # of this session's first process
+    return [
+        summarize(lanes.configs[i], run, session.progress, lanes.one(state, i), scores[i], untrained[i])
+        | together
+        | background
+        for i, session in enumerate(lanes.sessions)
+    ]
 
 
-def train_steps(
-    mesh: jax.sharding.Mesh,
-    step: Callable,
-    state: S,
-    loader: data.Loader,
-    log_every: int,
-    session: Session,
-    bar: tqdm,
-) -> S:
+def train_steps(lanes: Lanes[S], step: Callable, state: S, loaders: Sequence[data.Loader], bar: tqdm) -> S:
     """The steps of one task, or of the rehearsal at its end, that are not done yet. Metrics are fetched a logging interval
     late, so that the devices never wait for them; a checkpoint waits, so that the log it belongs to is complete."""
     pending: tuple[int, int, dict] | None = None
-    at, phases = session.progress, session.phases
+    at, phases, steps = lanes.at, lanes.phases, len(loaders[0])
 
     def flush() -> None:
         nonlocal pending
         if pending is None:
             return
         (number, index, values), pending = pending, None
-        values = {name: float(value) for name, value in jax.device_get(values).items()}
-        session.log.write("train", number, {"task": at.task, "epoch": index / loader.steps_per_epoch, **values})
-        if not np.isfinite(values.get("loss", 0.0)):
-            raise Diverged(diverged(f"the loss is {values['loss']}", number, at.task))
+        each = [{name: float(x) for name, x in mine.items()} for mine in lanes.split(jax.device_get(values))]
+        for session, mine in zip(lanes.sessions, each, strict=True):
+            epoch = index / loaders[0].steps_per_epoch
+            session.log.write("train", number, {"task": at.task, "epoch": epoch, **mine})
+        losses = [mine.get("loss", 0.0) for mine in each]
+        if not np.isfinite(losses).all():
+            what = f"the loss is {losses[0]}" if len(losses) == 1 else f"the loss of the seeds is {losses}"
+            raise Diverged(diverged(what, number, at.task))
 
-    batches = iter(loader)
-    if at.iterator is not None:
-        batches.set_state(at.iterator)
-    for index in range(at.batch, len(loader)):
+    iterators = [iter(loader) for loader in loaders]
+    for iterator, session in zip(iterators, lanes.sessions, strict=True):
+        if session.progress.iterator is not None:
+            iterator.set_state(session.progress.iterator)
+    for index in range(at.batch, steps):
         with phases("load"):
-            rows = next(batches)
+            rows = [next(iterator) for iterator in iterators]
         with phases("assemble"):
-            batch = mesh_lib.shard_rows(mesh, rows)
+            batch = lanes.batch(rows)
         with phases("train"):
             try:
                 state, values = step(state, batch)
             except Exception:
-                if session.writer_failed and jax.process_count() == 1:  # else the others have gone on: no common state
+                if lanes.sessions[0].writer_failed and jax.process_count() == 1:  # else the others have gone on
                     flush()
-                    at.iterator = {"next_index": index}
-                    session.save(state)  # of the step before; raises what the writer has met with
+                    lanes.stand(iterator={"next_index": index})
+                    lanes.save(state)  # of the step before; raises what the writer has met with
                 raise
-            at.step += 1
-            if index % log_every == 0 or index == len(loader) - 1:
+            lanes.stand(step=at.step + 1)
+            if index % lanes.configs[0].log_every == 0 or index == steps - 1:
                 flush()
                 pending = (at.step, index, values)
-            answer = session.after_step(at.step, values)
+            answer = lanes.after_step(values)
         bar.update()
-        if answer != control.GO_ON and index + 1 < len(loader):  # a save at the task's end, or rehearsal, follows
+        if answer != control.GO_ON and index + 1 < steps:  # a save at the task's end, or rehearsal, follows
             with phases("train"):
                 flush()
-            at.iterator = batches.get_state()
-            session.save(state)
-            session.stop_if_asked(answer)
+            for iterator, session in zip(iterators, lanes.sessions, strict=True):
+                session.progress.iterator = iterator.get_state()
+            lanes.save(state)
+            lanes.stop_if_asked(answer)
     with phases("train"):
         flush()
         jax.block_until_ready(state)
     return state
 
 
-def restore(config: ConfigDict, run: Experiment, session: Session, state: TrainState) -> TrainState:
+def restore(config: ConfigDict, session: Session, run: Experiment, state: TrainState) -> TrainState:
     """The state of the checkpoint, on the devices of this session; `state`, a new one, gives the shapes and is freed."""
     target = checkpoint.abstract(state)
     jax.tree.map(lambda x: x.delete(), state)  # or the memory would have to hold the buffer twice
@@ -267,24 +329,18 @@ def restore(config: ConfigDict, run: Experiment, session: Session, state: TrainS
     return dataclasses.replace(state, buffer=buffer, staged=jax.jit(run.buffer.stage)(buffer, keys))
 
 
-def store_exemplars(config: ConfigDict, run: Experiment, session: Session, state: TrainState, task: int) -> TrainState:
-    """Fills the memory, where that is done at a task's end."""
-    if run.store_exemplars is None:
-        return state
+def store_exemplars(config: ConfigDict, session: Session, run: Experiment, state: TrainState, task: int) -> TrainState:
+    """Fills the memory of a strategy that does so at a task's end."""
+    assert run.store_exemplars is not None
     batches = functools.partial(session.watched, task_batches(config, run, task), "a batch at a task's end")
     selecting = jax.random.fold_in(jax.random.key(config.seed), np.uint32(2**32 - 1))  # no step has this number
     return run.store_exemplars(state, task, jax.random.fold_in(selecting, task), batches)
 
 
-def end_task(config: ConfigDict, run: Experiment, session: Session, state: TrainState, task: int) -> TrainState:
+def end_task(config: ConfigDict, session: Session, run: Experiment, state: TrainState, task: int) -> TrainState:
     """What the strategy does when all steps of a task are done."""
     batches = functools.partial(session.watched, task_batches(config, run, task), "a batch at a task's end")
     return run.end_task(state, batches)
-
-
-def _begin_task(mesh: jax.sharding.Mesh, state: TrainState, task: int, steps_per_epoch: int) -> TrainState:
-    task_step, per_epoch, number = (mesh_lib.replicate(mesh, np.int32(x)) for x in (0, steps_per_epoch, task))
-    return dataclasses.replace(state, task_step=task_step, steps_per_epoch=per_epoch, task=number)
 
 
 def renewed(state: TrainState, weights: tuple[Any, Any, Any], all_of_them: bool) -> TrainState:
@@ -293,11 +349,3 @@ def renewed(state: TrainState, weights: tuple[Any, Any, Any], all_of_them: bool)
     if not all_of_them:
         return dataclasses.replace(state, opt_state=opt_state)
     return dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state)
-
-
-def _score_untrained(config: ConfigDict, run: Experiment, session: Session, weights: Any) -> np.ndarray:
-    """The accuracy (or error) of newly initialised weights on every task, against which forward transfer is measured."""
-    params, batch_stats, _ = weights
-    batches = session.watched(eval_batches(config, run), "a batch of the evaluation")
-    own = jax.jit(run.strategy.init, out_shardings=mesh_lib.replicated(run.mesh))(params, batch_stats)
-    return run.evaluate(params, batch_stats, own, batches)["error" if run.train.targets else "accuracy"]

@@ -1,22 +1,65 @@
-"""What result.json says of a run."""
+"""What result.json says of a run, and the frame in which runs leave it."""
 
+import contextlib
 import importlib.metadata
+import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcl import metrics
+from jaxcl import files, metrics
 from jaxcl.buffer import Buffer
 from jaxcl.data import Loader
 from jaxcl.training import workdir
 from jaxcl.training.experiment import Experiment
 from jaxcl.training.replay import draws_per_epoch
-from jaxcl.training.session import Progress, Session
+from jaxcl.training.session import Progress, Session, open_session
 from jaxcl.training.state import TrainState
 
 STEPPING = ("load", "assemble", "wait", "train", "accumulate")  # of the steps; wait and accumulate are the host tier's
+
+
+def record(
+    configs: Sequence[ConfigDict],
+    folders: Sequence[pathlib.Path],
+    mesh: jax.sharding.Mesh,
+    run: Callable[[Sequence[Session]], list[dict[str, Any]]],
+    *,
+    begin: float,
+    overwrite: bool = False,
+    stall_seconds: float | None = None,
+) -> list[dict[str, Any]]:
+    """Runs in sessions of these folders, and leaves in each its result.json.
+
+    Args:
+      configs, folders: of runs that go side by side, of which none is finished; or of one, which if it is finished is
+        returned as it is.
+      run: trains, and says of each run what result.json holds but for its times.
+      begin: `time.perf_counter()` at the beginning of the run.
+      overwrite, stall_seconds: see `open_session`.
+
+    Returns:
+      What each result.json holds.
+    """
+    with contextlib.ExitStack() as stack:
+        sessions: list[Session] = []
+        for config, folder in zip(configs, folders, strict=True):
+            stack.enter_context(files.full_disk_is_a_storage_error(folder))
+            options: Any = {"begin": begin, "overwrite": overwrite, "stall_seconds": stall_seconds}
+            session = stack.enter_context(open_session(config, folder, mesh, **options))
+            if isinstance(session, dict):
+                assert len(configs) == 1, "a finished run is not continued"
+                return [session]
+            sessions.append(session)
+        results = run(sessions)
+        for session, result, folder in zip(sessions, results, folders, strict=True):
+            result |= times(result["images"], session)
+            if jax.process_index() == 0:
+                files.write_json(folder / "result.json", result)
+    return results
 
 
 def times(images: int, session: Session) -> dict[str, Any]:
