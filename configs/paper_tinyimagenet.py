@@ -57,4 +57,4 @@ def get_figures(size: str = "gpu") -> Figures:
         resnet50 = {"model.name": "resnet50", "model.options": {"stem": "small", "norm": "local"}}
         return Figures(models={"resnet18": {}, "resnet50": resnet50, "ghostnet": ghost})
     narrow = {"model.name": "resnet18", "model.options": {"width": 8, "stem": "small", "norm": "sync"}}
-    return Figures(models={"convnet-16": {}, "resnet18-8": narrow})
+    return Figures(models={"convnet-16": {}, "resnet18-8": narrow}, most_seeds={"resnet18-8": 1})

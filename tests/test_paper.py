@@ -72,16 +72,26 @@ def test_several_seeds_have_a_deviation(tmp_path):
     top5 = {"from_scratch": (0.9, 0.8), "incremental": (0.4, 0.2), "er": (0.7, 0.6)}
     model = {name: strategy(values) for name, values in top5.items()}
     model |= {"top5_over_from_scratch": 0.765, "time_over_incremental": 1.1, "time_over_from_scratch": 0.5}
-    found = {"name": "a", "tasks": 2, "classes": 8, "capacity": 9, "seeds": 2, "goal": 1.2, "models": {"net": model}}
+    found = {"name": "a", "tasks": 2, "classes": 8, "capacity": 9, "goal": 1.2, "models": {"net": model}}
     found["sizes"] = {"batch_size": 8, "representatives": 1, "candidates": 2, "epochs": 3}
     text = drawn("accuracy", found, tmp_path)
-    assert "| net | rehearsal | 65.0 ± 7.1 | 25.0 ± 0.0 | 3.5 ± 0.7 |" in text
+    assert "| net | rehearsal | 2 | 65.0 ± 7.1 | 25.0 ± 0.0 | 3.5 ± 0.7 |" in text
     front = accuracy.sentence(found | ENVIRONMENT)
     assert "a, 8 new and 1 replayed rows a step, on 8 fake CPU devices" in front
     assert "76 % of the top-5" in front and "in 1.10 times" in front
     point = {"value": 64, "top5_so_far": [[1.0, 0.68]]}
     swept = {"model": "net", "bounds": model, "swept": {"buffer.representatives": [{**point, "value": 8}, point]}}
     assert "(net with 64 replayed: 80 %)" in accuracy.sentence(found | ENVIRONMENT, swept)
+
+
+def test_an_expensive_model_may_have_fewer_seeds(study, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Study, "train", lambda self, config, place, seeds: asked.append((place, seeds)))
+    varied = Figures(models={"small": {}, "large": {}}, most_seeds={"large": 2})
+    for seeds in (1, 3):
+        for model in varied.models:
+            dataclasses.replace(study, figures=varied, seeds=seeds).runs(model, "er")
+    assert asked == [("runs/small/er", 1), ("runs/large/er", 1), ("runs/small/er", 3), ("runs/large/er", 2)]
 
 
 def test_five_classes_have_no_figure_1():

@@ -33,7 +33,6 @@ def measure(study: Study) -> Json:
         "classes": sum(map(len, first["tasks"])),
         "sizes": {"batch_size": new, "representatives": drawn, "candidates": c.buffer.candidates, "epochs": c.epochs},
         "capacity": first["capacity"],
-        "seeds": study.seeds,
         "goal": (new + drawn) / new * SLACK,
         "models": models,
     }
@@ -72,20 +71,15 @@ def summary(runs: list[Json]) -> Json:
 
 
 def picture(found: Json) -> Figure:
-    """A row a model: top-5 and top-1, averaged over the tasks so far."""
+    """A row a model: top-5 and top-1, averaged over the tasks so far; mean and range of the seeds."""
     figure, rows = panels(2, len(found["models"]), width=3.9, height=2.7)
     for row, (model, x) in zip(rows, found["models"].items(), strict=True):
         for axes, (key, title) in zip(row, (("top5_so_far", "top-5"), ("top1_so_far", "top-1")), strict=True):
             for strategy, label in STRATEGIES.items():
                 values = 100 * np.array(x[strategy][key])
-                axes.plot(
-                    range(1, found["tasks"] + 1),
-                    values.mean(0),
-                    color=color_of(strategy),
-                    marker="o",
-                    ms=4,
-                    label=label,
-                )
+                tasks, color = range(1, found["tasks"] + 1), color_of(strategy)
+                axes.plot(tasks, values.mean(0), color=color, marker="o", ms=4, label=label)
+                axes.fill_between(tasks, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
             axes.set_ylim(0, 102)
             axes.set_xticks(range(1, found["tasks"] + 1))
             axes.set_title(f"{model}: {title}", loc="left", fontsize=9)
@@ -105,7 +99,8 @@ def mean(values: Any, scale: float = 100, digits: int = 1) -> str:
 
 def row(model: str, strategy: str, x: Json) -> tuple[str, ...]:
     last = [[values[-1] for values in x[key]] for key in ("top5_so_far", "top1_so_far")]
-    return (model, STRATEGIES[strategy], *(mean(values) for values in last), mean(x["seconds_of_steps"], 1))
+    seconds = x["seconds_of_steps"]
+    return (model, STRATEGIES[strategy], str(len(seconds)), *(mean(values) for values in last), mean(seconds, 1))
 
 
 def paragraph(found: Json) -> str:
@@ -127,9 +122,9 @@ def paragraph(found: Json) -> str:
         [
             f"{found['name']}: {found['tasks']} tasks, {found['classes']} classes, {s['epochs']} epochs a task;"
             f" {s['batch_size']} new rows a step, {s['candidates']} offered to the memory, {s['representatives']} replayed;"
-            f" a memory of {found['capacity']:,} rows. {found['seeds']} seed(s), after the last task:",
+            f" a memory of {found['capacity']:,} rows. After the last task:",
             table(
-                ("model", "", "top-5, %", "top-1, %", "run time, s"),
+                ("model", "", "seeds", "top-5, %", "top-1, %", "run time, s"),
                 (row(model, strategy, x[strategy]) for model, x in found["models"].items() for strategy in STRATEGIES),
             ),
             f"The two ratios of the paper, which reports a top-5 accuracy of {100 * PAPER:.1f} % of that from scratch; the goal"

@@ -24,6 +24,7 @@ class Figures:
 
     Attributes:
       models: label -> fields changed, of figure 1; figure 2 takes the first.
+      most_seeds: label -> seeds, of models that take too long for as many as --seeds.
       shares: of figures 2 and 5, of the training rows.
       representatives, candidates: of figure 2, over all devices; (): the config's own times 1, 2, 4, 8 and a half, 1, 2.
       new, drawn: of figure 3, rows a device and step.
@@ -31,6 +32,7 @@ class Figures:
     """
 
     models: Mapping[str, Fields] = dataclasses.field(default_factory=dict)
+    most_seeds: Mapping[str, int] = dataclasses.field(default_factory=dict)
     shares: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3)
     representatives: tuple[int, ...] = ()
     candidates: tuple[int, ...] = ()
@@ -90,7 +92,8 @@ class Study:
         own = self.configured(model, strategy)
         new = {name: value for name, value in (fields or {}).items() if get(own, name) != value}
         place = f"runs/{model}/" + ",".join([strategy, *([folder_name(new)] if new else [])])
-        return self.train(self.configured(model, strategy, new), place)
+        seeds = min(self.seeds, self.figures.most_seeds.get(model, self.seeds))
+        return self.train(self.configured(model, strategy, new), place, seeds)
 
     def train(self, config: ConfigDict, place: str, seeds: int | None = None) -> list[Json]:
         """The results of a config's seeds, in folders WORKDIR/place/seed_S."""
