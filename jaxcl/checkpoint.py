@@ -208,8 +208,8 @@ def _failed(path: pathlib.Path, error: Exception) -> RunError:
     text = " ".join(str(error).split())
     if "No space left" in text or "ENOSPC" in text:
         text = "the disk is full"
-    elif jax.process_count() > 1 and isinstance(error.__cause__ or error, jax.errors.JaxRuntimeError):
-        # The processes agree on a save by collectives and barriers; Orbax makes a TimeoutError of a barrier's error.
+    # The processes agree on a save by collectives and barriers; Orbax makes a TimeoutError of a barrier's error.
+    elif jax.process_count() > 1 and any(isinstance(x, jax.errors.JaxRuntimeError) for x in (error, error.__cause__)):
         return PeerLost(f"another process has died: {text}; checkpoint {path} is not whole, those before it are kept")
     return StorageError(f"checkpoint {path} cannot be written: {text}; those before it are kept")
 

@@ -107,7 +107,8 @@ class Course:
             with lanes.phases("restore"):
                 each = zip(lanes.configs, lanes.sessions, states, strict=True)
                 states = [restore(config, session, run, state) for config, session, state in each]
-        return lanes.join(states)
+        with lanes.phases("compile"):
+            return lanes.join(states)
 
     def new_weights(self, task: int) -> Any:
         """Newly initialised weights, and their optimiser's state."""
