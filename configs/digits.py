@@ -7,8 +7,8 @@ Expected: average accuracy 97 % from scratch, 20 % incremental, 93 % with rehear
 
 from ml_collections import ConfigDict
 
+from jaxcl.search.sweep import Sweep
 from jaxcl.training.config import default_config
-from jaxcl.training.sweep import Sweep
 
 
 def get_config() -> ConfigDict:

@@ -1,6 +1,7 @@
 """Emoji and their captions: 1,315 pairs to train on, 329 held out, two small towers.
 
-    python -m experiments.memory_bank --config=configs/memory_bank_emoji.py --config.data.source=emoji:FILE --workdir=DIR
+    python -m experiments.studies.memory_bank --config=configs/memory_bank_emoji.py --config.data.source=emoji:FILE \
+        --workdir=DIR
 
 FILE: an archive of `noto` uint8 [n, 32, 32, 3], `caption`, and for `--config.data.pairs=styles` a second drawing, `emojitwo`
 with `has_emojitwo`. A run takes some seconds on 2 cores; what to expect is said in docs/memory_bank.md.

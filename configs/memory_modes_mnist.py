@@ -1,6 +1,6 @@
 """Split-MNIST with a memory that DyTox's erratum is about: exemplars chosen at a task's end, appended, a balanced fine-tuning.
 
-    python -m experiments.memory_modes --config=configs/memory_modes_mnist.py --workdir=DIR --devices=8 \\
+    python -m experiments.studies.memory_modes --config=configs/memory_modes_mnist.py --workdir=DIR --devices=8 \\
         --config.data.data_dir=TFDS_DIR --json=experiments/results/memory_modes.json
 
 5 tasks of 2 classes, one pass over each, an MLP of 2 x 64 units; images are shifted by up to 3 pixels, in training and for

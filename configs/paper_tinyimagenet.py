@@ -11,7 +11,8 @@ folder of 100,000 / 10,000 JPEG images at 32x32 (`data_dir`). The full size need
 nets, 12 epochs a task. In proportion it keeps the protocol: c = b / 4, r = b / 8, a memory of 30 % by class, warm-up in the
 first sixth of a task's epochs to 8 times the learning rate of one device, and its decay. Its accuracies are not the paper's.
 
-    python -m experiments.small_pack --from=tfds:tinyimagenet32 --from_dir=TFDS_DIR --train=500 --test=50 --every=10 --out=FILE
+    python -m experiments.studies.small_pack --from=tfds:tinyimagenet32 --from_dir=TFDS_DIR --train=500 --test=50 \
+        --every=10 --out=FILE
     python -m experiments.paper --config=configs/paper_tinyimagenet.py:cpu --devices=8 --workdir=DIR \
         --config.data.source=npz:FILE
 

@@ -1,7 +1,7 @@
 """Permuted-MNIST as Mammoth runs it, one row of docs/benchmarks.md each: STRATEGY or STRATEGY-CAPACITY, for example er-500.
 
     python -m experiments.train --config=configs/permuted_mnist_mammoth.py:er-500 --config.data.data_dir=TFDS_DIR --workdir=DIR
-    python -m experiments.check_references --protocol=permuted_mnist_mammoth --data_dir=TFDS_DIR --workdir=DIR
+    python -m experiments.studies.references --protocol=permuted_mnist_mammoth --data_dir=TFDS_DIR --workdir=DIR
 
 10 tasks, each all of MNIST under a permutation of its own; one epoch in batches of 128 + 128, an MLP of 2 x 100 with
 Xavier-uniform weights, SGD without momentum, images in 0..1, a reservoir; Mammoth's learning rates and coefficients.

@@ -1,8 +1,8 @@
 """Split-CIFAR-10 cut down to a CPU, beside Mammoth; one row of docs/benchmarks.md each: STRATEGY-CAPACITY, for example der-200.
 
-    python -m experiments.small_pack --from=tfds:cifar10 --from_dir=TFDS_DIR --train=1000 --test=200 --out=FILE
-    python -m experiments.check_references --protocol=split_cifar10_small --source=npz:FILE --workdir=DIR
-    python -m experiments.check_references --protocol=split_cifar10_small --source=npz:FILE --mammoth=CHECKOUT
+    python -m experiments.studies.small_pack --from=tfds:cifar10 --from_dir=TFDS_DIR --train=1000 --test=200 --out=FILE
+    python -m experiments.studies.references --protocol=split_cifar10_small --source=npz:FILE --workdir=DIR
+    python -m experiments.studies.references --protocol=split_cifar10_small --source=npz:FILE --mammoth=CHECKOUT
 
 5 tasks of 2 classes, the first 1,000 training and 200 test images of each class, one epoch, batch 10 + 10, not augmented, an
 MLP of 2 x 100 with Xavier-uniform weights, float32, SGD without momentum, a reservoir; coefficients are those of the DER

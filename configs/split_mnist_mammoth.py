@@ -1,7 +1,7 @@
 """Split-MNIST as Mammoth runs it, one row of docs/benchmarks.md each: STRATEGY or STRATEGY-CAPACITY, for example der_pp-200.
 
     python -m experiments.train --config=configs/split_mnist_mammoth.py:er-200 --config.data.data_dir=TFDS_DIR --workdir=DIR
-    python -m experiments.check_references --protocol=split_mnist_mammoth --data_dir=TFDS_DIR --workdir=DIR
+    python -m experiments.studies.references --protocol=split_mnist_mammoth --data_dir=TFDS_DIR --workdir=DIR
 
 5 tasks of 2 classes, one epoch in batches of 10 + 10, an MLP of 2 x 100 with Xavier-uniform weights, SGD without momentum,
 images in 0..1, a reservoir; learning rates and coefficients are those of Mammoth's best arguments.

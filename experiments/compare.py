@@ -4,7 +4,7 @@
         [--seeds=3] [--vmap] [--devices=8] [--config.epochs=5 ...]
 
 Each run has its own folder, DIR/STRATEGY/SEED; those that are finished are not run again, an unfinished one is continued.
---vmap trains the seeds of a strategy together, as one program: see jaxcl/training/seeds.py.
+--vmap trains the seeds of a strategy together, as one program: see jaxcl/search/seeds.py.
 """
 
 import pathlib
@@ -13,18 +13,18 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import main as common
+from experiments import cli
 from jaxcl import report
+from jaxcl.search.seeds import check_together, train_seeds
 from jaxcl.strategies import make_strategy
-from jaxcl.training.seeds import check_together, train_seeds
 
 STRATEGIES = flags.DEFINE_list("strategies", ["from_scratch", "incremental", "er"], "strategies to compare")
 VMAP = flags.DEFINE_bool("vmap", False, "train the seeds of a strategy together, as one program")
 
 
 def main() -> None:
-    config, workdir = common.required(common.CONFIG), pathlib.Path(common.required(common.WORKDIR))
-    count = common.seeds(default=1)
+    config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
+    count = cli.seeds(default=1)
     runs = []
     for strategy in STRATEGIES.value:
         make_strategy(strategy)
@@ -34,7 +34,7 @@ def main() -> None:
             check_together(one)
         seeds = range(config.seed, config.seed + count)
         runs.append((one, {seed: workdir / strategy / f"seed_{seed}" for seed in seeds}))
-    options: Any = {"overwrite": common.OVERWRITE.value, "stall_seconds": common.STALL.value}
+    options: Any = {"overwrite": cli.OVERWRITE.value, "stall_seconds": cli.STALL.value}
     for one, folders in runs:
         train_seeds(one, folders, together=VMAP.value, **options)
     if jax.process_index() > 0:
@@ -45,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

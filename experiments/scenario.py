@@ -12,19 +12,19 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import main as common
+from experiments import cli
 from jaxcl import report
 from jaxcl.data import SCENARIOS
 from jaxcl.errors import UserError
+from jaxcl.training.build import make_tasks
 from jaxcl.training.config import check_config
-from jaxcl.training.experiment import make_tasks
 
 OUT = flags.DEFINE_string("out", None, "PNG file to write")
 KINDS = flags.DEFINE_list("scenarios", [], f"of {', '.join(SCENARIOS)}; default: that of the config")
 
 
 def main() -> None:
-    config, out = common.required(common.CONFIG), common.required(OUT)
+    config, out = cli.required(cli.CONFIG), cli.required(OUT)
     if not out.endswith(".png"):
         raise UserError(f"--out: {out} is not allowed, give a name that ends with .png")
     configs = {}
@@ -48,4 +48,4 @@ def rows_by_class(config: ConfigDict) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

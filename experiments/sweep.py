@@ -4,7 +4,7 @@
         [--config.strategy=der ...]
 
 What is searched is said by `get_sweep()` in the config file, called with the argument of `get_config` if it has one: see
-`jaxcl.training.sweep.Sweep`. The validation rows are held out of the training data; only the last row of the table has seen the
+`jaxcl.search.sweep.Sweep`. The validation rows are held out of the training data; only the last row of the table has seen the
 test set. Each run has its own folder below DIR; those that are finished are not run again, an unfinished one is continued.
 Leaves DIR/sweep.json and DIR/report.html.
 """
@@ -16,18 +16,18 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import main as common
+from experiments import cli
 from jaxcl import report
 from jaxcl.errors import UserError
-from jaxcl.training.sweep import Sweep, rows, run_sweep
+from jaxcl.search.sweep import Sweep, rows, run_sweep
 
 VMAP = flags.DEFINE_bool("vmap", False, "train the seeds of a setting together, as one program")
 
 
 def main() -> None:
-    config, workdir = common.required(common.CONFIG), pathlib.Path(common.required(common.WORKDIR))
+    config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
     sweep = load_sweep(config_flags.get_config_filename(flags.FLAGS["config"]))
-    options: Any = {"overwrite": common.OVERWRITE.value, "stall_seconds": common.STALL.value}
+    options: Any = {"overwrite": cli.OVERWRITE.value, "stall_seconds": cli.STALL.value}
     found = run_sweep(config, sweep, workdir, together=VMAP.value, **options)
     if jax.process_index() > 0:
         return
@@ -48,15 +48,13 @@ def load_sweep(path: str) -> Sweep:
     Raises:
       UserError: the file has none, or it returns something else.
     """
-    sweep = common.from_config_file(path, "get_sweep")
+    sweep = cli.from_config_file(path, "get_sweep")
     if sweep is None:
         raise UserError(f"--config: {path} has no get_sweep(), which says what to search")
     if not isinstance(sweep, Sweep):
-        raise UserError(
-            f"--config: get_sweep() of {path} returns {sweep!r}, it must return a jaxcl.training.sweep.Sweep"
-        )
+        raise UserError(f"--config: get_sweep() of {path} returns {sweep!r}, it must return a jaxcl.search.sweep.Sweep")
     return sweep
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

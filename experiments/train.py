@@ -11,17 +11,17 @@ import pathlib
 
 import jax
 
-from experiments import main as common
+from experiments import cli
 from jaxcl import report
 from jaxcl.training.loop import train_and_evaluate
 
 
 def main() -> None:
-    config, workdir = common.required(common.CONFIG), pathlib.Path(common.required(common.WORKDIR))
-    train_and_evaluate(config, workdir, overwrite=common.OVERWRITE.value, stall_seconds=common.STALL.value)
+    config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
+    train_and_evaluate(config, workdir, overwrite=cli.OVERWRITE.value, stall_seconds=cli.STALL.value)
     if jax.process_index() == 0:
         print(report.table(report.load_runs([workdir])))
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -15,9 +15,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxcl.errors import UserError
+from jaxcl.types import PyTree
 
 AXIS = "data"
-PyTree = Any
+WHOLE = PartitionSpec()  # every device holds it whole
+ROWS = PartitionSpec(AXIS)  # split over the devices along its leading axis
 
 
 def use_fake_devices(count: int) -> None:
@@ -111,6 +113,21 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     # jax.make_mesh would give Explicit axes; shard_map over ordinary arrays wants Auto.
     return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def over_mesh(mesh: Mesh, function: Callable, in_specs: PyTree, out_specs: PyTree) -> Callable:
+    """`function` of one device's parts, made one of global arrays: under `shard_map`, not jitted.
+
+    Replication is not checked (`check_vma`): gradients are summed over the axis by hand.
+    """
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def on_mesh(
+    mesh: Mesh, function: Callable, in_specs: PyTree, out_specs: PyTree, *, donate: int | tuple[int, ...] = ()
+) -> Any:
+    """As `over_mesh`, jitted; `donate` numbers the arguments whose memory the results may take."""
+    return jax.jit(over_mesh(mesh, function, in_specs, out_specs), donate_argnums=donate)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -4,7 +4,6 @@ import functools
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Callable
 
 # Before jax starts: with as many threads as cores, collectives of several queued steps on fake devices can deadlock.
@@ -30,14 +29,13 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What one test has compiled no other compiles again: a cache for this run of the suite, common to its workers.
+    """What one test has compiled no other compiles again, nor does the next run of the suite: a cache common to all.
 
-    Not for commands in processes of their own: one that is killed as it writes would leave half an entry.
+    It lies in the user's cache folder, or in `JAXCL_TEST_CACHE`. Not for commands in processes of their own: one that is
+    killed as it writes would leave half an entry.
     """
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        os.environ["JAXCL_TEST_CACHE"] = folder = tempfile.mkdtemp(prefix="jaxcl-")
-        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-    jax.config.update("jax_compilation_cache_dir", os.environ["JAXCL_TEST_CACHE"])
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxcl" / "tests"
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAXCL_TEST_CACHE") or str(cache))
     jax.config.update("jax_compilation_cache_max_size", 2**32)  # a bound makes JAX lock the folder
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 

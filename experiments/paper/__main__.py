@@ -23,13 +23,13 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import main as common
-from experiments.environment import environment
+from experiments import cli
+from experiments.bench.environment import environment
 from experiments.paper import draw, page
 from experiments.paper.figures import FIGURES
 from experiments.paper.study import Figures, Study
-from jaxcl import files
 from jaxcl.errors import UserError
+from jaxcl.runs import files
 
 FIGURE = flags.DEFINE_list("figure", ["all"], f"which: all, or some of {', '.join(FIGURES)}")
 OUT = flags.DEFINE_string("out", None, "folder of the figures; default WORKDIR/figures")
@@ -39,14 +39,14 @@ PUBLISH = flags.DEFINE_bool("publish", False, "into this repository's results, p
 
 
 def main() -> None:
-    config, workdir = common.required(common.CONFIG), pathlib.Path(common.required(common.WORKDIR))
+    config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
     names = list(FIGURES) if FIGURE.value == ["all"] else FIGURE.value
     if not names or not set(names) <= set(FIGURES):
         raise UserError(f"--figure: {','.join(names)} is not allowed, give all or some of {', '.join(FIGURES)}")
-    seeds = common.seeds(default=1)
+    seeds = cli.seeds(default=1)
     path = config_flags.get_config_filename(flags.FLAGS["config"])
-    varied = (common.from_config_file(path, "get_figures") or Figures()).only(MODELS.value)
-    options = {"overwrite": common.OVERWRITE.value, "stall_seconds": common.STALL.value}
+    varied = (cli.from_config_file(path, "get_figures") or Figures()).only(MODELS.value)
+    options = {"overwrite": cli.OVERWRITE.value, "stall_seconds": cli.STALL.value}
     study = Study(config, varied, workdir, seeds, options=options)
     study.check()
     for name in names:
@@ -64,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

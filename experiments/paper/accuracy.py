@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.pages.performance import table
 from experiments.paper.draw import panels
 from experiments.paper.study import STRATEGIES, Json, Study
-from experiments.performance import table
 from jaxcl.errors import UserError
 from jaxcl.metrics import accuracy_so_far
 from jaxcl.report import color_of

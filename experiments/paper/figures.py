@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure as Picture
 
-from experiments import uniformity
 from experiments.paper import accuracy, memory, phases, scaling, sweep
 from experiments.paper.study import Json, Study
+from experiments.studies import uniformity
 
 
 class Figure(NamedTuple):

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
+from experiments.pages.performance import table
 from experiments.paper.draw import panels
 from experiments.paper.study import Json, Study
-from experiments.performance import table
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer.host import InTwo
-from jaxcl.training.experiment import Experiment, build, train_batches
+from jaxcl.training.build import Experiment, build, train_batches
 from jaxcl.training.state import initial_state
 
 TIERS = ("device", "host")

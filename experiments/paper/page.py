@@ -7,9 +7,9 @@ import json
 import pathlib
 import re
 
+from experiments.pages.performance import RESULTS, ROOT, where
 from experiments.paper import accuracy, draw
 from experiments.paper.figures import FIGURES
-from experiments.performance import RESULTS, ROOT, where
 
 IMAGES = ROOT / "docs" / "images"
 PAGES = {"docs/paper.md": "images", "README.md": "docs/images"}  # page -> its pictures, from where it lies

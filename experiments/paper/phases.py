@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from experiments.pages.performance import table
 from experiments.paper.draw import panels
 from experiments.paper.study import Fields, Json, Study
-from experiments.performance import table
 from jaxcl.report.pictures import BACKGROUND, STEP
 from jaxcl.training.result import STEPPING
 

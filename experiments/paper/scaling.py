@@ -3,10 +3,10 @@
 Measured are steps of a plain and of a rehearsing run in turn, at the paper's b new and r drawn rows a device, for 1, 2, 4, ...
 devices; training from scratch takes plain steps, (tasks + 1) / 2 times as many. All is given as seconds for a million new rows.
 
-The model is that of `experiments/step_model.py`. Its costs of a row, a byte and a message are fitted to all device counts but
-one, and the one left out is predicted: the error of that says what the model is worth. Fake CPU devices share the cores of one
-machine, so that what N of them do adds up: there the loads are N times those of a device, and the shape says nothing of a
-cluster. For 1,024 devices the rate of the one device measured is joined with a stated network.
+The model is that of `experiments/paper/step_model.py`. Its costs of a row, a byte and a message are fitted to all device
+counts but one, and the one left out is predicted: the error of that says what the model is worth. Fake CPU devices share
+the cores of one machine, so that what N of them do adds up: there the loads are N times those of a device, and the shape
+says nothing of a cluster. For 1,024 devices the rate of the one device measured is joined with a stated network.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.bench.timing import Contender, in_turn, spread
+from experiments.pages.performance import table
 from experiments.paper.draw import panels
+from experiments.paper.step_model import DEVICES, Load, Machine, all_reduce, exchange, fit, run_time
 from experiments.paper.study import STRATEGIES, Json, Study
-from experiments.performance import table
-from experiments.step_model import DEVICES, Load, Machine, all_reduce, exchange, fit, run_time
-from experiments.timing import Contender, in_turn, spread
 from jaxcl import mesh as mesh_lib
 from jaxcl.report import color_of
-from jaxcl.training.experiment import build, train_batches
+from jaxcl.training.build import build, train_batches
 from jaxcl.training.state import initial_state
 
 RUNS, STEPS = 15, 2  # of each kind and number of devices

@@ -9,9 +9,9 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxcl.errors import UserError
+from jaxcl.search.seeds import train_seeds
+from jaxcl.search.sweep import folder_name
 from jaxcl.training.config import check_config
-from jaxcl.training.seeds import train_seeds
-from jaxcl.training.sweep import folder_name
 
 Json = dict[str, Any]
 Fields = dict[str, Any]  # config field, with dots -> value

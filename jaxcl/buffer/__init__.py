@@ -23,9 +23,9 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxcl.buffer import draw as draw_lib
 from jaxcl.buffer import exchange as exchange_lib
 from jaxcl.buffer import host as host_lib
-from jaxcl.buffer import random
 from jaxcl.buffer import repeats as repeats_lib
 from jaxcl.buffer import shard as shard_lib
+from jaxcl.buffer import threefry as random
 from jaxcl.buffer.exchange import EXCHANGES
 from jaxcl.buffer.host import HANDOVERS, TIERS, Handover, Pending, Store
 from jaxcl.buffer.policy import POLICIES, make_policy
@@ -33,6 +33,7 @@ from jaxcl.buffer.repeats import REPEATS
 from jaxcl.buffer.shard import Drawn, Rows, Shard
 from jaxcl.errors import UserError
 from jaxcl.mesh import AXIS
+from jaxcl.types import PyTree
 
 __all__ = [
     "DRAWS",
@@ -51,7 +52,6 @@ __all__ = [
     "make_buffer",
 ]
 
-PyTree = Any
 MEMORIES = ("sharded", "replicated", "independent")
 DRAWS = ("uniform", "class_balanced")
 Staged = tuple[Any, ...]  # of Drawn, in the host tier of Pending

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcl.buffer import random
+from jaxcl.buffer import threefry as random
 
 NONE = np.iinfo(np.int32).max  # the rank of "no row": sorts behind every real one
 

@@ -16,15 +16,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.buffer.draw import NONE, Plan
+from jaxcl.types import PyTree
 
-PyTree = Any
 EXCHANGES = ("mix", "balance", "local")
 
 
@@ -271,7 +271,7 @@ def _moves(plan: Plan, per_device: int) -> _Moves:
 def balance_pair(per_device: int) -> int:
     """Rows a pair may exchange in the compact route of `balance`: met by all but about 1 in 1,000 draws of equal shards.
 
-    From simulation over N = 2..1024 and r = 1..512 (experiments/exchange_scale.py repeats it): the largest pair of a draw is
+    From simulation over N = 2..1024 and r = 1..512 (experiments/bench/exchange.py repeats it): the largest pair of a draw is
     governed by the deviation of what one shard supplies, sqrt(r), not by N.
     """
     return min(per_device, math.ceil(2.25 * math.sqrt(per_device)))

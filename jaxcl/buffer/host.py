@@ -35,8 +35,8 @@ from jax.sharding import Mesh
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer.draw import Plan
 from jaxcl.errors import RunError, UserError
+from jaxcl.types import PyTree
 
-PyTree = Any
 TIERS = ("device", "host")
 HANDOVERS = ("callback", "outputs")
 BACKGROUND = ("copy", "populate", "sample", "exchange")

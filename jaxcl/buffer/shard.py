@@ -5,12 +5,11 @@ row takes is the policy's decision (`policy.py`), made without looking at the re
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-PyTree = Any
+from jaxcl.types import PyTree
 
 
 @jax.tree_util.register_dataclass

@@ -11,7 +11,6 @@ on any of them, and so is a checkpoint. Writing comes before reading; the other 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +24,8 @@ from jaxcl.buffer.policy import make_policy
 from jaxcl.buffer.shard import Rows, Shard
 from jaxcl.contrastive import storage as storage_lib
 from jaxcl.mesh import AXIS
+from jaxcl.types import PyTree
 
-PyTree = Any
 SIDES = ("left", "right")  # of a pair, such as its image and its text
 FAR = -1e30  # the score of what is no candidate: its share of a sum is exactly 0, and no gradient of it is NaN
 

@@ -1,7 +1,6 @@
 """How good the embeddings are, and how old those in the bank: retrieval both ways, and staleness by age."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,8 @@ from jaxcl.contrastive.step import kinds_of, make_inputs
 from jaxcl.contrastive.storage import decode
 from jaxcl.data.augment import Augment
 from jaxcl.models.towers import Towers
+from jaxcl.types import PyTree
 
-PyTree = Any
 Embed = Callable[[PyTree, data.Loader], dict[str, np.ndarray]]
 RECALLS = (1, 5, 10)
 

@@ -26,8 +26,8 @@ from jaxcl.contrastive.bank import Bank, BankState
 from jaxcl.data.augment import Augment
 from jaxcl.mesh import AXIS
 from jaxcl.models.towers import Towers
+from jaxcl.types import PyTree
 
-PyTree = Any
 Batch = dict[str, Any]
 NEGATIVES = ("in_batch", "gathered", "fifo", "full_bank", "momentum")
 PAIRS = ("captions", "views", "styles")

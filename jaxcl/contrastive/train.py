@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from jaxcl import checkpoint, data
+from jaxcl import data
 from jaxcl import mesh as mesh_lib
 from jaxcl.contrastive.bank import Bank, make_bank
 from jaxcl.contrastive.config import BANKED, check_config
@@ -23,11 +23,12 @@ from jaxcl.contrastive.step import ContrastiveState, initial_state, make_step
 from jaxcl.data.pairs import open_pairs
 from jaxcl.errors import UserError
 from jaxcl.models.towers import make_towers
-from jaxcl.training.lanes import Lanes
+from jaxcl.runs import checkpoint
+from jaxcl.runs.lanes import Lanes
+from jaxcl.runs.session import Session
 from jaxcl.training.loop import train_steps
 from jaxcl.training.optimizer import make_optimizer, make_schedule
 from jaxcl.training.result import conditions, record
-from jaxcl.training.session import Session
 
 
 @dataclasses.dataclass(frozen=True)

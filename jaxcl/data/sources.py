@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcl.data import crop
-from jaxcl.data import labels as label_cache
+from jaxcl.data import crop, label_cache
 from jaxcl.errors import UserError
 
 _ALLOWED = "digits, tfds:NAME, npz:FILE or ptychography:SIDE"

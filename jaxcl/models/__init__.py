@@ -23,10 +23,9 @@ from jaxcl.models.mobilenet import MobileNetV3Small
 from jaxcl.models.norm import MaskedBatchNorm
 from jaxcl.models.ptychonn import PtychoNN
 from jaxcl.models.resnet import ResNet
+from jaxcl.types import PyTree
 
 __all__ = ["MaskedBatchNorm", "Model", "make_model"]
-
-PyTree = Any
 
 
 class Init(Protocol):

@@ -2,13 +2,13 @@
 tell of the other rows of its batch (the leak against which MoCo shuffles its batches), nor depend on the number of devices."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-PyTree = Any
+from jaxcl.types import PyTree
 
 
 class ImageTower(nn.Module):

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcl.strategies.base import Context, Descend, Descent, Part, PyTree, Strategy
+from jaxcl.strategies.base import Context, Descend, Descent, Part, Strategy
+from jaxcl.types import PyTree
 
 
 def agem() -> Strategy:

@@ -8,7 +8,7 @@ the shares (and their gradients) up. `mean`, `pooled_mean` and `whole` make shar
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ from jaxcl import losses
 from jaxcl.data.scenarios import Scenario
 from jaxcl.errors import UserError
 from jaxcl.mesh import AXIS
+from jaxcl.types import PyTree
 
-PyTree = Any
 Outputs = dict[str, jax.Array]
 
 

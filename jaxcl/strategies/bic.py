@@ -23,19 +23,9 @@ import jax.numpy as jnp
 
 from jaxcl import losses
 from jaxcl.errors import UserError
-from jaxcl.strategies.base import (
-    Context,
-    Descend,
-    Descent,
-    End,
-    Outputs,
-    Part,
-    PyTree,
-    Share,
-    Strategy,
-    pooled_mean,
-)
+from jaxcl.strategies.base import Context, Descend, Descent, End, Outputs, Part, Share, Strategy, pooled_mean
 from jaxcl.strategies.lwf import answers, snapshot
+from jaxcl.types import PyTree
 
 ROUNDS = 16  # of Newton's method
 

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxcl.strategies.base import Context, Outputs, Part, PyTree, Share, Strategy, cross_entropy, mean
+from jaxcl.strategies.base import Context, Outputs, Part, Share, Strategy, cross_entropy, mean
+from jaxcl.types import PyTree
 
 
 def der(alpha: float = 0.3) -> Strategy:

@@ -7,8 +7,9 @@ Buzzega et al. 2020, Dark experience for general continual learning, equation 6:
 
 from collections.abc import Sequence
 
-from jaxcl.strategies.base import Context, Part, PyTree, Share, Strategy, cross_entropy, mean
+from jaxcl.strategies.base import Context, Part, Share, Strategy, cross_entropy, mean
 from jaxcl.strategies.der import logit_distance, with_logits
+from jaxcl.types import PyTree
 
 
 def der_pp(alpha: float = 0.1, beta: float = 0.5) -> Strategy:

@@ -29,8 +29,9 @@ from jax import lax
 from jaxcl import losses
 from jaxcl.errors import UserError
 from jaxcl.mesh import AXIS
-from jaxcl.strategies.base import Context, Descend, Descent, End, Outputs, Part, PyTree, Share, Strategy, pooled_mean
+from jaxcl.strategies.base import Context, Descend, Descent, End, Outputs, Part, Share, Strategy, pooled_mean
 from jaxcl.strategies.lwf import answers, snapshot
+from jaxcl.types import PyTree
 
 
 def dytox(divergence: float = 0.1, temperature: float = 1.0, mixup: float = 0.0, smoothing: float = 0.1) -> Strategy:

@@ -15,7 +15,8 @@ from jax import lax
 
 from jaxcl import losses
 from jaxcl.mesh import AXIS
-from jaxcl.strategies.base import Context, Part, PyTree, Share, Strategy, mean
+from jaxcl.strategies.base import Context, Part, Share, Strategy, mean
+from jaxcl.types import PyTree
 
 
 def er_ace() -> Strategy:

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcl import losses
-from jaxcl.strategies.base import Context, End, Part, PyTree, Share, Strategy, cross_entropy, mean, whole
+from jaxcl.strategies.base import Context, End, Part, Share, Strategy, cross_entropy, mean, whole
+from jaxcl.types import PyTree
 
 
 def ewc(strength: float = 0.7, gamma: float = 1.0, online: bool = True) -> Strategy:

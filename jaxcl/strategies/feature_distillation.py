@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from jaxcl.strategies.base import Context, Part, PyTree, Share, Strategy, cross_entropy, mean
+from jaxcl.strategies.base import Context, Part, Share, Strategy, cross_entropy, mean
 from jaxcl.strategies.lwf import answers, keep_model, snapshot
+from jaxcl.types import PyTree
 
 
 def feature_distillation(strength: float = 0.1) -> Strategy:

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxcl.buffer.selection import unit
-from jaxcl.strategies.base import Context, End, Outputs, Part, PyTree, Share, Strategy, pooled_mean
+from jaxcl.strategies.base import Context, End, Outputs, Part, Share, Strategy, pooled_mean
 from jaxcl.strategies.lwf import answers, snapshot
+from jaxcl.types import PyTree
 
 
 def icarl() -> Strategy:

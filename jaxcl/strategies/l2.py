@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxcl.strategies.base import Context, End, Part, PyTree, Share, Strategy, cross_entropy, mean, whole
+from jaxcl.strategies.base import Context, End, Part, Share, Strategy, cross_entropy, mean, whole
+from jaxcl.types import PyTree
 
 
 def l2(strength: float = 0.01) -> Strategy:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import jax
 
 from jaxcl import losses
-from jaxcl.strategies.base import Context, End, Outputs, Part, PyTree, Share, Strategy, cross_entropy, mean
+from jaxcl.strategies.base import Context, End, Outputs, Part, Share, Strategy, cross_entropy, mean
+from jaxcl.types import PyTree
 
 
 def lwf(alpha: float = 1.0, temperature: float = 2.0) -> Strategy:

@@ -15,7 +15,8 @@ from jax import lax
 from jaxcl.errors import UserError
 from jaxcl.losses import cross_entropy
 from jaxcl.mesh import AXIS
-from jaxcl.strategies.base import Context, Descend, Descent, Part, PyTree, Strategy
+from jaxcl.strategies.base import Context, Descend, Descent, Part, Strategy
+from jaxcl.types import PyTree
 
 
 def mir(replayed: int = 16) -> Strategy:

@@ -13,7 +13,8 @@ that have them, and the same formula then favours the new.
 import jax
 import jax.numpy as jnp
 
-from jaxcl.strategies.base import End, PyTree, Strategy
+from jaxcl.strategies.base import End, Strategy
+from jaxcl.types import PyTree
 
 
 def wa() -> Strategy:

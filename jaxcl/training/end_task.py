@@ -15,8 +15,9 @@ from jaxcl.buffer import Shard
 from jaxcl.mesh import AXIS
 from jaxcl.models import Model
 from jaxcl.strategies import End, Part, Strategy
-from jaxcl.training.state import PyTree, TrainState
+from jaxcl.training.state import TrainState
 from jaxcl.training.step import make_context
+from jaxcl.types import PyTree
 
 Batches = Callable[[], Iterable[dict[str, np.ndarray]]]
 CHUNK = 256  # rows of the buffer that a device visits at once

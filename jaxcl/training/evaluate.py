@@ -14,8 +14,8 @@ from jaxcl import mesh as mesh_lib
 from jaxcl.data import Scenario
 from jaxcl.mesh import AXIS
 from jaxcl.models import Model
+from jaxcl.types import PyTree
 
-PyTree = Any
 Counts = dict[str, jax.Array]
 _BY_TASK = ("accuracy", "top5", "accuracy_in_task")
 

@@ -32,8 +32,9 @@ from jaxcl.errors import UserError
 from jaxcl.mesh import AXIS
 from jaxcl.models import Model
 from jaxcl.strategies import Strategy
-from jaxcl.training.state import PyTree, TrainState
+from jaxcl.training.state import TrainState
 from jaxcl.training.step import make_context
+from jaxcl.types import PyTree
 
 Batch = dict[str, Any]
 Batches = Callable[[], Iterable[Batch]]

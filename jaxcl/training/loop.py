@@ -12,13 +12,15 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from jaxcl import checkpoint, data
+from jaxcl import data
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer.host import Fed
 from jaxcl.buffer.reshard import reshard
 from jaxcl.errors import Diverged, UserError
-from jaxcl.training import control
-from jaxcl.training.experiment import (
+from jaxcl.runs import checkpoint, control
+from jaxcl.runs.lanes import Lanes, S, Together
+from jaxcl.runs.session import Session, diverged
+from jaxcl.training.build import (
     Experiment,
     build,
     capacity_of,
@@ -27,9 +29,7 @@ from jaxcl.training.experiment import (
     task_batches,
     train_batches,
 )
-from jaxcl.training.lanes import Lanes, S, Together
 from jaxcl.training.result import add_scores, count_rows, record, summarize
-from jaxcl.training.session import Session, diverged
 from jaxcl.training.state import TrainState, initial_state
 from jaxcl.training.step import step_keys
 

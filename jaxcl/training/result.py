@@ -10,13 +10,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcl import files, metrics
+from jaxcl import metrics
 from jaxcl.buffer import Buffer
 from jaxcl.data import Loader
-from jaxcl.training import workdir
-from jaxcl.training.experiment import Experiment
+from jaxcl.runs import files, workdir
+from jaxcl.runs.session import Progress, Session, open_session
+from jaxcl.training.build import Experiment
 from jaxcl.training.replay import draws_per_epoch
-from jaxcl.training.session import Progress, Session, open_session
 from jaxcl.training.state import TrainState
 
 STEPPING = ("load", "assemble", "wait", "train", "accumulate")  # of the steps; wait and accumulate are the host tier's

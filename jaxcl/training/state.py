@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,7 @@ from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Buffer, Shard, Staged
 from jaxcl.models import Model
 from jaxcl.strategies import Strategy
-
-PyTree = Any
+from jaxcl.types import PyTree
 
 
 @jax.tree_util.register_dataclass

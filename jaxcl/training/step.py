@@ -24,15 +24,16 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl import losses
-from jaxcl.buffer import Buffer, Rows, Shard, Staged, random
+from jaxcl.buffer import Buffer, Rows, Shard, Staged
+from jaxcl.buffer import threefry as random
 from jaxcl.buffer.host import InTwo
 from jaxcl.mesh import AXIS
 from jaxcl.models import Model
 from jaxcl.strategies import Context, Descent, Part, Strategy
 from jaxcl.strategies.base import Outputs
 from jaxcl.training.state import TrainState, specs
+from jaxcl.types import PyTree
 
-PyTree = Any
 Batch = dict[str, Any]
 Augment = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Clock = tuple[jax.Array, jax.Array, jax.Array]  # step, task_step and steps_per_epoch of a `TrainState`

@@ -5,13 +5,14 @@ row numbers 0..capacity-1 are dealt round-robin, number g to shard g mod N, so s
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-PyTree = Any
+from jaxcl.types import PyTree
+
 INT32_MAX = np.iinfo(np.int32).max
 
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcl.buffer import random
+from jaxcl.buffer import threefry as random
 from jaxcl.buffer.policy.base import INT32_MAX, Policy, earlier_same, share
 
 

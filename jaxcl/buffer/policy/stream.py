@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from jaxcl.buffer import random
+from jaxcl.buffer import threefry as random
 from jaxcl.buffer.policy.base import INT32_MAX, Policy, share
 
 

@@ -1,0 +1,10 @@
+"""Other people's buffers behind one small interface, so that the buffer benchmark can run them beside jaxcl's.
+
+Peers are optional; nothing of theirs is copied here. One environment can hold them all (Python 3.11):
+
+    pip install jax==0.10.2 flashbax==0.1.3 brax==0.14.2 torch==2.13.0
+
+Mammoth and Avalanche are read from a checkout (`--path`); their torchvision is not needed. Each adapter runs by itself:
+
+    python -m experiments.bench.peers.flashbax_peer --capacity=32768
+"""

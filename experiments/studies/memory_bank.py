@@ -1,0 +1,192 @@
+"""Negatives of the batch, of all devices or of a memory bank: what each gives, what it costs, and how old its rows are.
+
+    python -m experiments.studies.memory_bank --config=configs/memory_bank_emoji.py --config.data.source=emoji:FILE
+        --workdir=DIR --devices=8 --json=experiments/results/memory_bank.json [--seeds=3]
+        [--parts=accuracy,staleness,storage,cost]
+
+Parts, each kept in the file beside the others:
+  accuracy: retrieval on held-out pairs. N = 1, 2, 4, 8 devices of the config's batch each, which gather, for as many epochs and
+    for as many steps as one device; one device with as many negatives from a bank of each kind, and with more.
+  staleness: cosine between stored and fresh embedding by age, of the queue with and without momentum encoder and of the full
+    bank with and without proximal term; images without augmentation, so that age alone tells.
+  storage: what bfloat16 and int8 cost.
+  pairs: styles and views of the emoji instead of captions.
+  cost: time a step and bytes on a device, every kind in turn; see experiments/bench/bank.py.
+  scale: 3,264,868 rows of 768 numbers, and the law of growth; 5 GB, so only where asked for.
+Finished runs in the workdir are not run again; docs/memory_bank.md is written from the file by experiments.pages.memory_bank.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments import cli
+from experiments.bench import bank as bank_cost
+from experiments.bench.environment import environment
+from jaxcl.contrastive import storage
+from jaxcl.contrastive.train import train_and_evaluate
+from jaxcl.errors import UserError
+
+PARTS = flags.DEFINE_list("parts", ["accuracy", "staleness", "storage", "pairs", "cost"], "what to measure")
+DEVICES = (1, 2, 4, 8)
+MORE = 1024  # rows of the largest bank
+MOMENTA = (0.9, 0.99, 0.999)
+LAMBDAS = (0.0, 1.0, 10.0)
+Json = dict[str, Any]
+Setting = tuple[int, dict[str, Any]]  # devices, changes of the config
+
+
+def accuracy_settings(config: ConfigDict) -> Iterator[Setting]:
+    b, epochs = config.batch_size, config.epochs
+    for n in DEVICES:
+        yield n, {"negatives": "gathered", "batch_size": n * b}
+        if n > 1:
+            yield n, {"negatives": "gathered", "batch_size": n * b, "epochs": n * epochs}
+    middle = (DEVICES[-1] - 1) * b
+    for rows in (*((n - 1) * b for n in DEVICES[1:]), MORE):
+        yield 1, {"negatives": "fifo", "bank.capacity": rows}
+        for m in MOMENTA if rows == middle else (config.momentum,):
+            yield 1, {"negatives": "momentum", "bank.capacity": rows, "momentum": m}
+        for weight in LAMBDAS if rows == middle else LAMBDAS[:2]:
+            yield 1, {"negatives": "full_bank", "bank.drawn": rows, "bank.proximal": weight}
+    for negatives in ("fifo", "momentum", "full_bank"):  # used from the first step
+        yield 1, {"negatives": negatives, "bank.capacity": middle, "bank.drawn": middle, "bank.start": 0.0}
+    # A stored row is also another crop of its example than the encoders see now.
+    for negatives in ("in_batch", "fifo", "momentum", "full_bank"):
+        yield 1, {"negatives": negatives, "bank.capacity": MORE, "bank.drawn": MORE, "data.augment": ("crop",)}
+    yield 1, {"negatives": "full_bank", "bank.drawn": MORE, "bank.proximal": LAMBDAS[1], "data.augment": ("crop",)}
+
+
+def storage_settings(config: ConfigDict) -> Iterator[Setting]:
+    for kind in storage.STORAGES:
+        rows = {"bank.capacity": 7 * config.batch_size, "bank.storage": kind}
+        yield 1, {"negatives": "momentum", **rows}
+
+
+def pairs_settings(config: ConfigDict) -> Iterator[Setting]:
+    rows = 7 * config.batch_size
+    for pairs in ("styles", "views"):
+        common = {"data.pairs": pairs} | ({"data.augment": ("crop", "flip")} if pairs == "views" else {})
+        if pairs == "views":  # two crops of one image, SimCLR's loss where nothing is stored
+            yield 1, common | {"negatives": "in_batch", "same_side": True}
+            yield 8, common | {"negatives": "gathered", "same_side": True, "batch_size": 8 * config.batch_size}
+        else:
+            yield 1, common | {"negatives": "in_batch"}
+            yield 8, common | {"negatives": "gathered", "batch_size": 8 * config.batch_size}
+        yield 1, common | {"negatives": "fifo", "bank.capacity": rows}
+        yield 1, common | {"negatives": "momentum", "bank.capacity": rows}
+        yield 1, common | {"negatives": "full_bank", "bank.drawn": rows}
+
+
+def staleness_settings(config: ConfigDict) -> Iterator[Setting]:
+    shared = {"eval.rounds": 4, "bank.capacity": MORE}
+    yield 1, shared | {"negatives": "fifo", "bank.start": 0.0}
+    yield 1, shared | {"negatives": "fifo"}
+    for m in MOMENTA:
+        yield 1, shared | {"negatives": "momentum", "momentum": m}
+    for weight in LAMBDAS:
+        yield 1, shared | {"negatives": "full_bank", "bank.drawn": 7 * config.batch_size, "bank.proximal": weight}
+
+
+SETTINGS = {
+    "accuracy": accuracy_settings,
+    "staleness": staleness_settings,
+    "storage": storage_settings,
+    "pairs": pairs_settings,
+}
+
+
+def measure(config: ConfigDict, workdir: pathlib.Path, part: str) -> list[Json]:
+    """The settings of a part, each run with several seeds (staleness: one) and summarised; seed after seed."""
+    seeds = 1 if part == "staleness" else cli.seeds(default=3)
+    settings = list(SETTINGS[part](config))
+    runs: list[list[Json]] = [[] for _ in settings]
+    for seed in range(config.seed, config.seed + seeds):
+        for (devices, changes), several in zip(settings, runs, strict=True):
+            one = config.copy_and_resolve_references()
+            one.update_from_flattened_dict({"seed": seed, "checkpoint.every_seconds": 0.0, **changes})
+            folder = workdir / part / name_of(devices, changes) / f"seed_{seed}"
+            several.append(train_and_evaluate(one, folder, devices=jax.devices()[:devices], progress=False))
+            scores = several[-1]["evaluations"][-1]
+            recall = " ".join(f"{x} {100 * scores[x]:.1f}" for x in ("left_to_right@1", "left_to_right@10"))
+            print(f"{part}, seed {seed}: {folder.parent.name}: {recall}", flush=True)
+    return [summary(part, *setting, several) for setting, several in zip(settings, runs, strict=True)]
+
+
+def name_of(devices: int, changes: dict[str, Any]) -> str:
+    name = "_".join([f"{devices}", *(f"{field.split('.')[-1]}-{x}" for field, x in changes.items())])
+    return "".join(c for c in name if c.isalnum() or c in "._-")
+
+
+def summary(part: str, devices: int, changes: dict[str, Any], runs: list[Json]) -> Json:
+    last = [run["evaluations"][-1] for run in runs]
+    found = {
+        "devices": devices,
+        **changes,
+        "negatives_of_an_anchor": negatives_of(runs[0]["config"]),
+        "steps": runs[0]["steps"],
+        "recall": {name: [scores[name] for scores in last] for name in last[0] if "@" in name},
+    }
+    if part == "staleness":
+        found["evaluations"] = [{"step": e["step"], **e["staleness"]} for e in runs[0]["evaluations"]]
+    if part == "storage":
+        found |= {"row_bytes": row_bytes(changes["bank.storage"]), "error": storage_error(changes["bank.storage"])}
+    return found
+
+
+def row_bytes(kind: str) -> int:
+    """Of an embedding of 768 numbers."""
+    return sum(int(np.prod(x.shape, dtype=int)) * x.dtype.itemsize for x in storage.spec(kind, bank_cost.DIM).values())
+
+
+def storage_error(kind: str) -> float:
+    """Root mean square distance of a random unit vector of 768 numbers from what is stored of it."""
+    x = np.random.default_rng(0).normal(size=(1000, bank_cost.DIM)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    lost = np.asarray(storage.decode(storage.encode(kind, jnp.asarray(x)))) - x
+    return float(np.sqrt(np.mean(np.sum(lost**2, axis=1))))
+
+
+def negatives_of(config: Json) -> int:
+    """How many negatives an anchor has, but for those that match it by chance."""
+    bank = config["bank"]
+    stored = {"fifo": bank["capacity"], "momentum": bank["capacity"], "full_bank": bank["drawn"]}
+    return config["batch_size"] * (2 if config["same_side"] else 1) - 1 + stored.get(config["negatives"], 0)
+
+
+def main() -> None:
+    config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
+    allowed = (*SETTINGS, "cost", "scale")
+    for part in PARTS.value:
+        if part not in allowed:
+            raise UserError(f"--parts: {part!r} is unknown, choose of {', '.join(allowed)}")
+    if jax.device_count() < max(DEVICES):
+        raise UserError(f"--devices: {jax.device_count()} are too few, give {max(DEVICES)}")
+    # Runs that differ in their seed alone share their programs.
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    path = pathlib.Path(cli.JSON.value) if cli.JSON.value else None
+    for part in PARTS.value:
+        if part == "cost":
+            found: Any = bank_cost.measure_modes(config)
+        elif part == "scale":
+            found = bank_cost.measure_growth()
+        else:
+            found = measure(config, workdir, part)
+        if path is not None:
+            whole = json.loads(path.read_text()) if path.exists() else {}
+            about = {"name": config.name, "batch_size": config.batch_size, "epochs": config.epochs}
+            about |= {"bank_start": config.bank.start, "seeds": 1 if part == "staleness" else cli.seeds(default=3)}
+            whole[part] = {**about, "settings": found, **environment()}
+            path.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,167 @@
+"""Figure 6 of docs/paper.md: whether a running experiment draws every stored row alike, and whether the reference would.
+
+    python -m experiments.studies.uniformity --config=configs/digits.py --devices=8 --json=runs/uniformity.json
+
+Trains with rehearsal, every batch handed to the devices sorted by class, so that shards differ in classes and in rows as much
+as they can. After every step it counts the rows drawn by shard and by class, and adds up what is expected of the stored rows
+as they stand: under the uniform law a row of M is drawn with probability n / M; under the rule of the reference system, read
+from its code, first a shard is chosen, then one of its classes, then a row, each uniformly. (The reference also draws with
+repetition and never its row 0, which is left out here.) The deviation is given in standard deviations z of the hypergeometric
+law. With --json also a picture beside it.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from experiments import cli
+from experiments.bench.environment import environment
+from jaxcl import data
+from jaxcl import mesh as mesh_lib
+from jaxcl.training.build import build
+from jaxcl.training.state import initial_state
+
+RATIOS = ("drawn_over_expected", "reference_over_expected")
+
+
+class Tally:
+    """Rows drawn and rows expected, by shard and class, over many draws."""
+
+    def __init__(self, shards: int, classes: int):
+        self.drawn, self.uniform, self.reference = (np.zeros((shards, classes)) for _ in range(3))
+        self._variance = {axis: np.zeros(size) for axis, size in (("shard", shards), ("class", classes))}
+
+    def add(self, rows: np.ndarray, drawn: np.ndarray) -> None:
+        """One draw: stored rows and drawn rows, both int [shards, classes]."""
+        total, n = rows.sum(), drawn.sum()
+        if not n:
+            return
+        self.drawn += drawn
+        self.uniform += n * rows / total
+        held = rows > 0
+        self.reference += n * held / np.maximum(held.sum(1, keepdims=True), 1) / held.any(1).sum()
+        for axis, sums in (("shard", rows.sum(1)), ("class", rows.sum(0))):
+            share = sums / total
+            self._variance[axis] += n * share * (1 - share) * (total - n) / max(total - 1, 1)
+
+    def by(self, axis: str) -> dict[str, list[float]]:
+        """Over "shard" or "class": drawn and expected rows, z, and what the reference's rule expects over the uniform law."""
+        drawn, uniform, reference = (
+            x.sum(1 if axis == "shard" else 0) for x in (self.drawn, self.uniform, self.reference)
+        )
+        deviation = np.sqrt(self._variance[axis])
+        found = {
+            "drawn": drawn,
+            "expected": uniform,
+            "z": (drawn - uniform) / np.where(deviation > 0, deviation, 1),
+            "drawn_over_expected": drawn / np.maximum(uniform, 1e-9),
+            "reference_over_expected": reference / np.maximum(uniform, 1e-9),
+        }
+        return {name: x.tolist() for name, x in found.items()}
+
+
+def measure(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> dict[str, Any]:
+    """Trains `config` with rehearsal and tallies its draws."""
+    config.strategy, config.data.placement = "er", "by_class"
+    run = build(config, devices)
+    assert run.buffer is not None
+    shards, classes = run.mesh.size, run.train.num_classes
+    tally, draws = Tally(shards, classes), 0
+    state = initial_state(run.mesh, run.new_weights(jax.random.key(config.seed)), run.buffer, run.strategy)
+    for task in run.scenario.tasks:
+        loader = data.train_batches(
+            run.train,
+            task.train,
+            batch_size=config.batch_size,
+            epochs=config.epochs,
+            seed=(config.seed, task.index),
+            by_class=True,
+        )
+        begin = {"task": task.index, "task_step": 0, "steps_per_epoch": loader.steps_per_epoch}
+        numbers = {name: mesh_lib.replicate(run.mesh, np.int32(value)) for name, value in begin.items()}
+        state = dataclasses.replace(state, **numbers)
+        for batch in loader:
+            state, _ = run.train_step(state, mesh_lib.shard_rows(run.mesh, batch))
+            stored, staged = state.buffer, state.staged[0]
+            assert stored is not None
+            ids, labels, *drawn = jax.device_get((stored.id, stored.label, staged.valid, staged.shard, staged.label))
+            shard = np.repeat(np.arange(shards), len(ids) // shards)
+            valid, of_shard, of_class = drawn
+            tally.add(
+                _count(shard[ids >= 0], labels[ids >= 0], shards, classes),
+                _count(of_shard[valid], of_class[valid], shards, classes),
+            )
+            draws += 1
+    return {
+        "name": config.name,
+        "draws": draws,
+        "rows_per_shard": run.buffer.stats(stored)["rows_per_shard"],
+        "shard": tally.by("shard"),
+        "class": tally.by("class"),
+    }
+
+
+def _count(shard: np.ndarray, label: np.ndarray, shards: int, classes: int) -> np.ndarray:
+    return np.bincount(shard * classes + label, minlength=shards * classes).reshape(shards, classes)
+
+
+def picture(found: dict[str, Any]) -> Figure:
+    """Rows drawn over rows expected, by shard and by class: measured, and by the reference's rule on the same fills."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, axis in zip(figure.subplots(1, 2), ("shard", "class"), strict=True):
+        x = np.arange(len(found[axis]["drawn"]))
+        axes.bar(x - 0.2, found[axis]["drawn_over_expected"], 0.4, color="#0072B2", label="measured")
+        axes.bar(x + 0.2, found[axis]["reference_over_expected"], 0.4, color="#D55E00", label="the reference's rule")
+        axes.axhline(1, color="#23292f", lw=1)
+        axes.set_xlabel(axis)
+        axes.set_ylabel("drawn / expected")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def lines(found: dict[str, Any]) -> str:
+    """By shard and by class: the largest deviation, and the range of rows drawn over rows expected."""
+
+    def of(axis: str) -> str:
+        x = found[axis]
+        drawn, ratio = ([r for r, e in zip(x[key], x["expected"], strict=True) if e] for key in RATIOS)
+        return (
+            f"by {axis:5s}  measured: largest |z| {np.abs(x['z']).max():.2f}"
+            f"   drawn / expected {min(drawn):.3f}..{max(drawn):.3f}"
+            f"   the reference's rule {min(ratio):.3f}..{max(ratio):.3f}"
+        )
+
+    return "\n".join(of(axis) for axis in ("shard", "class"))
+
+
+def paragraph(found: dict[str, Any]) -> str:
+    """What figure 6 says, for docs/paper.md."""
+    shards = found["rows_per_shard"]
+    return (
+        f"{found['name']}: the draws of a running experiment whose shards differ in classes and rows, against what the stored"
+        f" rows let expect, and the reference's rule on the same fills. {found['draws']} draws,"
+        f" {sum(found['shard']['drawn']):,.0f} rows, {len(shards)} shards of {min(shards)} to {max(shards)} rows,"
+        f" {sum(x > 0 for x in found['class']['expected'])} classes:\n\n```\n{lines(found)}\n```"
+    )
+
+
+def main() -> None:
+    found = measure(cli.required(cli.CONFIG))
+    print(lines(found))
+    if cli.JSON.value:
+        path = pathlib.Path(cli.JSON.value)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found | environment(), indent=1) + "\n")
+        picture(found).savefig(path.with_suffix(".png"), dpi=150)
+
+
+if __name__ == "__main__":
+    cli.run(main)

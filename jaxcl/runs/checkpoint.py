@@ -1,0 +1,248 @@
+"""Checkpoints: the whole state of a run, written while it goes on, usable whenever the process is killed.
+
+A checkpoint is a folder `TASK-INDEX` with the arrays, written by Orbax, and manifest.json, written last: the state of the run
+that is not an array, and the size and checksum of every file. A folder without a manifest is an interrupted save and is removed
+at the next start; one whose files do not match its manifest is set aside and the one before it used. Older ones are
+removed only after a new one is complete and on disk.
+"""
+
+import json
+import logging
+import os
+import pathlib
+import shutil
+import sys
+import threading
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxcl.errors import PeerLost, RunError, StorageError, UserError
+from jaxcl.runs import files
+from jaxcl.types import PyTree
+
+Flat = dict[str, Any]
+MANIFEST, ASIDE, ROWS = "manifest.json", ".corrupt", ".rows"
+_log = logging.getLogger("jaxcl")
+
+
+def flatten(tree: PyTree) -> Flat:
+    """Leaves by their path, such as "params.Dense_0.kernel": independent of the classes that hold them."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    flat = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    assert len(flat) == len(leaves), "two leaves have the same path"
+    return flat
+
+
+def abstract(tree: PyTree) -> PyTree:
+    """Shapes, dtypes and shardings of a pytree of arrays: what `Checkpoints.restore` needs to know."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def newest(folder: pathlib.Path) -> dict[str, Any] | None:
+    """The manifest of the newest whole checkpoint with its "name", None without any. To be called by one process alone.
+
+    Removes what interrupted saves have left, and sets damaged checkpoints aside with a warning.
+    """
+    if not folder.is_dir():
+        return None
+    paths = sorted((path for path in folder.iterdir() if path.suffix != ASIDE), reverse=True)
+    whole = [path for path in paths if (path / MANIFEST).is_file()]
+    for path in paths:
+        if path not in whole:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in whole:
+        problem = _damage(path)
+        if problem is None:
+            return {"name": path.name, **json.loads((path / MANIFEST).read_text())}
+        aside = path.with_name(path.name + ASIDE)
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        _log.warning(
+            "checkpoint %s is damaged (%s): set aside as %s, the one before is used", path, problem, aside.name
+        )
+    return None
+
+
+class Checkpoints:
+    """The checkpoints of a run in `folder`. In a run of several processes all call `save`, `restore` and `close` alike.
+
+    Args:
+      folder: on a file system that all processes share.
+      keep: how many to keep, at least 1; two or more survive damage to the newest.
+    """
+
+    def __init__(self, folder: str | pathlib.Path, keep: int):
+        self._folder, self._keep = pathlib.Path(folder).absolute(), keep
+        # What a save takes of the processor, the training may miss: images do not compress, and plain files, one an array and
+        # shard, need no gathering into few (OCDBT).
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+        self._orbax = ocp.AsyncCheckpointer(handler)
+        self._commit_thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, name: str, state: PyTree, run: dict[str, Any], rows: Mapping[int, np.ndarray] | None = None) -> None:
+        """Starts to write a checkpoint and returns when `state` may be donated; waits for an unfinished save before it.
+
+        Args:
+          name: names sort as the run goes on.
+          state: pytree of global arrays.
+          run: the rest of the run's state, for JSON.
+          rows: of this process's devices in host memory, by the number of the device; written before this returns.
+
+        Raises:
+          StorageError: this save or the one before failed; what was saved before is kept.
+        """
+        self.wait()
+        flat = flatten(state)
+        arrays = {key: {"shape": list(x.shape), "dtype": str(x.dtype)} for key, x in flat.items()}
+        path = self._folder / name
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for device, stored in (rows or {}).items():  # Orbax makes its folder last: beside it until then
+                beside = self._folder / (name + ROWS)
+                beside.mkdir(exist_ok=True)
+                stored.tofile(beside / f"{device:05d}")
+            self._orbax.save(path, args=ocp.args.PyTreeSave(flat))
+        except Exception as error:
+            raise _failed(path, error) from error
+        self._commit_thread = threading.Thread(target=self._commit, args=(path, {"run": run, "arrays": arrays}))
+        self._commit_thread.start()
+
+    def check(self) -> None:
+        """Raises what a save in the background has met with, as soon as it is known; never waits."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Returns when the last save is complete.
+
+        Raises:
+          StorageError: it failed.
+        """
+        if self._commit_thread is not None:
+            self._commit_thread.join()
+            self._commit_thread = None
+        self.check()
+
+    def close(self) -> None:
+        """Ends the threads; errors of a last save that nobody waited for are dropped."""
+        if self._commit_thread is not None:
+            self._commit_thread.join()
+        self._orbax.close()
+
+    def restore(
+        self,
+        manifest: dict[str, Any],
+        target: PyTree,
+        reshaped: tuple[str, ...] = (),
+        ignored: tuple[str, ...] = (),
+    ) -> PyTree:
+        """Reads a checkpoint.
+
+        Args:
+          manifest: see `newest`.
+          target: the arrays wanted, see `abstract`; any sharding and number of processes.
+          reshaped: paths, or beginnings of paths, of leaves to be given as NumPy arrays in their stored shape.
+          ignored: the same of stored leaves that `target` may lack.
+
+        Raises:
+          UserError: the checkpoint holds other arrays than are wanted.
+        """
+        wanted, stored = flatten(target), manifest["arrays"]
+        path = self._folder / manifest["name"]
+        arguments: Flat = {}
+        for key in sorted({*wanted, *stored}):
+            if key not in wanted and key.startswith(ignored):
+                arguments[key] = ocp.RestoreArgs(restore_type=np.ndarray)
+                continue
+            if key not in wanted or key not in stored:
+                raise UserError(
+                    f"workdir: {path} {'lacks' if key in wanted else 'has a needless'} {key}: another version's"
+                )
+            x = wanted[key]
+            if key.startswith(reshaped):
+                arguments[key] = ocp.RestoreArgs(restore_type=np.ndarray)
+                continue
+            if (list(x.shape), str(x.dtype)) != (stored[key]["shape"], stored[key]["dtype"]):
+                there = f"{stored[key]['dtype']}{stored[key]['shape']}"
+                raise UserError(f"workdir: {key} in {path} is {there}, this run needs {x.dtype}{list(x.shape)}")
+            arguments[key] = ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
+        flat = self._orbax.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
+        leaves = [flat[key] for key in wanted]
+        return jax.tree.unflatten(jax.tree.structure(target), leaves)
+
+    def rows(self, manifest: dict[str, Any], devices: Iterable[int], dtype: np.dtype) -> dict[int, np.ndarray]:
+        """The `rows` that were saved for these devices, as read-only maps of the files."""
+        folder = self._folder / manifest["name"] / ROWS
+        return {device: np.memmap(folder / f"{device:05d}", dtype, "r") for device in devices}
+
+    def _commit(self, path: pathlib.Path, manifest: dict[str, Any]) -> None:
+        """Waits for Orbax, makes everything durable, writes the manifest, removes what is too old."""
+        if sys.platform == "linux":  # of this thread alone: training goes first where it needs the same cores
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                beside = path.with_name(path.name + ROWS)
+                if beside.is_dir():
+                    beside.rename(path / ROWS)
+                checksums = {str(file.relative_to(path)): _checksum(file, sync=True) for file in _files(path)}
+                manifest = {**manifest, "files": checksums}
+                files.write_json(path / MANIFEST, {**manifest, "checksum": _text_checksum(manifest)})
+                files.sync_folder(self._folder)
+                whole = sorted(p for p in self._folder.iterdir() if p.suffix != ASIDE and (p / MANIFEST).is_file())
+                for old in whole[: -self._keep]:
+                    (old / MANIFEST).unlink()  # first, so that a half-removed one is never taken for whole
+                    shutil.rmtree(old)
+        except Exception as error:
+            self._error = _failed(path, error)
+
+
+def _failed(path: pathlib.Path, error: Exception) -> RunError:
+    text = " ".join(str(error).split())
+    if "No space left" in text or "ENOSPC" in text:
+        text = "the disk is full"
+    # The processes agree on a save by collectives and barriers; Orbax makes a TimeoutError of a barrier's error.
+    elif jax.process_count() > 1 and any(isinstance(x, jax.errors.JaxRuntimeError) for x in (error, error.__cause__)):
+        return PeerLost(f"another process has died: {text}; checkpoint {path} is not whole, those before it are kept")
+    return StorageError(f"checkpoint {path} cannot be written: {text}; those before it are kept")
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
+
+
+def _checksum(file: pathlib.Path, sync: bool = False) -> list[int]:
+    """[size, CRC-32] of a file."""
+    size = crc = 0
+    with file.open("rb+" if sync else "rb") as stream:
+        while block := stream.read(1 << 20):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+        if sync:
+            os.fsync(stream.fileno())
+    return [size, crc]
+
+
+def _text_checksum(manifest: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+
+
+def _damage(path: pathlib.Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None if they are as they were written."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest.pop("checksum") != _text_checksum(manifest):
+            return f"{MANIFEST} has other contents"
+        for name, (size, crc) in manifest["files"].items():
+            found = _checksum(path / name)
+            if found != [size, crc]:
+                return f"{name} has {found[0]} of {size} bytes" if found[0] != size else f"{name} has other contents"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None

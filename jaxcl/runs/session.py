@@ -1,0 +1,253 @@
+"""One stretch of a run, from its start or resumption to its end: progress, log, checkpoints and what may interrupt it."""
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import pathlib
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jaxcl import mesh as mesh_lib
+from jaxcl.buffer.host import Pending, Store
+from jaxcl.errors import Diverged, Preempted
+from jaxcl.runs import checkpoint, control, workdir
+
+T = TypeVar("T")
+_log = logging.getLogger("jaxcl")
+
+
+class State(Protocol):
+    """What can be saved: a pytree of arrays with, among others, parameters."""
+
+    @property
+    def params(self) -> Any: ...
+
+
+class Phases:
+    """Wall seconds by phase of the loop; those of a phase within another count for the inner one alone."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds: dict[str, float] = collections.defaultdict(float, seconds)
+        self._within = 0.0  # seconds of the phases that have ended within the present one
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begin, before, self._within = time.perf_counter(), self._within, 0.0
+        try:
+            yield
+        finally:
+            whole = time.perf_counter() - begin
+            self.seconds[name] += whole - self._within
+            self._within = before + whole
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come, beside its TrainState; a checkpoint keeps it as JSON.
+
+    Attributes:
+      step: steps taken.
+      task: the present task.
+      rehearsing: whether the task's own batches are done, and those of its `Review` are on.
+      iterator: state of the iterator over the present batches; None before the first of them.
+      images: trained on in the tasks that are done.
+      replayed: rows replayed in an epoch of each task that is done.
+      tuned: rows in an epoch of each fine-tuning that is done.
+      accuracy, top5, error: a row for each task that is done; accuracies or, of reconstruction, errors.
+      seconds, phases: wall seconds of the run, over all its sessions.
+      metrics_size: bytes of metrics.jsonl; None before the first checkpoint.
+      devices, processes: of the session that saved it.
+    """
+
+    step: int = 0
+    task: int = 0
+    rehearsing: bool = False
+    iterator: dict[str, Any] | None = None
+    images: int = 0
+    replayed: list[int] = dataclasses.field(default_factory=list)
+    tuned: list[int] = dataclasses.field(default_factory=list)
+    accuracy: list[list[float]] = dataclasses.field(default_factory=list)
+    top5: list[list[float]] = dataclasses.field(default_factory=list)
+    error: list[list[float]] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    phases: dict[str, float] = dataclasses.field(default_factory=dict)
+    metrics_size: int | None = None
+    devices: int = 0
+    processes: int = 1
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint, TASK-BATCH; names sort as the run goes on: batches of the rehearsal count from 100,000,000."""
+        return f"{self.task:04d}-{int(self.rehearsing)}{self.batch:08d}"
+
+    @property
+    def batch(self) -> int:
+        """The next of the present batches."""
+        return self.iterator["next_index"] if self.iterator else 0
+
+
+class Session:
+    """Made by `open_session`.
+
+    Attributes:
+      found: the manifest of the checkpoint to continue from, None for a new run.
+      progress: kept up to date by the loop.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        folder: pathlib.Path,
+        mesh: jax.sharding.Mesh,
+        found: dict[str, Any] | None,
+        stack: contextlib.ExitStack,
+        *,
+        begin: float,
+        stall_seconds: float | None,
+    ):
+        self.found, self.progress = found, Progress(**found["run"]) if found else Progress()
+        self.phases = Phases(self.progress.phases)
+        self._config, self._folder, self._mesh = config.checkpoint, folder, mesh
+        self._begin = begin - self.progress.seconds
+        self._saved = time.monotonic()
+        self._finite = jax.jit(
+            lambda params: jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]))
+        )
+        self._agreement = control.Agreement(mesh)
+        self._preemption = stack.enter_context(control.Preemption())
+        self._watchdog = control.Watchdog(stall_seconds)
+        stack.callback(self._watchdog.close)
+        self.checkpoints = checkpoint.Checkpoints(folder / "checkpoints", config.checkpoint.keep)
+        stack.callback(self.checkpoints.close)
+        self.log = workdir.Log(folder, jax.process_index() == 0, self.progress.metrics_size, self.progress.step)
+        stack.callback(self.log.close)
+        self._stack, self._store = stack, None  # type: tuple[contextlib.ExitStack, Store | None]
+
+    def serve(self, store: Store, step: int, staged: tuple[Pending, ...]) -> Store:
+        """Rows in host memory are served until the session ends, and saved with the state."""
+        self._store = self._stack.enter_context(store.serving(step, staged))
+        return store
+
+    @property
+    def writer_failed(self) -> bool:
+        """Whether the writer of rows in host memory has; the rows handed over to it can still be stored."""
+        return self._store is not None and self._store.failed
+
+    def seconds(self) -> float:
+        """Wall seconds of the run, over all its sessions; what a killed one did after its last checkpoint does not count."""
+        return time.perf_counter() - self._begin
+
+    def after_step(self, step: int, outputs: Any) -> int:
+        """What all processes do now: control.GO_ON, SAVE or STOP.
+
+        Raises:
+          StorageError: a save in the background has failed.
+        """
+        self.checkpoints.check()
+        due = self._config.every_seconds and time.monotonic() - self._saved >= self._config.every_seconds
+        wish = control.STOP if self._preemption.asked else control.SAVE if due else control.GO_ON
+        answer = self._agreement.at_step(wish, outputs)
+        self._watchdog.done(f"step {step}")
+        at_number = self._config.every_steps and step % self._config.every_steps == 0
+        return max(answer, control.SAVE) if at_number else answer
+
+    def watched(self, items: Iterable[T], what: str) -> Iterator[T]:
+        """The items; each shows the watchdog that the run goes on."""
+        for item in items:
+            self._watchdog.done(what)
+            yield item
+
+    def save(self, state: State) -> None:
+        """Starts a checkpoint of `state` and the present progress.
+
+        Raises:
+          Diverged: a parameter is not finite; such a state is never saved.
+          StorageError: this save or the one before failed.
+          What the writer of rows in host memory has met with, when the checkpoint is complete.
+        """
+        at, failure = self.progress, None
+        with self.phases("save"):
+            if not self._finite(state.params):
+                raise Diverged(diverged("a parameter is not finite", at.step, at.task))
+            at.seconds, at.phases = self.seconds(), dict(self.phases.seconds)
+            at.metrics_size = self.log.size()
+            at.devices, at.processes = self._mesh.size, jax.process_count()
+            if self._store is not None:
+                failure = self._store.settle()
+            rows = {} if self._store is None else self._store.payload()
+            self.checkpoints.save(at.name, state, dataclasses.asdict(at), rows)
+            if failure is not None:
+                self.checkpoints.wait()
+                raise failure
+        self._agreement.forget()
+        self._saved = time.monotonic()
+        self._watchdog.done(f"the save at step {at.step}")
+
+    def stop_if_asked(self, answer: int | None = None) -> None:
+        """To be called after a save: ends the run if any process was told to, as `after_step` has answered or as it is now.
+
+        Raises:
+          Preempted: it was told to.
+        """
+        if answer is None:
+            answer = self._agreement.now(control.STOP if self._preemption.asked else control.GO_ON)
+        if answer == control.STOP:
+            self.checkpoints.wait()
+            raise Preempted(f"SIGTERM: saved at step {self.progress.step} in {self._folder}; start again to continue")
+
+
+@contextlib.contextmanager
+def open_session(
+    config: ConfigDict,
+    folder: pathlib.Path,
+    mesh: jax.sharding.Mesh,
+    *,
+    begin: float,
+    overwrite: bool = False,
+    stall_seconds: float | None = None,
+) -> Iterator[Session | dict[str, Any]]:
+    """Takes the folder for a run of the config, finds out where the run stands, and gives the folder back at the end.
+
+    The value is the result, if the run is finished already.
+
+    Args:
+      begin: `time.perf_counter()` at the beginning of the run.
+      overwrite: remove what an earlier run left there.
+      stall_seconds: see `control.Watchdog`.
+
+    Raises:
+      UserError: the folder is in use, holds another config's run, or cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> dict[str, Any]:
+            stack.enter_context(workdir.locked(folder))
+            finished = workdir.claim(folder, config, overwrite)
+            found = None if finished else checkpoint.newest(folder / "checkpoints")
+            return {"config": workdir.resolved(config), "finished": finished, "found": found}
+
+        opened = mesh_lib.from_first(claim)
+        workdir.check_same(opened["config"], config, "process 0 was started with another config")
+        if opened["finished"] is not None:
+            yield opened["finished"]
+            return
+        session = Session(config, folder, mesh, opened["found"], stack, begin=begin, stall_seconds=stall_seconds)
+        if session.found:
+            at = session.progress
+            _log.info(
+                "%s: continued at step %d, task %d; saved by %d devices of %d processes, now %d of %d%s",
+                *(folder, at.step, at.task, at.devices, at.processes, mesh.size, jax.process_count()),
+                "" if at.devices == mesh.size else ": the buffer is divided anew",
+            )
+            session.log.write("resume", at.step, {"devices": mesh.size, "processes": jax.process_count()})
+        yield session
+
+
+def diverged(what: str, step: int, task: int) -> str:
+    return f"{what} at step {step}, task {task}; checkpoints from before are kept; lower optimizer.learning_rate?"

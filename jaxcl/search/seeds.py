@@ -1,0 +1,119 @@
+"""Several seeds of one config in one program: the steps and the evaluations of all are made as one, by `vmap`.
+
+A small model leaves most of a device idle, and a step of it costs more to start than to compute; n seeds side by side cost
+far less than n times one. The seeds share nothing: each has its own weights, order of rows, buffer and random numbers, and
+leaves its own folder, as if run alone, equal to rounding. What ends a task runs seed after seed.
+
+Beyond that a folder does not know of the others: it can be continued alone, and a run begun alone can be continued here.
+Seeds go on together where they stand at the same step. Its times are those of the whole program, which `seeds_together` in
+result.json tells.
+"""
+
+import pathlib
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxcl.errors import UserError
+from jaxcl.runs import checkpoint
+from jaxcl.runs import workdir as workdir_lib
+from jaxcl.strategies import make_strategy
+from jaxcl.training import build as experiment
+from jaxcl.training import loop
+
+
+def check_together(config: ConfigDict) -> None:
+    """Checks what can be told without data.
+
+    Raises:
+      UserError: seeds of this config cannot be trained together.
+    """
+    if jax.process_count() > 1:
+        raise UserError(
+            f"--vmap: not allowed in a run of {jax.process_count()} processes, which train one seed at a time"
+        )
+    strategy = make_strategy(config.strategy, config.strategies.get(config.strategy, {}))
+    if strategy.rehearse:
+        raise UserError(
+            f"--vmap: not allowed with {config.strategy}, which trains new weights at a task's end; leave it out"
+        )
+    if strategy.draws and config.buffer.tier == "host":
+        raise UserError(
+            "--vmap: not allowed with buffer.tier = host, whose rows belong to one seed; give tier = device"
+        )
+
+
+def train_seeds(
+    config: ConfigDict,
+    folders: dict[int, pathlib.Path],
+    *,
+    together: bool = True,
+    devices: Sequence[jax.Device] | None = None,
+    progress: bool = True,
+    overwrite: bool = False,
+    stall_seconds: float | None = None,
+) -> list[dict[str, Any]]:
+    """As `train_and_evaluate` for each seed, as one program or, without `together`, one after the other.
+
+    Args:
+      config: of all runs but for its seed.
+      folders: seed -> the folder of its run.
+      together: see above.
+      devices, progress, overwrite, stall_seconds: see `train_and_evaluate`.
+
+    Returns:
+      What each result.json holds, in the order of `folders`.
+
+    Raises:
+      UserError, Preempted, Diverged, StorageError: see `train_and_evaluate`; what befalls one seed ends all.
+    """
+    if together:
+        check_together(config)
+    options: Any = {"devices": devices, "progress": progress, "stall_seconds": stall_seconds}
+    groups: dict[str | None, list[int]] = defaultdict(list)
+    for seed, folder in folders.items():
+        groups[_standing(folder, overwrite) if together else None].append(seed)
+    found: dict[int, dict[str, Any]] = {}
+    for standing, seeds in groups.items():
+        configs = {seed: with_seed(config, seed) for seed in seeds}
+        if together and standing is None:  # finished
+            found |= {seed: _finished(one, folders[seed]) for seed, one in configs.items()}
+        elif standing is None or len(seeds) == 1:  # none to go with
+            for seed, one in configs.items():
+                found[seed] = loop.train_and_evaluate(one, folders[seed], overwrite=overwrite, **options)
+        else:
+            begin = time.perf_counter()
+            run = experiment.build(configs[seeds[0]], devices, seeds)
+            where = [folders[seed] for seed in seeds]
+            lanes: Any = {"begin": begin, "progress": progress, "overwrite": overwrite, "stall_seconds": stall_seconds}
+            found |= zip(seeds, loop.train_lanes(list(configs.values()), where, run, **lanes), strict=True)
+    return [found[seed] for seed in folders]
+
+
+def with_seed(config: ConfigDict, seed: int) -> ConfigDict:
+    one = config.copy_and_resolve_references()
+    one.seed = seed
+    return one
+
+
+def _finished(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
+    """The result of a finished run of the config, for which no data are opened."""
+    with workdir_lib.locked(folder):
+        result = workdir_lib.claim(folder, config)
+    assert result is not None, "a run that was finished a moment ago"
+    return result
+
+
+def _standing(folder: pathlib.Path, overwrite: bool) -> str | None:
+    """The name of the checkpoint from which a run goes on, "" at its start, None if it is finished."""
+    if overwrite:
+        return ""
+    with workdir_lib.locked(folder):
+        if (folder / "result.json").exists():
+            return None
+        manifest = checkpoint.newest(folder / "checkpoints")
+    return manifest["name"] if manifest else ""

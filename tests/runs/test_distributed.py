@@ -1,0 +1,172 @@
+"""Several processes: the same run as one, and what becomes of it when one of them fails. Through the real entry point."""
+
+import json
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from jaxcl import data
+from jaxcl import mesh as mesh_lib
+from jaxcl.errors import PEER_LOST, UserError
+from jaxcl.runs import control
+from jaxcl.training.loop import train_and_evaluate
+from tests import whole as runs
+
+GONE = (PEER_LOST, -signal.SIGABRT)  # our watchdog or JAX's heartbeat, whichever is first
+
+
+def train_all(folder, processes, devices, *more, **changes):
+    """Runs to the end; the standard errors."""
+    ends = [runs.wait(process) for process in runs.start_all(folder, processes, devices, *more, **changes)]
+    assert [status for status, _ in ends] == [0] * processes, ends
+    return [errors for _, errors in ends]
+
+
+def assert_equal_to_rounding(one, other):
+    """Parameters to rounding; what is discrete (every row of the buffer, steps, counts) exactly."""
+    (_, a), (_, b) = runs.last(one), runs.last(other)
+    assert a.keys() == b.keys()
+    for key in a:
+        if a[key].dtype == np.float32:
+            np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-5, err_msg=key)
+        else:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+    steps = [[(line["step"], line["rows"], line["replayed"]) for line in runs.lines(x, "train")] for x in (one, other)]
+    assert steps[0] == steps[1] and steps[0]
+
+
+@pytest.mark.parametrize(("processes", "devices"), [(2, 4), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_several_processes_are_one_run(processes, devices, tmp_path):
+    train_and_evaluate(runs.small(), tmp_path / "one", devices=jax.devices()[:8], progress=False)
+    train_all(tmp_path / "several", processes, devices)
+    assert_equal_to_rounding(tmp_path / "one", tmp_path / "several")
+    one, several = (json.loads((tmp_path / x / "result.json").read_text()) for x in ("one", "several"))
+    assert several["devices"] == {"count": 8, "kind": "cpu", "platform": "cpu", "processes": processes}
+    assert several["buffer"] == one["buffer"]
+    np.testing.assert_allclose(several["accuracy_matrix"], one["accuracy_matrix"], atol=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_one_process_goes_on_as_two_and_the_other_way_round(tier, tmp_path, monkeypatch):
+    changes = {"checkpoint__every_steps": 4, "buffer__tier": tier}
+    config = runs.small(**changes)
+    runs.stop_at(monkeypatch, [9])
+    with pytest.raises(RuntimeError, match="SIGTERM"):
+        train_and_evaluate(config, tmp_path / "moved", devices=jax.devices()[:2], progress=False)
+    _, arrays = runs.last(tmp_path / "moved")
+    kept = np.sort(arrays["buffer.id"][arrays["buffer.id"] >= 0])
+
+    processes = runs.start_all(tmp_path / "moved", 2, 2, **changes)
+    runs.until(lambda: runs.lines(tmp_path / "moved", "resume"), *processes)
+    processes[1].send_signal(signal.SIGTERM)  # to one of them: all save and stop
+    ends = [runs.wait(process) for process in processes]
+    assert [status for status, _ in ends] == [75, 75], ends
+    assert "saved by 2 devices of 1 processes, now 4 of 2: the buffer is divided anew" in ends[0][1]
+    progress, arrays = runs.last(tmp_path / "moved")
+    assert progress["devices"] == 4 and progress["processes"] == 2 and progress["step"] > 9
+    later = arrays["buffer.id"][arrays["buffer.id"] >= 0]
+    assert len(later) >= len(kept) and len(set(later)) == len(later)
+    if tier == "device":
+        images = arrays["buffer.record.image"]
+    else:
+        images = np.concatenate(list(runs.host_rows(tmp_path / "moved").values()))
+    source, _ = data.open_source("digits", None)
+    images = images.reshape(-1, *source.image_shape)[arrays["buffer.id"] >= 0]
+    np.testing.assert_array_equal(images, source.read(later))
+
+    result = train_and_evaluate(config, tmp_path / "moved", devices=jax.devices()[:8], progress=False)
+    assert result["devices"]["count"] == 8 and result["buffer"]["rows"] == 40
+
+
+@pytest.mark.slow
+def test_when_one_process_is_killed_the_other_ends_and_the_run_continues_exactly(tmp_path):
+    """First the one, then, of the continued run, the other, which is the coordinator."""
+    changes = {"epochs": 4, "checkpoint__every_steps": 5}
+    train_all(tmp_path / "whole", 2, 2, **changes)
+    for victim in (1, 0):
+        before = runs.saved_step(tmp_path / "killed" / "checkpoints")
+        processes = runs.start_all(tmp_path / "killed", 2, 2, "--heartbeat_seconds=10", "--stall_seconds=15", **changes)
+        runs.until(lambda: runs.saved_step(tmp_path / "killed" / "checkpoints") > before, *processes)  # noqa: B023
+        processes[victim].kill()
+        runs.wait(processes[victim])
+        status, errors = runs.wait(processes[1 - victim])
+        assert status in GONE, errors
+        # JAX's runtime or its collectives, where they are first, abort with words of their own, and absl tells where.
+        said = "another process has died" if status == PEER_LOST else "Fatal Python error: Aborted"
+        assert said in errors, errors
+    train_all(tmp_path / "killed", 2, 2, **changes)
+    assert len(runs.lines(tmp_path / "killed", "resume")) == 2
+    runs.assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_a_slow_process_is_waited_for_and_a_stopped_one_is_not(tmp_path):
+    changes = {"epochs": 12}
+    processes = runs.start_all(tmp_path / "run", 2, 2, "--stall_seconds=12", **changes)
+    logged = [0]
+
+    def more():
+        now = len(runs.lines(tmp_path / "run", "train"))
+        return now > logged[0]
+
+    runs.until(more, *processes)
+    processes[1].send_signal(signal.SIGSTOP)
+    threading.Event().wait(3)
+    processes[1].send_signal(signal.SIGCONT)
+    logged[0] = len(runs.lines(tmp_path / "run", "train"))
+    runs.until(more, *processes)
+    assert all(process.poll() is None for process in processes), "ended before it was stopped for good: make it longer"
+    processes[1].send_signal(signal.SIGSTOP)
+    status, errors = runs.wait(processes[0])
+    assert status == PEER_LOST, errors
+    assert "process 0 of 2: nothing was finished for 12 s after step" in errors.splitlines()[-1]
+    processes[1].kill()
+    runs.wait(processes[1])
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_all_processes_with_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{}")  # which process 0 alone reads
+    for status, errors in map(runs.wait, runs.start_all(tmp_path, 2, 2)):
+        assert status == 2
+        assert [line for line in errors.splitlines() if "Gloo" not in line] == [
+            error for error in errors.splitlines() if error.startswith("error: workdir: ") and "another config" in error
+        ]
+
+
+def test_the_watchdog_ends_a_process_that_hangs_and_no_other(monkeypatch, capsys):
+    ended = threading.Event()
+    monkeypatch.setattr(control.os, "_exit", lambda status: ended.set())
+    alone = control.Watchdog(0.5)
+    alone.done("step 1")
+    assert alone._thread is None
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    off, watching = control.Watchdog(None), control.Watchdog(0.5)
+    off.done("step 1")
+    assert off._thread is None and watching._thread is None  # compilation may take its time
+    watching.done("step 7")
+    assert ended.wait(60)
+    watching.close()
+    assert "process 0 of 2: nothing was finished for 0.5 s after step 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"coordinator": "localhost:1"}, "--num_processes: missing"),
+        ({"num_processes": 2, "process_id": 0}, "--coordinator: missing"),
+        (
+            {"coordinator": "localhost:1", "num_processes": 2, "process_id": 2},
+            "--process_id: 2 .* 0 to num_processes - 1 = 1",
+        ),
+        ({"heartbeat_seconds": 0}, "--heartbeat_seconds: 0"),
+    ],
+    ids=str,
+)
+def test_mistakes_before_anything_is_joined(arguments, words):
+    with pytest.raises(UserError, match=words):
+        mesh_lib.join_processes(**arguments)

@@ -1,0 +1,26 @@
+"""The README's program runs as printed, and its figures are those of the results it names."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+README = (pathlib.Path(__file__).resolve().parents[2] / "README.md").read_text()
+
+
+def test_the_library_example_runs():
+    """As a user would: a file of its own, on whatever devices there are, here 4 fake ones."""
+    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert (
+        len([line for line in program.splitlines() if line.strip() and not line.startswith(("import", "from"))]) <= 20
+    )
+    start = "from jaxcl.mesh import use_fake_devices\nuse_fake_devices(4)\n"
+    root = pathlib.Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-W", "error", "-c", start + program]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "'rows': 2000" in done.stdout and "(32, 28, 28, 1)" in done.stdout
+
+
+def test_no_placeholder_is_left():
+    assert "@@" not in README

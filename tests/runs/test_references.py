@@ -1,0 +1,89 @@
+"""The table of references: what holds is told from what does not; every row's config is one that runs."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+
+from experiments.studies import references as check_references
+from experiments.studies import small_pack
+from jaxcl.data import array_source
+from jaxcl.errors import UserError
+from jaxcl.training.config import check_config, default_config
+
+PROTOCOLS = ("split_mnist_mammoth", "permuted_mnist_mammoth", "split_cifar10_small")
+
+
+def test_a_row_holds_down_to_one_deviation_below_the_reference():
+    def ours(mean):
+        return {"mean": mean, "std": 0.1, "accuracy": [mean, mean], "seconds": 1.0}
+
+    reference = {name: {"mean": 90.0, "std": 0.5} for name in ("at", "below", "above", "missing")}
+    found = {"at": ours(89.5), "below": ours(89.49), "above": ours(95.0)}
+    lines = check_references.table(reference, found, 5).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines]
+    assert [row[6] for row in cells] == ["yes", "**no**", "yes", ""]
+    assert "not run" in lines[3]
+
+
+def test_a_reference_is_of_its_own_number_of_seeds():
+    reference = {"a": {"mean": 90.0, "std": 0.5}, "b": {"mean": 90.0, "std": 0.5, "accuracy": [1.0] * 20}}
+    lines = check_references.table(reference, {}, 5).splitlines()[2:]
+    assert [line.split("|")[3].strip() for line in lines] == ["5", "20"]
+
+
+def test_the_page_is_that_of_the_files():
+    assert check_references.PAGE.read_text() == check_references.page(check_references.RESULTS)
+
+
+def test_summary():
+    run = {"seconds": 2.0, "devices": {}, "versions": {}}
+    found = check_references.summary([{**run, "average_accuracy": a} for a in (0.5, 0.7)])
+    assert (found["mean"], found["std"], found["accuracy"]) == (60.0, 14.142, [50.0, 70.0])
+
+
+def test_the_reference_is_asked_for_what_our_row_runs(tmp_path):
+    images, labels = np.zeros((20, 4, 4), np.uint8), np.arange(20) % 10
+    np.savez(tmp_path / "pack.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    config = importlib.import_module("configs.split_cifar10_small").get_config("der_pp-500")
+    config.data.source = f"npz:{tmp_path / 'pack.npz'}"
+    asked = check_references.mammoth_protocol(config)
+    assert asked["strategy"] == "der_pp" and asked["options"] == {"alpha": 0.2, "beta": 0.5}
+    assert (asked["capacity"], asked["replayed"], asked["batch_size"], asked["learning_rate"]) == (500, 10, 10, 0.03)
+    assert asked["tasks"] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    assert json.loads(json.dumps(asked))["model"] == {"name": "mlp", "hidden": [100, 100], "kernel_init": "xavier"}
+    config.data.source = "tfds:mnist"
+    with pytest.raises(UserError, match=r"^--source: tfds:mnist is not allowed with --mammoth, give npz:FILE"):
+        check_references.mammoth_protocol(config)
+
+
+def test_a_small_pack_holds_the_first_rows_of_each_class():
+    images, labels = np.arange(12, dtype=np.uint8).reshape(12, 1, 1, 1), np.array([0, 0, 1, 0, 1, 1, 0, 2, 1, 0, 0, 1])
+    source = array_source(images, labels, ["a", "b", "c"])
+    arrays = small_pack.pack(source, source, 2, 1)
+    assert arrays["y_train"].tolist() == [0, 0, 1, 1, 2] and arrays["x_train"].ravel().tolist() == [0, 1, 2, 4, 7]
+    assert arrays["y_test"].tolist() == [0, 1, 2] and arrays["class_names"].tolist() == ["a", "b", "c"]
+    with pytest.raises(UserError, match=r"^--test: 0 is not allowed, give a positive number"):
+        small_pack.pack(source, source, 2, 0)
+    some = small_pack.pack(source, source, 3, 1, every=2)
+    assert some["x_train"].ravel().tolist() == [0, 1, 3, 7] and some["y_train"].tolist() == [0, 0, 0, 1]
+    assert some["y_test"].tolist() == [0, 1] and some["class_names"].tolist() == ["a", "c"]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_every_row_has_a_config_and_a_reference(protocol):
+    module = importlib.import_module(f"configs.{protocol}")
+    reference = json.loads((check_references.RESULTS / f"{protocol}.reference.json").read_text())
+    assert list(reference["rows"]) == list(module.ROWS)
+    for row in module.ROWS:
+        check_config(module.get_config(row), devices=1)
+    with pytest.raises(UserError, match=f"configs/{protocol}.py:er-1: no such row"):
+        module.get_config("er-1")
+
+
+def test_mir_cannot_replay_more_than_is_drawn():
+    config = default_config()
+    config.strategy, config.buffer.representatives, config.strategies.mir.replayed = "mir", 8, 9
+    with pytest.raises(UserError, match=r"^strategies.mir.replayed: 9 is more than a step draws, give at most buffer"):
+        check_config(config, devices=1)
