@@ -1,13 +1,14 @@
 # Two commands need nothing but Python 3.11 or newer and make; each prepares .venv when its requirements changed:
 #     make demo    a small comparison of strategies on 8 fake CPU devices, with a report in runs/demo
 #     make test    what CI runs: format, lint, types, every test
+#     make check   for every edit: format, lint, types, the unit tests
 # Paths are relative, so that a checkout in a folder with spaces works too.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test check lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.stamp-run
@@ -16,6 +17,9 @@ demo: .venv/.stamp-run
 
 test: lint
 	$(PY) -m pytest -n auto --maxprocesses=4 --dist=worksteal
+
+check: lint
+	$(PY) -m pytest -n auto --maxprocesses=4 --dist=worksteal tests/unit
 
 lint: .venv/.stamp-dev
 	$(PY) -m ruff format --check .

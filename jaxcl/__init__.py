@@ -1,3 +1,32 @@
-"""jaxcl: data-parallel continual learning in JAX with a distributed rehearsal buffer."""
+"""jaxcl: data-parallel continual learning in JAX with a distributed rehearsal buffer.
 
-__version__ = "0.1.0"
+from jaxcl import Rows, make_buffer          # the buffer alone, for your own loop
+from jaxcl import train_and_evaluate         # a whole run from a config
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxcl.buffer import Rows, make_buffer
+    from jaxcl.mesh import make_mesh
+    from jaxcl.training.config import default_config
+    from jaxcl.training.loop import train_and_evaluate
+
+__version__ = "0.2.0"
+__all__ = ["Rows", "default_config", "make_buffer", "make_mesh", "train_and_evaluate"]
+
+_ROOMS = {
+    "Rows": "jaxcl.buffer",
+    "make_buffer": "jaxcl.buffer",
+    "make_mesh": "jaxcl.mesh",
+    "default_config": "jaxcl.training.config",
+    "train_and_evaluate": "jaxcl.training.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The names above, imported when they are first asked for: the buffer does not need what training does."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'jaxcl' has no attribute {name!r}")
+    return getattr(importlib.import_module(_ROOMS[name]), name)

@@ -17,7 +17,7 @@ from jaxcl.contrastive.step import NEGATIVES, ContrastiveState, initial_state, m
 from jaxcl.contrastive.train import build, bytes_of, train_batches
 from jaxcl.data import make_augment
 from jaxcl.models.towers import make_towers
-from jaxcl.training.optimizer import make_optimizer
+from jaxcl.optimizer import make_optimizer
 
 Json = dict[str, Any]
 STEPS, TURNS = 20, 7

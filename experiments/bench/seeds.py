@@ -19,8 +19,8 @@ from absl import flags
 from experiments import cli
 from experiments.bench.environment import environment
 from jaxcl.errors import UserError
+from jaxcl.runs.steps import STEPPING
 from jaxcl.search.seeds import check_together, train_seeds
-from jaxcl.training.result import STEPPING
 
 ROUNDS = flags.DEFINE_integer("rounds", 2, "measurements of each way")
 

@@ -15,7 +15,8 @@ from experiments.paper.draw import panels
 from experiments.paper.study import Json, Study
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer.host import InTwo
-from jaxcl.training.build import Experiment, build, train_batches
+from jaxcl.training.batches import train_batches
+from jaxcl.training.build import Parts, build
 from jaxcl.training.state import initial_state
 
 TIERS = ("device", "host")
@@ -31,7 +32,7 @@ def measure(study: Study) -> Json:
     return {"name": study.config.name, "model": model, "rows": rows}
 
 
-def of(run: Experiment, config: Any) -> Json:
+def of(run: Parts, config: Any) -> Json:
     """Bytes over all devices; temporaries of one device's program."""
     buffer = run.buffer
     assert buffer is not None

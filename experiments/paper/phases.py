@@ -15,7 +15,7 @@ from experiments.pages.performance import table
 from experiments.paper.draw import panels
 from experiments.paper.study import Fields, Json, Study
 from jaxcl.report.pictures import BACKGROUND, STEP
-from jaxcl.training.result import STEPPING
+from jaxcl.runs.steps import STEPPING
 
 REPEATS = 3  # runs of each kind, in turn; with seeds of their own
 COLORS = STEP | BACKGROUND

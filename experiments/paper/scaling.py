@@ -23,7 +23,8 @@ from experiments.paper.step_model import DEVICES, Load, Machine, all_reduce, exc
 from experiments.paper.study import STRATEGIES, Json, Study
 from jaxcl import mesh as mesh_lib
 from jaxcl.report import color_of
-from jaxcl.training.build import build, train_batches
+from jaxcl.training.batches import train_batches
+from jaxcl.training.build import build
 from jaxcl.training.state import initial_state
 
 RUNS, STEPS = 15, 2  # of each kind and number of devices

@@ -23,12 +23,12 @@ from jaxcl.contrastive.step import ContrastiveState, initial_state, make_step
 from jaxcl.data.pairs import open_pairs
 from jaxcl.errors import UserError
 from jaxcl.models.towers import make_towers
+from jaxcl.optimizer import make_optimizer, make_schedule
 from jaxcl.runs import checkpoint
+from jaxcl.runs.frame import conditions, in_sessions
 from jaxcl.runs.lanes import Lanes
 from jaxcl.runs.session import Session
-from jaxcl.training.loop import train_steps
-from jaxcl.training.optimizer import make_optimizer, make_schedule
-from jaxcl.training.result import conditions, record
+from jaxcl.runs.steps import reading, take_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +139,7 @@ def train_batches(config: ConfigDict, run: Contrastive, part: int) -> data.Loade
         batch_size=config.batch_size,
         epochs=config.epochs // config.eval.rounds,
         seed=(config.seed, part),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        num_threads=config.data.threads,
+        **reading(config.data.threads),
     )
 
 
@@ -151,9 +149,7 @@ def rows_of(config: ConfigDict, source: data.Source, rows: np.ndarray) -> data.L
         source,
         rows,
         batch_size=config.eval.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        num_threads=config.data.threads,
+        **reading(config.data.threads),
     )
 
 
@@ -194,7 +190,7 @@ def train_and_evaluate(
         return [_run_rounds(config, run, lanes, progress and jax.process_index() == 0)]
 
     options: Any = {"begin": begin, "overwrite": overwrite, "stall_seconds": stall_seconds}
-    return record([config], [pathlib.Path(workdir)], run.mesh, train, **options)[0]
+    return in_sessions([config], [pathlib.Path(workdir)], run.mesh, train, **options)[0]
 
 
 def _run_rounds(config: ConfigDict, run: Contrastive, lanes: Lanes[ContrastiveState], progress: bool) -> dict[str, Any]:
@@ -214,7 +210,7 @@ def _run_rounds(config: ConfigDict, run: Contrastive, lanes: Lanes[ContrastiveSt
     steps = sum(map(len, loaders))
     with tqdm(total=steps, initial=at.step, desc=config.negatives, unit="step", disable=not progress) as bar:
         for part in range(at.task, config.eval.rounds):
-            state = train_steps(lanes, step, state, [loaders[part]], bar)
+            state = take_steps(lanes, step, state, [loaders[part]], bar)
             with phases("evaluate"):
                 scores = evaluate(config, run, state)
             session.log.write("evaluation", at.step, scores)

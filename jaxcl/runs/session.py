@@ -57,9 +57,8 @@ class Progress:
       rehearsing: whether the task's own batches are done, and those of its `Review` are on.
       iterator: state of the iterator over the present batches; None before the first of them.
       images: trained on in the tasks that are done.
-      replayed: rows replayed in an epoch of each task that is done.
-      tuned: rows in an epoch of each fine-tuning that is done.
-      accuracy, top5, error: a row for each task that is done; accuracies or, of reconstruction, errors.
+      counts: name -> numbers of each task that is done, as training keeps them.
+      scores: name -> a row of scores for each task that is done.
       seconds, phases: wall seconds of the run, over all its sessions.
       metrics_size: bytes of metrics.jsonl; None before the first checkpoint.
       devices, processes: of the session that saved it.
@@ -70,11 +69,8 @@ class Progress:
     rehearsing: bool = False
     iterator: dict[str, Any] | None = None
     images: int = 0
-    replayed: list[int] = dataclasses.field(default_factory=list)
-    tuned: list[int] = dataclasses.field(default_factory=list)
-    accuracy: list[list[float]] = dataclasses.field(default_factory=list)
-    top5: list[list[float]] = dataclasses.field(default_factory=list)
-    error: list[list[float]] = dataclasses.field(default_factory=list)
+    counts: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    scores: dict[str, list[list[float]]] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     phases: dict[str, float] = dataclasses.field(default_factory=dict)
     metrics_size: int | None = None

@@ -21,9 +21,8 @@ from ml_collections import ConfigDict
 from jaxcl.errors import UserError
 from jaxcl.runs import checkpoint
 from jaxcl.runs import workdir as workdir_lib
-from jaxcl.strategies import make_strategy
-from jaxcl.training import build as experiment
 from jaxcl.training import loop
+from jaxcl.training.build import build, strategy_of
 
 
 def check_together(config: ConfigDict) -> None:
@@ -36,7 +35,7 @@ def check_together(config: ConfigDict) -> None:
         raise UserError(
             f"--vmap: not allowed in a run of {jax.process_count()} processes, which train one seed at a time"
         )
-    strategy = make_strategy(config.strategy, config.strategies.get(config.strategy, {}))
+    strategy = strategy_of(config)
     if strategy.rehearse:
         raise UserError(
             f"--vmap: not allowed with {config.strategy}, which trains new weights at a task's end; leave it out"
@@ -87,10 +86,10 @@ def train_seeds(
                 found[seed] = loop.train_and_evaluate(one, folders[seed], overwrite=overwrite, **options)
         else:
             begin = time.perf_counter()
-            run = experiment.build(configs[seeds[0]], devices, seeds)
+            parts = build(configs[seeds[0]], devices, seeds)
             where = [folders[seed] for seed in seeds]
             lanes: Any = {"begin": begin, "progress": progress, "overwrite": overwrite, "stall_seconds": stall_seconds}
-            found |= zip(seeds, loop.train_lanes(list(configs.values()), where, run, **lanes), strict=True)
+            found |= zip(seeds, loop.train_lanes(list(configs.values()), where, parts, **lanes), strict=True)
     return [found[seed] for seed in folders]
 
 

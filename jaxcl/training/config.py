@@ -10,7 +10,9 @@ from jaxcl.buffer.selection import FEATURES, KEYS, QUOTAS, SELECTIONS
 from jaxcl.data import SCENARIOS
 from jaxcl.errors import UserError
 from jaxcl.strategies import STRATEGIES, Strategy, default_options, make_strategy
-from jaxcl.training.replay import ORDERS, REPLAYS
+
+REPLAYS = ("draw", "append", "append_part")
+ORDERS = ("shuffled", "sequential")
 
 
 def default_config() -> ConfigDict:

@@ -1,97 +1,47 @@
-"""What result.json says of a run, and the frame in which runs leave it."""
+"""What result.json says of a run over tasks."""
 
-import contextlib
-import importlib.metadata
-import pathlib
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from jaxcl import metrics
 from jaxcl.buffer import Buffer
 from jaxcl.data import Loader
-from jaxcl.runs import files, workdir
-from jaxcl.runs.session import Progress, Session, open_session
-from jaxcl.training.build import Experiment
-from jaxcl.training.replay import draws_per_epoch
+from jaxcl.runs.frame import conditions
+from jaxcl.runs.session import Progress
+from jaxcl.training.batches import draws_per_epoch
+from jaxcl.training.build import Parts
 from jaxcl.training.state import TrainState
 
-STEPPING = ("load", "assemble", "wait", "train", "accumulate")  # of the steps; wait and accumulate are the host tier's
-
-
-def record(
-    configs: Sequence[ConfigDict],
-    folders: Sequence[pathlib.Path],
-    mesh: jax.sharding.Mesh,
-    run: Callable[[Sequence[Session]], list[dict[str, Any]]],
-    *,
-    begin: float,
-    overwrite: bool = False,
-    stall_seconds: float | None = None,
-) -> list[dict[str, Any]]:
-    """Runs in sessions of these folders, and leaves in each its result.json.
-
-    Args:
-      configs, folders: of runs that go side by side, of which none is finished; or of one, which if it is finished is
-        returned as it is.
-      run: trains, and says of each run what result.json holds but for its times.
-      begin: `time.perf_counter()` at the beginning of the run.
-      overwrite, stall_seconds: see `open_session`.
-
-    Returns:
-      What each result.json holds.
-    """
-    with contextlib.ExitStack() as stack:
-        sessions: list[Session] = []
-        for config, folder in zip(configs, folders, strict=True):
-            stack.enter_context(files.full_disk_is_a_storage_error(folder))
-            options: Any = {"begin": begin, "overwrite": overwrite, "stall_seconds": stall_seconds}
-            session = stack.enter_context(open_session(config, folder, mesh, **options))
-            if isinstance(session, dict):
-                assert len(configs) == 1, "a finished run is not continued"
-                return [session]
-            sessions.append(session)
-        results = run(sessions)
-        for session, result, folder in zip(sessions, results, folders, strict=True):
-            result |= times(result["images"], session)
-            if jax.process_index() == 0:
-                files.write_json(folder / "result.json", result)
-    return results
-
-
-def times(images: int, session: Session) -> dict[str, Any]:
-    """What result.json says of a run's times."""
-    seconds, by_phase = session.seconds(), session.phases.seconds
-    return {
-        "seconds": seconds,
-        "images_per_second": images / max(sum(by_phase.get(name, 0.0) for name in STEPPING), 1e-9),
-        "seconds_by_phase": {**by_phase, "other": seconds - sum(by_phase.values())},
-    }
+MEASURES = ("accuracy", "error")  # of classification, of reconstruction
+ONLY_LAST = ("accuracy_in_task", "confusion")  # scores that are told of the last weights alone
 
 
 def add_scores(at: Progress, scores: dict[str, np.ndarray]) -> dict[str, list[float]]:
-    """Adds the scores of all tasks, as they are after this one, to the progress."""
-    rows: dict[str, list[float]] = {
-        name: scores[name].tolist() for name in ("accuracy", "top5", "error") if name in scores
-    }
+    """Adds the scores of all tasks `[T]`, as they are after this one, to the progress; those that it keeps."""
+    rows: dict[str, list[float]] = {name: x.tolist() for name, x in scores.items() if name not in ONLY_LAST}
     for name, row in rows.items():
-        getattr(at, name).append(row)
+        at.scores.setdefault(name, []).append(row)
     return rows
 
 
-def count_rows(config: ConfigDict, run: Experiment, at: Progress, state: TrainState, loader: Loader, task: int) -> None:
+def count_rows(config: ConfigDict, parts: Parts, at: Progress, state: TrainState, loader: Loader) -> None:
     """Adds to the progress what a task has trained on, `state` being the one in which its steps end."""
     at.images += config.epochs * loader.rows_per_epoch
-    if run.buffer is not None and state.buffer is not None:
-        stored = run.buffer.stats(state.buffer)["rows_per_shard"]
-        at.replayed.append(draws_per_epoch(config, run.buffer, stored, loader.steps_per_epoch))
+    if parts.buffer is not None and state.buffer is not None:
+        stored = parts.buffer.stats(state.buffer)["rows_per_shard"]
+        drawn = draws_per_epoch(config, parts.buffer, stored, loader.steps_per_epoch)
+        at.counts.setdefault("replayed", []).append(drawn)
+
+
+def count_review(at: Progress, loader: Loader) -> None:
+    """Adds to the progress the rows of an epoch of the fine-tuning that is done."""
+    at.counts.setdefault("tuned", []).append(loader.rows_per_epoch)
 
 
 def summarize(
-    config: ConfigDict, run: Experiment, at: Progress, state: TrainState, scores: dict[str, np.ndarray], untrained: Any
+    config: ConfigDict, parts: Parts, at: Progress, state: TrainState, scores: dict[str, np.ndarray], untrained: Any
 ) -> dict[str, Any]:
     """What result.json says of a run but for its times."""
     return {
@@ -100,45 +50,31 @@ def summarize(
         "seed": config.seed,
         "source": config.data.source,
         "model": config.model.name,
-        "tasks": [list(task.classes) for task in run.scenario.tasks],
+        "tasks": [list(task.classes) for task in parts.scenario.tasks],
         "evaluated_on": "validation" if config.data.validation else "test",
-        **(_errors(at, untrained) if run.train.targets else _accuracies(run, at, scores, untrained)),
+        **(_errors(at, untrained) if parts.train.targets else _accuracies(parts, at, scores, untrained)),
         "steps": at.step,
         "images": at.images,
-        "buffer": _buffer_report(run.buffer, state),
-        "replay": None if run.buffer is None else _replay_report(config, at),
-        **conditions(config, run.mesh),
+        "buffer": _buffer_report(parts.buffer, state),
+        "replay": None if parts.buffer is None else _replay_report(config, at),
+        **conditions(config, parts.mesh),
     }
 
 
-def conditions(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Under which a run was made, for result.json: devices, versions, the resolved config."""
+def _accuracies(parts: Parts, at: Progress, scores: dict[str, np.ndarray], untrained: Any) -> dict[str, Any]:
     return {
-        "devices": {
-            "count": mesh.size,
-            "kind": mesh.devices.flat[0].device_kind,
-            "platform": mesh.devices.flat[0].platform,
-            "processes": jax.process_count(),
-        },
-        "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")},
-        "config": workdir.resolved(config),
-    }
-
-
-def _accuracies(run: Experiment, at: Progress, scores: dict[str, np.ndarray], untrained: Any) -> dict[str, Any]:
-    return {
-        "accuracy_matrix": at.accuracy,
-        **metrics.summarize(at.accuracy),
-        **_top5(at.top5, run.train.num_classes),
-        "forward_transfer": metrics.forward_transfer(at.accuracy, untrained),
+        "accuracy_matrix": at.scores["accuracy"],
+        **metrics.summarize(at.scores["accuracy"]),
+        **_top5(at.scores["top5"], parts.train.num_classes),
+        "forward_transfer": metrics.forward_transfer(at.scores["accuracy"], untrained),
         **_last(scores),
     }
 
 
 def _errors(at: Progress, untrained: Any) -> dict[str, Any]:
     return {
-        "error_matrix": at.error,
-        **metrics.summarize_errors(at.error),
+        "error_matrix": at.scores["error"],
+        **metrics.summarize_errors(at.scores["error"]),
         "untrained_error": untrained.tolist(),
     }
 
@@ -161,8 +97,8 @@ def _top5(matrix: list[list[float]], num_classes: int) -> dict[str, Any]:
 
 def _replay_report(config: ConfigDict, at: Progress) -> dict[str, Any]:
     """Rows that an epoch of each task replays, and one of each fine-tuning, from the second task on, passes over."""
-    tuned = {"finetune_rows_per_epoch": at.tuned} if config.finetune.epochs else {}
-    return {"form": config.buffer.replay, "draws_per_epoch": at.replayed, **tuned}
+    tuned = {"finetune_rows_per_epoch": at.counts.get("tuned", [])} if config.finetune.epochs else {}
+    return {"form": config.buffer.replay, "draws_per_epoch": at.counts.get("replayed", []), **tuned}
 
 
 def _buffer_report(buffer: Buffer | None, state: TrainState) -> dict[str, Any] | None:

@@ -39,7 +39,7 @@ Augment = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Clock = tuple[jax.Array, jax.Array, jax.Array]  # step, task_step and steps_per_epoch of a `TrainState`
 
 
-def make_train_step(
+def _make_train_step(
     mesh: Mesh,
     model: Model,
     strategy: Strategy,
@@ -274,3 +274,22 @@ def _positions(sizes: Sequence[int]) -> jax.Array:
     begins = np.cumsum([0, *sizes[:-1]])
     parts = [devices * int(begin) + me * size + jnp.arange(size) for begin, size in zip(begins, sizes, strict=True)]
     return jnp.concatenate(parts).astype(jnp.int32)
+
+
+class TrainStep:
+    def __init__(self, program, buffer):
+        self.program, self._buffer = program, buffer
+
+    def prepare(self, state, batch, phase):
+        from jaxcl.buffer.host import Fed
+
+        store = None if self._buffer is None else self._buffer.host
+        if store is None:
+            return self.program.lower(state, batch).compile()
+        fed = Fed(self.program, store, phase)
+        fed.compile(state, batch)
+        return fed
+
+
+def make_train_step(mesh, model, strategy=None, buffer=None, *args, **options):
+    return TrainStep(_make_train_step(mesh, model, strategy, buffer, *args, **options), buffer)

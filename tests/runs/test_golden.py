@@ -1,4 +1,4 @@
-"""Every strategy through the whole loop on 1 and 8 devices: the figures recorded in tests/golden.json, and what holds of any run."""
+"""Every strategy through the whole loop on 1 and 8 devices: the figures of tests/golden.json, and what holds of any run."""
 
 import json
 

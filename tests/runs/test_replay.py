@@ -12,11 +12,11 @@ from jaxcl.data import array_source, train_batches
 from jaxcl.errors import Preempted, UserError
 from jaxcl.search.seeds import train_seeds
 from jaxcl.strategies import make_strategy
+from jaxcl.training.batches import at_one_place, draws_per_epoch, finetune_batches, memory_rows
 from jaxcl.training.build import build, selection_of
 from jaxcl.training.loop import train_and_evaluate
-from jaxcl.training.replay import at_one_place, draws_per_epoch, finetune_batches, memory_rows
 from tests.rig import SHAPE, K, Rig, make_batch
-from tests.test_seeds import assert_close_runs
+from tests.runs.test_seeds import assert_close_runs
 from tests.whole import assert_same_run, last, small, stop_at
 
 LABELS = np.arange(60, dtype=np.int32) % 6

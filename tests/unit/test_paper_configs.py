@@ -9,9 +9,9 @@ import pytest
 from configs import paper_imagenet, paper_tinyimagenet
 from experiments.paper.study import Study
 from jaxcl.errors import UserError
+from jaxcl.optimizer import make_schedule
 from jaxcl.training.build import build
 from jaxcl.training.config import check_config, default_config
-from jaxcl.training.optimizer import make_schedule
 from tests.whole import small
 
 

@@ -1,0 +1,78 @@
+"""The frame of a run: its sessions are opened, it is carried out, and result.json is left."""
+
+import contextlib
+import importlib.metadata
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxcl.runs import files, workdir
+from jaxcl.runs.session import Session, open_session
+from jaxcl.runs.steps import STEPPING
+
+
+def in_sessions(
+    configs: Sequence[ConfigDict],
+    folders: Sequence[pathlib.Path],
+    mesh: jax.sharding.Mesh,
+    carry_out: Callable[[Sequence[Session]], list[dict[str, Any]]],
+    *,
+    begin: float,
+    overwrite: bool = False,
+    stall_seconds: float | None = None,
+) -> list[dict[str, Any]]:
+    """Carries out runs in sessions of their folders, and leaves result.json in each.
+
+    Args:
+      configs, folders: of runs that go side by side, of which none is finished; or of one, which if it is finished is
+        returned as it is.
+      carry_out: trains, and says of each run what result.json holds but for its times.
+      begin: `time.perf_counter()` at the beginning of the run.
+      overwrite, stall_seconds: see `open_session`.
+
+    Returns:
+      What each result.json holds.
+    """
+    with contextlib.ExitStack() as stack:
+        sessions: list[Session] = []
+        for config, folder in zip(configs, folders, strict=True):
+            stack.enter_context(files.full_disk_is_a_storage_error(folder))
+            options: Any = {"begin": begin, "overwrite": overwrite, "stall_seconds": stall_seconds}
+            session = stack.enter_context(open_session(config, folder, mesh, **options))
+            if isinstance(session, dict):
+                assert len(configs) == 1, "a finished run is not continued"
+                return [session]
+            sessions.append(session)
+        results = carry_out(sessions)
+        for session, result, folder in zip(sessions, results, folders, strict=True):
+            result |= times(result["images"], session)
+            if jax.process_index() == 0:
+                files.write_json(folder / "result.json", result)
+    return results
+
+
+def times(images: int, session: Session) -> dict[str, Any]:
+    """What result.json says of a run's times."""
+    seconds, by_phase = session.seconds(), session.phases.seconds
+    return {
+        "seconds": seconds,
+        "images_per_second": images / max(sum(by_phase.get(name, 0.0) for name in STEPPING), 1e-9),
+        "seconds_by_phase": {**by_phase, "other": seconds - sum(by_phase.values())},
+    }
+
+
+def conditions(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Under which a run was made, for result.json: devices, versions, the resolved config."""
+    return {
+        "devices": {
+            "count": mesh.size,
+            "kind": mesh.devices.flat[0].device_kind,
+            "platform": mesh.devices.flat[0].platform,
+            "processes": jax.process_count(),
+        },
+        "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")},
+        "config": workdir.resolved(config),
+    }
