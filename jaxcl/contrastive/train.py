@@ -1,6 +1,6 @@
 """A contrastive run: its parts from the config, its rounds of training and evaluation, what it leaves.
 
-The session, the log, the checkpoints and the stepping are those of `jaxcl.training`.
+The session, the log, the checkpoints and the stepping are those of `jaxcl.runs`.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from jaxcl.runs.steps import reading, take_steps
 
 
 @dataclasses.dataclass(frozen=True)
-class Contrastive:
+class Parts:
     """The parts of a run, built and checked; nothing is compiled yet.
 
     Attributes:
@@ -51,7 +51,7 @@ class Contrastive:
     staleness: Callable[..., dict[str, list[float]]]
 
 
-def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Contrastive:
+def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Parts:
     """Puts a run together from its config.
 
     Raises:
@@ -79,18 +79,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Co
     augment = data.make_augment(d.augment, train.image_shape, mean=d.mean, std=d.std)
     plain = data.make_augment((), train.image_shape, mean=d.mean, std=d.std)
     towers = make_towers(config.dim, m.image_width, m.text_width, d.vocabulary, m.dtype)
-    bank = None
-    if config.negatives in BANKED:
-        full = config.negatives == "full_bank"
-        bank = make_bank(
-            "slots" if full else "fifo",
-            capacity=len(train) if full else config.bank.capacity,
-            dim=config.dim,
-            mesh=mesh,
-            drawn=config.bank.drawn if full else 0,
-            storage=config.bank.storage,
-            chunk=config.bank.chunk,
-        )
+    bank = bank_of(config, len(train), mesh) if config.negatives in BANKED else None
     optimizer = make_optimizer(config.optimizer)
     shapes: dict[str, tuple[int, ...]] = {"image": train.image_shape}
     if d.pairs == "captions":
@@ -126,19 +115,31 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Co
         momentum=config.momentum,
     )
     embed = make_embed(mesh, towers, d.pairs, augment if d.pairs == "views" else plain)
-    return Contrastive(
-        mesh, train, test, bank, new_state, step, embed, make_staleness(mesh, config.eval.staleness_rows)
+    return Parts(mesh, train, test, bank, new_state, step, embed, make_staleness(mesh, config.eval.staleness_rows))
+
+
+def bank_of(config: ConfigDict, rows: int, mesh: jax.sharding.Mesh) -> Bank:
+    """The memory bank of a run over so many train rows."""
+    full = config.negatives == "full_bank"  # a slot for every row
+    return make_bank(
+        "slots" if full else "fifo",
+        capacity=rows if full else config.bank.capacity,
+        dim=config.dim,
+        mesh=mesh,
+        drawn=config.bank.drawn if full else 0,
+        storage=config.bank.storage,
+        chunk=config.bank.chunk,
     )
 
 
-def train_batches(config: ConfigDict, run: Contrastive, part: int) -> data.Loader:
-    """The batches of one of the `eval.rounds` parts of the training."""
+def train_batches(config: ConfigDict, parts: Parts, number: int) -> data.Loader:
+    """The batches of round `number` of `eval.rounds`, between two evaluations."""
     return data.train_batches(
-        run.train,
-        np.arange(len(run.train)),
+        parts.train,
+        np.arange(len(parts.train)),
         batch_size=config.batch_size,
         epochs=config.epochs // config.eval.rounds,
-        seed=(config.seed, part),
+        seed=(config.seed, number),
         **reading(config.data.threads),
     )
 
@@ -153,15 +154,15 @@ def rows_of(config: ConfigDict, source: data.Source, rows: np.ndarray) -> data.L
     )
 
 
-def evaluate(config: ConfigDict, run: Contrastive, state: ContrastiveState) -> dict[str, Any]:
+def evaluate(config: ConfigDict, parts: Parts, state: ContrastiveState) -> dict[str, Any]:
     """Retrieval on the test pairs, and of a bank the staleness of its rows, against the encoders that fill it."""
     scores: dict[str, Any] = retrieval(
-        run.embed(state.params["towers"], rows_of(config, run.test, np.arange(len(run.test))))
+        parts.embed(state.params["towers"], rows_of(config, parts.test, np.arange(len(parts.test))))
     )
     if state.bank is not None:
         makers = state.keys or state.params["towers"]
-        fresh = lambda ids: run.embed(makers, rows_of(config, run.train, ids))  # noqa: E731
-        scores["staleness"] = run.staleness(state.bank, int(state.step), fresh)
+        fresh = lambda ids: parts.embed(makers, rows_of(config, parts.train, ids))  # noqa: E731
+        scores["staleness"] = parts.staleness(state.bank, int(state.step), fresh)
     return scores
 
 
@@ -183,24 +184,25 @@ def train_and_evaluate(
       What result.json holds: the scores of every evaluation, bytes, times.
     """
     begin = time.perf_counter()
-    run = build(config, devices)
+    parts = build(config, devices)
 
-    def train(sessions: Sequence[Session]) -> list[dict[str, Any]]:
-        lanes: Lanes[ContrastiveState] = Lanes(run.mesh, [config], sessions)
-        return [_run_rounds(config, run, lanes, progress and jax.process_index() == 0)]
+    def carry_out(sessions: Sequence[Session]) -> list[dict[str, Any]]:
+        lanes: Lanes[ContrastiveState] = Lanes(parts.mesh, [config], sessions)
+        return [run_rounds(config, parts, lanes, progress and jax.process_index() == 0)]
 
     options: Any = {"begin": begin, "overwrite": overwrite, "stall_seconds": stall_seconds}
-    return in_sessions([config], [pathlib.Path(workdir)], run.mesh, train, **options)[0]
+    return in_sessions([config], [pathlib.Path(workdir)], parts.mesh, carry_out, **options)[0]
 
 
-def _run_rounds(config: ConfigDict, run: Contrastive, lanes: Lanes[ContrastiveState], progress: bool) -> dict[str, Any]:
+def run_rounds(config: ConfigDict, parts: Parts, lanes: Lanes[ContrastiveState], progress: bool) -> dict[str, Any]:
+    """Trains and evaluates in the rounds that are not done yet; what result.json holds but for its times."""
     [session] = lanes.sessions
     at, phases = lanes.at, lanes.phases
-    loaders = [train_batches(config, run, part) for part in range(config.eval.rounds)]
+    loaders = [train_batches(config, parts, number) for number in range(config.eval.rounds)]
     with phases("compile"):
-        state = run.new_state()
+        state = parts.new_state()
         sizes = bytes_of(state)
-        step = run.step.lower(state, lanes.batch([loaders[0][0]])).compile()
+        step = parts.step.lower(state, lanes.batch([loaders[0][0]])).compile()
         sizes["temporaries"] = step.memory_analysis().temp_size_in_bytes
     if session.found is not None:
         with phases("restore"):
@@ -209,14 +211,14 @@ def _run_rounds(config: ConfigDict, run: Contrastive, lanes: Lanes[ContrastiveSt
             state = session.checkpoints.restore(session.found, target)
     steps = sum(map(len, loaders))
     with tqdm(total=steps, initial=at.step, desc=config.negatives, unit="step", disable=not progress) as bar:
-        for part in range(at.task, config.eval.rounds):
-            state = take_steps(lanes, step, state, [loaders[part]], bar)
+        for number in range(at.task, config.eval.rounds):
+            state = take_steps(lanes, step, state, [loaders[number]], bar)
             with phases("evaluate"):
-                scores = evaluate(config, run, state)
+                scores = evaluate(config, parts, state)
             session.log.write("evaluation", at.step, scores)
             bar.set_postfix({name: f"{100 * scores[name]:.1f} %" for name in ("left_to_right@5", "right_to_left@5")})
-            at.images += config.epochs // config.eval.rounds * len(run.train)
-            lanes.stand(task=part + 1, iterator=None)
+            at.images += config.epochs // config.eval.rounds * len(parts.train)
+            lanes.stand(task=number + 1, iterator=None)
             session.save(state)
             if at.task < config.eval.rounds:
                 session.stop_if_asked()
@@ -228,10 +230,10 @@ def _run_rounds(config: ConfigDict, run: Contrastive, lanes: Lanes[ContrastiveSt
         "seed": config.seed,
         "steps": at.step,
         "images": at.images,
-        "pairs": {"train": len(run.train), "test": len(run.test)},
+        "pairs": {"train": len(parts.train), "test": len(parts.test)},
         "bytes_per_device": sizes,
         "evaluations": session.log.lines("evaluation"),
-        **conditions(config, run.mesh),
+        **conditions(config, parts.mesh),
     }
 
 
