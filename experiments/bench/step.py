@@ -38,8 +38,11 @@ from jaxcl.strategies import make_strategy
 from jaxcl.training.state import initial_state, make_weights
 from jaxcl.training.step import make_train_step
 
-COLORS = {"overhead": "#0072B2", "floor": "#D55E00", "control": "0.5"}
-LABELS = {"overhead": "rehearsal", "floor": "bare collectives", "control": "plain again"}
+KINDS = {
+    "overhead": ("rehearsal", "#0072B2"),
+    "floor": ("bare collectives", "#D55E00"),
+    "control": ("plain again", "0.5"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +71,7 @@ class Sizes:
         )
 
     def contender(self, model_name: str, buffer: Buffer | None) -> Contender:
-        """A step and its batch: rehearsal with `buffer` on `new` rows a device, else a plain step on as many as both have.
-
-        The step is what `make_train_step` returns.
-        """
+        """The step of `make_train_step`, its state and batch: rehearsal with `buffer` on b rows a device, or plain on b + r."""
         options: dict[str, Any] = {"hidden": (100, 100)} if model_name == "mlp" else {"width": self.width}
         model = make_model(model_name, CLASSES, options=options, dtype=self.dtype, axis_name=AXIS)
         strategy = make_strategy("incremental" if buffer is None else "er")
@@ -264,10 +264,9 @@ def plot(record: Json) -> Figure:
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes, found = figure.add_subplot(), record["models"]
     for i, one in enumerate(found):
-        for j, (name, label) in enumerate(LABELS.items()):
+        for j, (name, (label, color)) in enumerate(KINDS.items()):
             o, x = one[name], i + 0.2 * (j - 1)
             bars = [[o["median"] - o["p10"]], [o["p90"] - o["median"]]]
-            color = COLORS[name]
             axes.errorbar(x, o["median"], bars, fmt="o", color=color, capsize=4, label=None if i else label)
             axes.annotate(f"{o['median']:.2f}", (x, o["median"]), xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.axhline(1.02, color="0.5", linestyle=":", label="goal, 1.02")
