@@ -83,7 +83,7 @@ def _value(name: str, kind: Any) -> Any:
     Raises:
       UserError: an item of another type, or a number that is not positive.
     """
-    value = flags.FLAGS[name].value
+    value: Any = flags.FLAGS[name].value
     if typing.get_origin(kind) is tuple:
         make = typing.get_args(kind)[0]
         try:

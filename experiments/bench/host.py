@@ -8,7 +8,8 @@ arrival of the rows it drew.
 """
 
 import contextlib
-from typing import Annotated, Any, Literal, NamedTuple
+import dataclasses
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -95,7 +96,8 @@ def contender(program: Any, store: Store, state: Any, batch: Rows) -> Contender:
     return Contender(Waiting(Fed(program, store, contextlib.nullcontext), store), state, batch)
 
 
-class Waiting(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Waiting:
     """A step of the host tier that returns when the rows it drew have arrived."""
 
     step: Any
