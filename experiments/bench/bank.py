@@ -46,7 +46,7 @@ def measure_modes(config: ConfigDict) -> list[Json]:
         for negatives, contender in contenders.items():
             step_ms, size = harness.spread(contender.seconds), sizes[negatives]
             found.append({"devices": devices, "negatives": negatives, "step_ms": step_ms, "bytes_per_device": size})
-            print(f"cost: {devices} devices, {negatives}: {step_ms['median']:.2f} ms, {size}", flush=True)
+            harness.show(found[-1])
     return found
 
 
@@ -62,10 +62,10 @@ def measure_growth() -> list[Json]:
         if free is not None and 1.3 * need > free:
             skipped = f"needs {need / 2**30:.1f} GiB of {free / 2**30:.1f}"
             found.append({"rows": rows, "bytes": need, "skipped": skipped})
-            print(f"scale: {rows:,} rows skipped: {found[-1]['skipped']} GiB free", flush=True)
+            harness.show(found[-1])
             continue
         found.append(one_size(mesh, rows))
-        print(f"scale: {found[-1]}", flush=True)
+        harness.show(found[-1])
     return found
 
 

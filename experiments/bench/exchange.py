@@ -27,17 +27,8 @@ def measure(*, draws: Annotated[int, "a setting; fewer with many devices, at mos
     settings = []
     for shards in DEVICES:
         for per_device in PER_DEVICE:
-            one = one_setting(shards, per_device, draws)
-            settings.append(one)
-            mix, balance = one["mix"], one["balance"]
-            print(
-                f"N {shards}, r {per_device}: mix by {' x '.join(map(str, mix['hops']))} moves"
-                f" {mix['moved_over_needed']:.1f} of what is needed ({mix['one_hop_moved_over_needed']:.1f} in one hop),"
-                f" slow {mix['slow_path_frequency']:.1e}; balance must move {balance['rows_that_must_travel']:.2f},"
-                f" moves {balance['rows_moved']}, slow {balance['slow_path_frequency']:.1e};"
-                f" plan {one['plan_ms']['median']:.2f} ms",
-                flush=True,
-            )
+            settings.append(one_setting(shards, per_device, draws))
+            harness.show(settings[-1])
     return {"settings": settings}
 
 

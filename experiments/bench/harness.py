@@ -118,6 +118,12 @@ def one_a_line(record: Json) -> str:
     return "{\n " + ",\n ".join(f"{json.dumps(name)}: {text(value)}" for name, value in record.items()) + "\n}"
 
 
+def show(record: Json) -> None:
+    """Prints what was found so far on one line, its numbers with four digits."""
+    text = json.dumps(record)
+    print(json.dumps(json.loads(text, parse_float=lambda x: float(f"{float(x):.4g}"))), flush=True)
+
+
 def environment(packages: tuple[str, ...] = ("jax", "jaxlib", "flax", "optax", "numpy")) -> Json:
     """Where a figure was measured: versions, devices and machine of this process, the revision, and the command."""
     device = jax.devices()[0]

@@ -49,13 +49,7 @@ def measure(
         one = {"gib": size, "capacity": buffer.capacity, **one_size(buffer, mesh, batch, fill, steps)}
         one["resident_bytes"] = {"before": before, "after": harness.resident()}
         sizes.append(one)
-        print(
-            f"{size:g} GiB: {one['rows']:,} rows; filled at {one['fill_rows_per_second']:,.0f} rows/s;"
-            f" step {one['step_ms']['median']:.2f} ms for {batch} rows in and out; writer, ms a step:"
-            f" {', '.join(f'{name} {ms:.2f}' for name, ms in one['writer_ms'].items())};"
-            f" resident {one['resident_bytes']['after'] / 2**30:.2f} GiB",
-            flush=True,
-        )
+        harness.show(one)
     return {"batch": batch, "handover": handover, "sizes": sizes}
 
 

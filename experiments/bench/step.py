@@ -100,23 +100,8 @@ def measure(
 ) -> Json:
     sizes, found = Sizes(mesh_lib.make_mesh(), dtype, width, new, drawn, capacity, runs, steps), []
     for model in models:
-        one = {**one_model(sizes, model), "host": measure_host(sizes, model) if host else {}}
-        found.append(one)
-        print(
-            f"{model}: {one['step_ms']['rehearsal']['median']:.2f} ms with rehearsal,"
-            f" {one['step_ms']['plain']['median']:.2f} ms plain, ratio {one['overhead']['median']:.3f}"
-            f" ({one['overhead']['p10']:.3f}..{one['overhead']['p90']:.3f}); control {one['control']['median']:.3f},"
-            f" bare collectives {one['floor']['median']:.3f}; alone: insert {one['alone_ms']['insert']:.2f} ms,"
-            f" draw and exchange {one['alone_ms']['draw_and_exchange']:.2f} ms",
-            flush=True,
-        )
-        for handover, tier in one["host"].items():
-            print(
-                f"{model}, host tier by {handover}: {tier['step_ms']['host']['median']:.2f} ms,"
-                f" {tier['over_device']['median']:.3f} of the device tier; waiting {tier['phases_ms']['wait']:.2f} ms;"
-                f" hidden {100 * tier['hidden']:.0f} % of the writer's work",
-                flush=True,
-            )
+        found.append({**one_model(sizes, model), "host": measure_host(sizes, model) if host else {}})
+        harness.show(found[-1])
     return {"models": found}
 
 
