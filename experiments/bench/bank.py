@@ -1,9 +1,6 @@
 """What a step and its memory cost, of every kind of negatives; and a bank of three million rows. See memory_bank.py."""
 
 import dataclasses
-import os
-import statistics
-import time
 from typing import Any
 
 import jax
@@ -11,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments.bench import harness
+from experiments.bench.harness import Contender, Json
+from experiments.bench.peers.protocol import free_bytes
 from jaxcl import mesh as mesh_lib
 from jaxcl.contrastive.bank import BankState, make_bank
 from jaxcl.contrastive.step import NEGATIVES, ContrastiveState, initial_state, make_step
@@ -19,7 +19,6 @@ from jaxcl.data import make_augment
 from jaxcl.models.towers import make_towers
 from jaxcl.optimizer import make_optimizer
 
-Json = dict[str, Any]
 STEPS, TURNS = 20, 7
 ROWS, DIM, DRAWN = 3_264_868, 768, 4096  # the image-text set of the notes behind the issue; a common width; K
 SHARES = (64, 16, 4, 1)  # of ROWS: the law of growth
@@ -31,7 +30,8 @@ def measure_modes(config: ConfigDict) -> list[Json]:
     the same batch of pairs over all devices, 7 times as many stored rows or drawn slots."""
     found = []
     for devices in (1, 8):
-        steppers = {}
+        contenders: dict[str, Contender] = {}
+        sizes: dict[str, dict[str, int]] = {}
         for negatives in NEGATIVES:
             one = config.copy_and_resolve_references()
             one.batch_size = 8 * config.batch_size
@@ -39,27 +39,15 @@ def measure_modes(config: ConfigDict) -> list[Json]:
             run = build(one, jax.devices()[:devices])
             state, batch = run.new_state(), mesh_lib.shard_rows(run.mesh, train_batches(one, run, 0)[0])
             program = run.step.lower(state, batch).compile()
-            sizes = bytes_of(state) | {"temporaries": program.memory_analysis().temp_size_in_bytes}
-            steppers[negatives] = [program, state, batch, sizes, []]
-        for _ in range(TURNS + 1):  # the first warms up
-            for stepper in steppers.values():
-                stepper[1], seconds = timed(stepper[0], stepper[1], stepper[2], STEPS)
-                stepper[4].append(seconds)
-        for negatives, (_, _, _, sizes, seconds) in steppers.items():
-            ms = sorted(1000 * x for x in seconds[1:])
-            spread = {"median": statistics.median(ms), "p10": ms[0], "p90": ms[-1]}
-            found.append({"devices": devices, "negatives": negatives, "step_ms": spread, "bytes_per_device": sizes})
-            print(f"cost: {devices} devices, {negatives}: {spread['median']:.2f} ms, {sizes}", flush=True)
+            sizes[negatives] = bytes_of(state) | {"temporaries": program.memory_analysis().temp_size_in_bytes}
+            contenders[negatives] = Contender(program, state, batch, blocking=True)
+            contenders[negatives].run(STEPS)
+        harness.in_turn(list(contenders.values()), TURNS, STEPS)
+        for negatives, contender in contenders.items():
+            step_ms, size = harness.spread(contender.seconds), sizes[negatives]
+            found.append({"devices": devices, "negatives": negatives, "step_ms": step_ms, "bytes_per_device": size})
+            harness.show(found[-1])
     return found
-
-
-def timed(program: Any, state: Any, batch: Any, steps: int) -> tuple[Any, float]:
-    """The state after `steps` steps, and the seconds of one."""
-    begin = time.perf_counter()
-    for _ in range(steps):
-        state, metrics = program(state, batch)
-        jax.block_until_ready(metrics)
-    return state, (time.perf_counter() - begin) / steps
 
 
 def measure_growth() -> list[Json]:
@@ -70,15 +58,14 @@ def measure_growth() -> list[Json]:
     mesh, found = mesh_lib.make_mesh(), []
     for part in SHARES:
         rows = ROWS // part
-        need, free = rows * (2 * DIM + 12), free_memory()
-        if 1.3 * need > free:
-            found.append(
-                {"rows": rows, "bytes": need, "skipped": f"needs {need / 2**30:.1f} GiB of {free / 2**30:.1f}"}
-            )
-            print(f"scale: {rows:,} rows skipped: {found[-1]['skipped']} GiB free", flush=True)
+        need, free = rows * (2 * DIM + 12), free_bytes()
+        if free is not None and 1.3 * need > free:
+            skipped = f"needs {need / 2**30:.1f} GiB of {free / 2**30:.1f}"
+            found.append({"rows": rows, "bytes": need, "skipped": skipped})
+            harness.show(found[-1])
             continue
         found.append(one_size(mesh, rows))
-        print(f"scale: {found[-1]}", flush=True)
+        harness.show(found[-1])
     return found
 
 
@@ -105,17 +92,16 @@ def one_size(mesh: jax.sharding.Mesh, rows: int) -> Json:
 
     given = batch(1)
     program = step.lower(new(), given).compile()
-    before = resident()
+    before = harness.resident()
     state = new()
     assert state.bank is not None
     # Every page of the bank is touched before anything is timed: what was allocated is then there.
     state = dataclasses.replace(state, bank=jax.jit(written, donate_argnums=0)(state.bank))
-    steps = []
-    state, _ = timed(program, state, given, 2)
+    contender = Contender(program, state, given, blocking=True)
+    contender.run(2)
     for turn in range(TURNS):
-        state, seconds = timed(program, state, batch((turn + 1) * BATCH), 5)
-        steps.append(1000 * seconds)
-    steps.sort()
+        contender.batch = batch((turn + 1) * BATCH)
+        contender.turns(1, 5)
     return {
         "rows": rows,
         "dim": DIM,
@@ -125,8 +111,8 @@ def one_size(mesh: jax.sharding.Mesh, rows: int) -> Json:
         "bytes": bank.num_bytes,
         "bytes_per_device": bank.num_bytes // mesh.size,
         "temporaries_per_device": program.memory_analysis().temp_size_in_bytes,
-        "resident_growth": resident() - before,
-        "step_ms": {"median": statistics.median(steps), "p10": steps[0], "p90": steps[-1]},
+        "resident_growth": harness.resident() - before,
+        "step_ms": harness.spread(contender.seconds),
     }
 
 
@@ -135,16 +121,3 @@ def written(state: BankState) -> BankState:
     shard = state.shard
     record = {**shard.record, "right": {"value": shard.record["right"]["value"] | jnp.uint16(1)}}
     return BankState(dataclasses.replace(shard, record=record, id=jnp.maximum(shard.id, 0)), state.meta)
-
-
-def resident() -> int:
-    """Bytes of this process in memory (Linux)."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def free_memory() -> int:
-    """Bytes that the machine can give (Linux)."""
-    with open("/proc/meminfo") as file:
-        lines = dict(line.split(":") for line in file)
-    return int(lines["MemAvailable"].split()[0]) * 1024

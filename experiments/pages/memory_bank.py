@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.pages.performance import RESULTS, ROOT, spread, table, where
+from experiments.pages.page import RESULTS, ROOT, spread, table, where
 from experiments.studies.memory_bank import MORE
 from jaxcl.metrics import mean_and_deviation
 

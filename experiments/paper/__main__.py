@@ -24,7 +24,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import cli
-from experiments.bench.environment import environment
+from experiments.bench.harness import environment
 from experiments.paper import draw, page
 from experiments.paper.figures import FIGURES
 from experiments.paper.study import Figures, Study

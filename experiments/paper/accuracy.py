@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.pages.performance import table
+from experiments.pages.page import table
 from experiments.paper.draw import panels
 from experiments.paper.study import STRATEGIES, Json, Study
 from jaxcl.errors import UserError

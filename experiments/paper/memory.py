@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
-from experiments.pages.performance import table
+from experiments.pages.page import table
 from experiments.paper.draw import panels
 from experiments.paper.study import Json, Study
 from jaxcl import mesh as mesh_lib

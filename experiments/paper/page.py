@@ -7,7 +7,7 @@ import json
 import pathlib
 import re
 
-from experiments.pages.performance import RESULTS, ROOT, where
+from experiments.pages.page import RESULTS, ROOT, where
 from experiments.paper import accuracy, draw
 from experiments.paper.figures import FIGURES
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from experiments.pages.performance import table
+from experiments.pages.page import table
 from experiments.paper.draw import panels
 from experiments.paper.study import Fields, Json, Study
 from jaxcl.report.pictures import BACKGROUND, STEP

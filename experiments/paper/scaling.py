@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.bench.timing import Contender, in_turn, spread
-from experiments.pages.performance import table
+from experiments.bench.harness import Contender, in_turn, spread
+from experiments.pages.page import table
 from experiments.paper.draw import panels
 from experiments.paper.step_model import DEVICES, Load, Machine, all_reduce, exchange, fit, run_time
 from experiments.paper.study import STRATEGIES, Json, Study

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from scipy.optimize import nnls
 
 from experiments import cli
-from experiments.bench.environment import environment
+from experiments.bench.harness import environment
 from jaxcl.buffer.exchange import compact_hops
 from jaxcl.errors import UserError
 

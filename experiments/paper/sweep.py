@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from experiments.pages.performance import table
+from experiments.pages.page import table
 from experiments.paper.accuracy import mean, summary
 from experiments.paper.draw import panels
 from experiments.paper.study import STRATEGIES, Json, Study

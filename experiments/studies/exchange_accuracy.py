@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from experiments import cli
-from experiments.bench.environment import environment
+from experiments.bench.harness import environment
 from jaxcl.buffer import EXCHANGES
 from jaxcl.training.loop import train_and_evaluate
 

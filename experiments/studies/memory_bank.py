@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 
 from experiments import cli
 from experiments.bench import bank as bank_cost
-from experiments.bench.environment import environment
+from experiments.bench.harness import environment
 from jaxcl.contrastive import storage
 from jaxcl.contrastive.train import train_and_evaluate
 from jaxcl.errors import UserError

@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from experiments import cli
-from experiments.bench.environment import environment
+from experiments.bench.harness import environment
 from jaxcl import report
 from jaxcl.buffer.selection import SELECTIONS
 from jaxcl.errors import UserError

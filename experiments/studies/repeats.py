@@ -16,7 +16,7 @@ import pathlib
 import numpy as np
 
 from experiments import cli
-from experiments.bench.environment import environment
+from experiments.bench.harness import environment
 from jaxcl.buffer import REPEATS
 from jaxcl.errors import UserError
 from jaxcl.training.loop import train_and_evaluate

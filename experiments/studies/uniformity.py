@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from experiments import cli
-from experiments.bench.environment import environment
+from experiments.bench.harness import environment
 from jaxcl import data
 from jaxcl import mesh as mesh_lib
 from jaxcl.training.build import build

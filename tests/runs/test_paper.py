@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.pages import performance
+from experiments.pages.page import RESULTS
 from experiments.paper import accuracy, draw, memory, page, phases, scaling, sweep
 from experiments.paper.figures import FIGURES
 from experiments.paper.step_model import Load
@@ -234,5 +234,5 @@ def test_command(tmp_path):
 
 def test_results_name_no_place_of_a_machine():
     for name in FIGURES:
-        path = performance.RESULTS / f"paper_{name}.json"
+        path = RESULTS / f"paper_{name}.json"
         assert not path.is_file() or not re.search(r"=(npz:)?[/~]", path.read_text())

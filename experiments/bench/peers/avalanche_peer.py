@@ -13,14 +13,6 @@ import pathlib
 from typing import Any
 
 from experiments.bench.peers import protocol, torch_peer
-from experiments.bench.peers.protocol import fill_chunks
-
-FILE = "avalanche/training/storage_policy.py"
-
-
-def available(path: str | None = None) -> str | None:
-    """Why this peer cannot run here, or None."""
-    return torch_peer.missing(path, FILE)
 
 
 def _load(source: pathlib.Path) -> tuple[Any, Any]:
@@ -48,32 +40,30 @@ class Avalanche(torch_peer.TorchPeer):
     note = "one host; reservoir; a batch stays in memory while one of its rows is stored; draws with replacement"
     peak = 2.5
 
-    def __init__(self, capacity: int, row_shape: tuple[int, ...], batch: int, devices: int, path: str | None) -> None:
-        checkout = torch_peer.enter(path, FILE)
-        if devices != 1:
-            raise protocol.Missing("Avalanche's buffers know one process only")
+    def __init__(self, sizes: protocol.Sizes) -> None:
+        super().__init__(sizes)
+        checkout = torch_peer.enter(sizes.path, "avalanche/training/storage_policy.py")
         import torch
 
         policies, self._make_dataset = _load(checkout / "avalanche")
         self.version = torch_peer.version(checkout)
-        self._capacity, self._row_shape, self._batch = capacity, row_shape, batch
         torch.manual_seed(0)
-        self._buffer = policies.ReservoirSamplingBuffer(capacity)
-
-    def _update(self, batch: tuple) -> None:
-        self._buffer.update_from_dataset(self._make_dataset(*batch, task_labels=0))
+        self._buffer = policies.ReservoirSamplingBuffer(sizes.capacity)
 
     def fill(self) -> None:
-        for rows in fill_chunks(self._capacity, self._row_shape, chunk=self._capacity):
-            self._update(self.place(rows))
+        for rows in protocol.fill_chunks(self.sizes.capacity, chunk=self.sizes.capacity):
+            self.insert(self.place(rows))
+
+    def insert(self, rows: tuple) -> None:
+        self._buffer.update_from_dataset(self._make_dataset(*rows, task_labels=0))
 
     def step(self, batch: tuple) -> None:
         from torch.utils.data import DataLoader, RandomSampler
 
-        self._update(batch)
+        self.insert(batch)
         stored = self._buffer.buffer
-        sampler = RandomSampler(stored, replacement=True, num_samples=self._batch)
-        next(iter(DataLoader(stored, batch_size=self._batch, sampler=sampler)))
+        sampler = RandomSampler(stored, replacement=True, num_samples=self.sizes.batch)
+        next(iter(DataLoader(stored, batch_size=self.sizes.batch, sampler=sampler)))
 
     def bytes(self) -> int:
         """Bytes of every tensor that the stored data set still refers to."""

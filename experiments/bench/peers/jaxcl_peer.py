@@ -15,35 +15,33 @@ class Jaxcl(jax_peer.DonatedPeer):
     name = "jaxcl"
     note = "reservoir; draws from the union of all shards without replacement"
     peak = 1.3
+    one_device = False
 
-    def __init__(self, capacity: int, row_shape: tuple[int, ...], batch: int, devices: int, path: str | None) -> None:
-        jax_peer.start(devices)
-        self.version = jax_peer.version(jaxcl.__version__)
+    def __init__(self, sizes: protocol.Sizes) -> None:
+        super().__init__(sizes)
+        self.started(jaxcl.__version__)
+        devices = sizes.devices
         mesh = None if devices == 1 else mesh_lib.make_mesh(jax.devices()[:devices])
+        self.sharding = None if mesh is None else mesh_lib.by_rows(mesh)
         buffer = make_buffer(
-            {"image": jax_peer.one_record(row_shape)["image"]},
-            capacity=capacity * devices,
-            representatives=batch * devices,
+            {"image": jax_peer.one_record()["image"]},
+            capacity=sizes.capacity * devices,
+            representatives=sizes.batch * devices,
             policy="reservoir",
             mesh=mesh,
         )
 
-        def as_rows(rows: dict[str, jax.Array]) -> Rows:
+        def insert(state: Any, rows: dict[str, jax.Array], key: jax.Array | None = None) -> Any:
             label = rows["label"]
-            return Rows({"image": rows["image"]}, label, id=label, valid=jnp.ones_like(label, bool))
+            given = Rows({"image": rows["image"]}, label, id=label, valid=jnp.ones_like(label, bool))
+            return buffer.insert(state, given, jax.random.key(1) if key is None else key)
 
-        def insert_and_draw(state: Any, rows: Any, key: jax.Array) -> tuple[Any, Any]:
+        def insert_and_draw(state: Any, rows: dict[str, jax.Array], key: jax.Array) -> tuple[Any, Any]:
             insert_key, draw_key = jax.random.split(key)
-            state = buffer.insert(state, as_rows(rows), insert_key)
+            state = insert(state, rows, insert_key)
             return state, buffer.draw(state, draw_key)
 
-        def insert(state: Any, rows: Any) -> Any:
-            return buffer.insert(state, as_rows(rows), jax.random.key(1))
-
-        sharding = None if mesh is None else mesh_lib.by_rows(mesh)
-        self.bind(
-            buffer.init(), insert_and_draw, insert, capacity * devices, row_shape, batch * devices, sharding=sharding
-        )
+        self.bind(buffer.init(), insert_and_draw, insert)
 
 
 if __name__ == "__main__":

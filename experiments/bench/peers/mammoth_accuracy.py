@@ -48,17 +48,13 @@ def import_strategy(name: str, path: str) -> tuple[type, str]:
             self.device = torch.device("cpu")
             self.opt = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.optim_mom)
 
-    def module(name: str, **contents: Any) -> None:
-        sys.modules[name] = types.ModuleType(name)
-        vars(sys.modules[name]).update(contents)
-
-    module("torchvision", transforms=None)
-    module("torchvision.transforms", functional=None)
-    module("utils.kornia_utils", KorniaAugNoGrad=type("KorniaAugNoGrad", (), {}))
-    module("utils.args", add_rehearsal_args=None, ArgumentParser=argparse.ArgumentParser)
+    torch_peer.empty("torchvision", transforms=None)
+    torch_peer.empty("torchvision.transforms", functional=None)
+    torch_peer.empty("utils.kornia_utils", KorniaAugNoGrad=type("KorniaAugNoGrad", (), {}))
+    torch_peer.empty("utils.args", add_rehearsal_args=None, ArgumentParser=argparse.ArgumentParser)
     torch_peer.bare_package("models", checkout / "models")
     torch_peer.bare_package("models.utils", checkout / "models" / "utils")
-    module("models.utils.continual_model", ContinualModel=ContinualModel)
+    torch_peer.empty("models.utils.continual_model", ContinualModel=ContinualModel)
     file, cls = CLASSES[name]
     return getattr(importlib.import_module(file), cls), torch_peer.version(checkout)
 

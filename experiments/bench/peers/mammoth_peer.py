@@ -14,14 +14,6 @@ from typing import ClassVar
 import numpy as np
 
 from experiments.bench.peers import protocol, torch_peer
-from experiments.bench.peers.protocol import fill_chunks
-
-FILE = "utils/buffer.py"
-
-
-def available(path: str | None = None) -> str | None:
-    """Why this peer cannot run here, or None."""
-    return torch_peer.missing(path, FILE)
 
 
 class Mammoth(torch_peer.TorchPeer):
@@ -30,32 +22,26 @@ class Mammoth(torch_peer.TorchPeer):
     peak = 5.0
     seen: ClassVar[int] = 1  # rows seen, in capacities
 
-    def __init__(self, capacity: int, row_shape: tuple[int, ...], batch: int, devices: int, path: str | None) -> None:
-        checkout = torch_peer.enter(path, FILE)
-        if devices != 1:
-            raise protocol.Missing("Mammoth refuses rehearsal on several devices")
+    def __init__(self, sizes: protocol.Sizes) -> None:
+        super().__init__(sizes)
+        checkout = torch_peer.enter(sizes.path, "utils/buffer.py")
         importlib.import_module("PIL.Image")  # Mammoth relies on torchvision having done so
         transforms = torch_peer.stand_in("torchvision.transforms")
         torch_peer.stand_in("torchvision", transforms=transforms)
         torch_peer.stand_in("torchvision.transforms.functional")
         torch_peer.stand_in("utils.kornia_utils", KorniaAugNoGrad=type("KorniaAugNoGrad", (), {}))
-        buffer = importlib.import_module("utils.buffer")
-
         self.version = torch_peer.version(checkout)
-        self._capacity, self._row_shape, self._batch = capacity, row_shape, batch
         np.random.seed(0)  # the generator Mammoth uses
-        self._buffer = buffer.Buffer(capacity)
+        self._buffer = importlib.import_module("utils.buffer").Buffer(sizes.capacity)
 
-    def fill(self) -> None:
-        for rows in fill_chunks(self._capacity, self._row_shape):
-            images, labels = self.place(rows)
-            self._buffer.add_data(images, labels=labels)
+    def insert(self, rows: tuple) -> None:
+        images, labels = rows
+        self._buffer.add_data(images, labels=labels)
 
     def step(self, batch: tuple) -> None:
-        images, labels = batch
-        self._buffer.num_seen_examples = self.seen * self._capacity
-        self._buffer.add_data(images, labels=labels)
-        self._buffer.get_data(self._batch)
+        self._buffer.num_seen_examples = self.seen * self.sizes.capacity
+        self.insert(batch)
+        self._buffer.get_data(self.sizes.batch)
 
     def bytes(self) -> int:
         return sum(x.nbytes for x in (self._buffer.examples, self._buffer.labels))

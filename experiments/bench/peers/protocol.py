@@ -15,64 +15,83 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, ClassVar, TextIO
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 ROW_SHAPE = (32, 32, 3)
-LABEL_BYTES = 4
+ROW_BYTES = math.prod(ROW_SHAPE) + 4  # with its label
 CLASSES = 100
 BASE_BYTES = 500_000_000  # a Python process with its frameworks
 FILL_ROWS = 8192  # rows handed over at once while a buffer is filled
 
-Rows = tuple[np.ndarray, np.ndarray]  # uint8 [n, *row_shape], int32 [n]
+Images = tuple[np.ndarray, np.ndarray]  # uint8 [n, H, W, C], int32 [n]
 
 
 class Missing(Exception):
     """This peer cannot run here; the message says why."""
 
 
+class Sizes(NamedTuple):
+    """Of a measurement.
+
+    Attributes:
+      capacity: rows a device.
+      batch: rows in, and rows out, a device and step.
+      path: of the peer's checkout, if it needs one.
+    """
+
+    capacity: int
+    batch: int
+    devices: int
+    path: str | None
+
+
 class Peer(abc.ABC):
-    """One buffer under measurement.
+    """One buffer under measurement; made of `Sizes`, which may raise `Missing` or ImportError where it cannot run.
 
     Attributes:
       name: as in the report.
       note: how what it does in a step differs from the others, for the report.
       peak: memory it needs at its worst, from the largest resident size seen, in units of `capacity * devices` rows as
         they arrive.
+      one_device: it has no buffer over several.
       version: of its package, or commit, and of what it runs on.
       device: where it ran.
+      temp_bytes: temporary memory of one compiled step; None where there is no compiler to ask.
     """
 
     name: ClassVar[str]
     note: ClassVar[str]
     peak: ClassVar[float]
+    one_device: ClassVar[bool] = True
     version: str
     device: str = "host memory, CPU"
+    temp_bytes: int | None = None
 
-    @abc.abstractmethod
-    def __init__(self, capacity: int, row_shape: tuple[int, ...], batch: int, devices: int, path: str | None) -> None:
-        """`capacity` and `batch` are rows a device. Raises `Missing`, or ImportError, where it cannot run."""
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes = sizes
 
-    @abc.abstractmethod
     def fill(self) -> None:
         """Fills the buffer to capacity."""
+        for rows in fill_chunks(self.sizes.capacity * self.sizes.devices):
+            self.insert(self.place(rows))
 
     @abc.abstractmethod
-    def place(self, rows: Rows) -> Any:
+    def place(self, rows: Images) -> Any:
         """Rows in the peer's own array type, where the peer wants them."""
 
     @abc.abstractmethod
+    def insert(self, rows: Any) -> None:
+        """Inserts placed rows, of any number."""
+
+    @abc.abstractmethod
     def step(self, batch: Any) -> None:
-        """Inserts the batch and draws as many rows; returns when both are done."""
+        """Inserts the placed batch and draws as many rows; returns when both are done."""
 
     @abc.abstractmethod
     def bytes(self) -> int:
         """Bytes of the stored rows, over all devices."""
-
-    def temp_bytes(self) -> int | None:
-        """Temporary memory of one compiled step; None where there is no compiler to ask."""
-        return None
 
 
 @dataclasses.dataclass
@@ -102,28 +121,19 @@ class Result:
     note: str = ""
     missing: str | None = None
 
-    def line(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
 
-
-def random_rows(count: int, row_shape: tuple[int, ...], seed: int) -> Rows:
+def random_rows(count: int, seed: int) -> Images:
     """`count` seeded random rows and labels."""
     rng = np.random.default_rng(seed)
-    rows = rng.integers(0, 256, (count, *row_shape), np.uint8)
+    rows = rng.integers(0, 256, (count, *ROW_SHAPE), np.uint8)
     return rows, rng.integers(0, CLASSES, count).astype(np.int32)
 
 
-def fill_chunks(count: int, row_shape: tuple[int, ...], chunk: int = FILL_ROWS) -> Iterator[Rows]:
+def fill_chunks(count: int, chunk: int = FILL_ROWS) -> Iterator[Images]:
     """The `count` rows every buffer is filled with, in equal chunks of at most `chunk` rows (one jit trace)."""
     pieces = next(k for k in range(math.ceil(count / chunk), count + 1) if count % k == 0)
     for i in range(pieces):
-        yield random_rows(count // pieces, row_shape, seed=1000 + i)
-
-
-def summary(times_ms: list[float]) -> dict[str, float]:
-    """Median and spread of step times."""
-    p10, median, p90 = np.percentile(times_ms, [10, 50, 90])
-    return {"median": float(median), "p10": float(p10), "p90": float(p90), "n": len(times_ms)}
+        yield random_rows(count // pieces, seed=1000 + i)
 
 
 def free_bytes() -> int | None:
@@ -136,41 +146,42 @@ def free_bytes() -> int | None:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
-def _build(peer_type: type[Peer], result: Result, path: str | None) -> Peer:
-    assert result.bytes_expected is not None
-    need, free = BASE_BYTES + int(peer_type.peak * result.bytes_expected), free_bytes()
+def build(peer_type: type[Peer], sizes: Sizes) -> Peer:
+    """The peer with a full buffer, compiled and warm.
+
+    Raises:
+      Missing: it cannot run here.
+    """
+    need = BASE_BYTES + int(peer_type.peak * sizes.capacity * sizes.devices * ROW_BYTES)
+    free = free_bytes()
     if free is not None and need > free:
         raise Missing(f"needs about {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
+    if peer_type.one_device and sizes.devices > 1:
+        raise Missing(f"{peer_type.name} has no buffer over several devices")
     try:
-        peer = peer_type(result.capacity, ROW_SHAPE, result.batch, result.devices, path)
+        peer = peer_type(sizes)
     except ImportError as error:
         raise Missing(f"cannot be imported: {error}") from error
     peer.fill()
     return peer
 
 
-def _measure(peer: Peer, batches: list[Any], seconds: float, at_least: int = 1) -> list[float]:
-    """Step times in milliseconds over about `seconds`."""
+def turn(peer: Peer, batches: list[Any], seconds: float) -> list[float]:
+    """Step times in milliseconds over about `seconds`, of two steps at least."""
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(times) < at_least or time.perf_counter() < end:
+    while len(times) < 2 or time.perf_counter() < end:
         start = time.perf_counter()
         peer.step(batches[len(times) % len(batches)])
         times.append(1e3 * (time.perf_counter() - start))
     return times
 
 
-def _serve(peer: Peer, batches: list[Any], result: Result, out: TextIO) -> None:
-    """Answers each line of stdin, a number of seconds, with a JSON list of step times; the caller interleaves peers."""
-    print(result.line(), file=out, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(_measure(peer, batches, float(line))), file=out, flush=True)
-
-
 def main(*peer_types: type[Peer]) -> None:
-    """Command line of an adapter: measures one peer and prints its `Result` as one line of JSON.
+    """Command line of an adapter: one peer, which measures when told to, so that the caller can let peers take turns.
 
-    With `--serve` it prints the line without times as soon as the buffer is full, then measures when told to.
+    Prints its `Result` as a line of JSON as soon as the buffer is full; then answers each line of stdin, a number of seconds,
+    with a JSON list of step times.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--peer", choices=[p.name for p in peer_types], default=peer_types[0].name)
@@ -178,8 +189,6 @@ def main(*peer_types: type[Peer]) -> None:
     parser.add_argument("--batch", type=int, default=64, help="rows in and rows out, a device and step")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--path", help="checkout of the peer, if it is not an installed package")
-    parser.add_argument("--seconds", type=float, default=2.0, help="how long to measure")
-    parser.add_argument("--serve", action="store_true", help="measure when stdin says so")
     args = parser.parse_args()
 
     out = os.fdopen(os.dup(1), "w")
@@ -190,20 +199,19 @@ def main(*peer_types: type[Peer]) -> None:
         os.environ.setdefault("NPROC", str(max(2 * args.devices, os.cpu_count() or 1)))
 
     (peer_type,) = [p for p in peer_types if p.name == args.peer]
-    expected = args.capacity * args.devices * (math.prod(ROW_SHAPE) + LABEL_BYTES)
-    result = Result(args.peer, args.capacity, args.devices, args.batch, bytes_expected=expected, note=peer_type.note)
+    sizes = Sizes(args.capacity, args.batch, args.devices, args.path)
+    result = Result(args.peer, args.capacity, args.devices, args.batch, note=peer_type.note)
+    result.bytes_expected = args.capacity * args.devices * ROW_BYTES
     try:
-        peer = _build(peer_type, result, args.path)
+        peer = build(peer_type, sizes)
     except Missing as reason:
         result.missing = str(reason)
-        print(result.line(), file=out, flush=True)
+        print(json.dumps(dataclasses.asdict(result)), file=out, flush=True)
         return
-    batches = [peer.place(random_rows(args.batch * args.devices, ROW_SHAPE, seed)) for seed in range(8)]
-    _measure(peer, batches, seconds=0.5, at_least=2)  # compiles and warms up
+    batches = [peer.place(random_rows(args.batch * args.devices, seed)) for seed in range(8)]
+    turn(peer, batches, seconds=0.5)  # compiles and warms up
     result.version, result.device = peer.version, peer.device
-    result.bytes, result.temp_bytes = peer.bytes(), peer.temp_bytes()
-    if args.serve:
-        _serve(peer, batches, result, out)
-    else:
-        result.insert_draw_ms = summary(_measure(peer, batches, args.seconds, at_least=3))
-        print(result.line(), file=out, flush=True)
+    result.bytes, result.temp_bytes = peer.bytes(), peer.temp_bytes
+    print(json.dumps(dataclasses.asdict(result)), file=out, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(turn(peer, batches, float(line))), file=out, flush=True)
