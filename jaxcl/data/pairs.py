@@ -88,7 +88,7 @@ def _emoji(
 
 
 def _coco(examples: Any, pairs: str, side: int, length: int, vocabulary: int) -> Source:
-    """A split of MS-COCO captions (Chen et al. 2015) as TFDS prepares it: 82,783 or 40,504 images with about five captions each.
+    """A split of MS-COCO captions (Chen et al. 2015) as TFDS prepares it: 82,783 or 40,504 images with five captions each.
 
     A row is a caption, the images' middle squares are decoded batch by batch, and the keys are the images' numbers.
     """

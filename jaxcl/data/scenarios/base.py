@@ -227,7 +227,11 @@ def repeat(split: Split, change: Change) -> tuple[Scenario, Source, Source]:
     tasks, classes = split.repeats(), appear(split.train.labels)
     train, test = (_repeated(source, tasks, change) for source in (split.train, split.test))
     rows, test_rows = (np.arange(len(source)).reshape(tasks, -1) for source in (train, test))
-    return Scenario(tuple(Task(t, classes, rows[t], test_rows[t]) for t in range(tasks)), train.num_classes), train, test
+    return (
+        Scenario(tuple(Task(t, classes, rows[t], test_rows[t]) for t in range(tasks)), train.num_classes),
+        train,
+        test,
+    )
 
 
 def _repeated(source: Source, tasks: int, change: Change) -> Source:

@@ -1,5 +1,5 @@
-"""`si_blurry`: classes fall to tasks at random; some stay disjoint, of the others a share of rows is scattered. Moon et al. 2023.
-"""
+"""`si_blurry`: classes fall to tasks at random. Some stay disjoint; of the others a share of rows is scattered. Moon et al.
+2023."""
 
 import numpy as np
 

@@ -65,7 +65,7 @@ def _parse(name: str) -> tuple[str, str]:
     if kind in SOURCES:
         return kind, rest
     top = kind.partition(".")[0]
-    if rest and (top in sys.modules or top and importlib.util.find_spec(top)):
+    if rest and (top in sys.modules or (top and importlib.util.find_spec(top))):
         attribute, _, rest = rest.partition(":")
         return f"{kind}:{attribute}", rest
     meant = _meant(name, kind, rest)

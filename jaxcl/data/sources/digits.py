@@ -109,7 +109,9 @@ def prepare(data_dir: str | None = None) -> Digits:
                         raise
         except OSError as error:
             hint = f"; remove {target}" if target.exists() else ""
-            raise UserError(f"data.data_dir: digits cannot be prepared in {data_dir!r} ({error.strerror}){hint}") from None
+            raise UserError(
+                f"data.data_dir: digits cannot be prepared in {data_dir!r} ({error.strerror}){hint}"
+            ) from None
         builder = Digits(data_dir=data_dir, file_format="array_record")
     return builder
 

@@ -168,7 +168,9 @@ def _features(name: str, info: Any, image_size: int | None) -> tuple[str, str, t
     if image_size is not None:
         return keys[0], keys[1], (image_size, image_size, image.shape[-1])
     if None in image.shape:
-        raise wrong(name, f"has images of shape {image.shape}, give data.image_size, or a set whose images have one size")
+        raise wrong(
+            name, f"has images of shape {image.shape}, give data.image_size, or a set whose images have one size"
+        )
     return keys[0], keys[1], image.shape
 
 
