@@ -1,7 +1,7 @@
 """Networks, as pure functions: the only folder that imports Flax (Linen). One file a model.
 
-A file NAME.py has a function `NAME(num_classes, *, ..., option=default, ...) -> nn.Module`. It is called with keywords, of which
-it names those that it uses:
+A file NAME.py has a function `NAME(num_classes, *, ..., option=default, ...) -> nn.Module`. It is called with keywords, of
+which it names those that it uses:
 
     num_classes  K, outputs of the head
     dtype        of the computation; parameters, statistics and outputs are float32
@@ -100,11 +100,9 @@ def make_model(
         "classes": np.ones((1, num_classes), bool) if classes is None else classes,
     }
     made = bind(name, make, options or {}, given)
-    return (
-        made
-        if isinstance(made, Model)
-        else Model(partial(_init, jax.jit(partial(_variables, made))), partial(_apply, made), name)
-    )
+    if isinstance(made, Model):
+        return made
+    return Model(partial(_init, jax.jit(partial(_variables, made))), partial(_apply, made), name)
 
 
 def _init(

@@ -183,7 +183,7 @@ def test_si_blurry_keeps_disjoint_classes_in_one_task():
     assert (whole.class_table.sum(0) == 1).all()
 
 
-NAN = float("nan")
+NAN, ORDERED = float("nan"), {"class_order_seed": 1}
 
 
 @pytest.mark.parametrize(

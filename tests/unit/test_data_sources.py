@@ -229,7 +229,7 @@ def test_random_windows_lie_within_the_image_and_have_the_area_and_shape_they_sh
 
 @pytest.mark.parametrize("name", ["digits", "npz:x.npz"])
 def test_only_tfds_sets_are_cut(name):
-    with pytest.raises(UserError, match="data.image_size: 16 is not allowed, give None: .* one size"):
+    with pytest.raises(UserError, match=r"data\.image_size: 16 is not allowed, give None: .* one size"):
         open_source(name, image_size=16)
 
 
@@ -292,7 +292,7 @@ def test_a_source_from_outside(tmp_path):
         train, _ = open_source(f"{__name__}:checkered" + (f":{rest}" if rest else ""), str(tmp_path))
         assert train.class_names == (rest,) and len(train) == 3
     assert "module 'json' has no attribute 'nothing'" in _error("json:nothing:x")
-    with pytest.raises(UserError, match="data.image_size: 8 is not allowed"):
+    with pytest.raises(UserError, match=r"data\.image_size: 8 is not allowed"):
         open_source(f"{__name__}:checkered", image_size=8)
 
 
