@@ -6,6 +6,7 @@ on the number of devices or processes. Each process reads its own contiguous sli
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import TypedDict, Unpack
 
 import grain
 import numpy as np
@@ -14,6 +15,19 @@ from jaxcl.check import at_least, between, check, refused
 from jaxcl.data.source import Source
 from jaxcl.errors import UserError
 from jaxcl.types import Batch
+
+
+class Reading(TypedDict, total=False):
+    """How batches are read.
+
+    Attributes:
+      process_index, process_count: which slice of every global batch this process reads; 0 of 1.
+      num_threads: threads that read ahead, two batches each; 0 reads in the caller's thread. 2 where not given.
+    """
+
+    process_index: int
+    process_count: int
+    num_threads: int
 
 
 class Loader:
@@ -44,9 +58,9 @@ class Loader:
         *,
         batch_size: int,
         epochs: int,
-        process_index: int,
-        process_count: int,
-        num_threads: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        num_threads: int = 2,
         by_class: bool = False,
         window_seed: tuple[int, ...] | None = None,
     ):
@@ -105,12 +119,10 @@ def train_batches(
     batch_size: int,
     epochs: int,
     seed: Sequence[int],
-    process_index: int = 0,
-    process_count: int = 1,
-    num_threads: int = 2,
     by_class: bool = False,
     memory: Sequence[int] | np.ndarray = (),
     part: int = 1,
+    **reading: Unpack[Reading],
 ) -> Loader:
     """Batches for training: every epoch visits every row once, in a new order.
 
@@ -121,12 +133,11 @@ def train_batches(
       epochs: passes over `indices`; the loader has epochs * ceil(n / batch_size) batches.
       seed: integers >= 0, such as (seed, task): with the epoch they determine the order, and with epoch and row the window
         of an image that is cut at random.
-      process_index, process_count: which slice of every global batch this process reads.
-      num_threads: threads that read ahead, two batches each; 0 reads in the caller's thread.
       by_class: sorts the rows of every global batch by class. Each device then sees few classes, and the shards of a sharded
         memory differ as much as they can.
       memory: int [m], rows that join `indices`, in any number of copies.
       part: of every `part` neighbours in `memory` one joins an epoch, drawn anew for each.
+      reading: see `Reading`.
 
     Raises:
       UserError: a size is out of range, or batch_size is no multiple of process_count.
@@ -140,59 +151,27 @@ def train_batches(
         len(order(0)),
         batch_size=batch_size,
         epochs=epochs,
-        process_index=process_index,
-        process_count=process_count,
-        num_threads=num_threads,
         by_class=by_class,
         window_seed=tuple(seed),
+        **reading,
     )
 
 
 def eval_batches(
-    source: Source,
-    indices: np.ndarray,
-    *,
-    batch_size: int,
-    epochs: int = 1,
-    process_index: int = 0,
-    process_count: int = 1,
-    num_threads: int = 2,
+    source: Source, indices: np.ndarray, *, batch_size: int, epochs: int = 1, **reading: Unpack[Reading]
 ) -> Loader:
     """Batches in the order of `indices`, as for evaluation: every row exactly once. Arguments as in `train_batches`."""
     rows = np.array(indices, np.int64)
-    return Loader(
-        source,
-        lambda epoch: rows,
-        len(rows),
-        batch_size=batch_size,
-        epochs=epochs,
-        process_index=process_index,
-        process_count=process_count,
-        num_threads=num_threads,
-    )
+    return Loader(source, lambda epoch: rows, len(rows), batch_size=batch_size, epochs=epochs, **reading)
 
 
 def blank_batches(
-    source: Source,
-    *,
-    batch_size: int,
-    steps_per_epoch: int,
-    epochs: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    source: Source, *, batch_size: int, steps_per_epoch: int, epochs: int, **reading: Unpack[Reading]
 ) -> Loader:
     """Batches of padding alone, for steps that train on what the memory replays. Arguments as in `train_batches`."""
-    nothing = np.zeros(0, np.int64)
-    return Loader(
-        source,
-        lambda epoch: nothing,
-        steps_per_epoch * batch_size,
-        batch_size=batch_size,
-        epochs=epochs,
-        process_index=process_index,
-        process_count=process_count,
-        num_threads=0,
-    )
+    nothing, rows = np.zeros(0, np.int64), steps_per_epoch * batch_size
+    reading = {"num_threads": 0, **reading}
+    return Loader(source, lambda epoch: nothing, rows, batch_size=batch_size, epochs=epochs, **reading)
 
 
 class _Shuffle:

@@ -74,6 +74,10 @@ def _emoji(
 ) -> tuple[Source, Source]:
     found = npz.read_arrays(name, path, ("noto", "caption", "emojitwo", "has_emojitwo"))
     images, captions, has = found["noto"], [str(x) for x in found["caption"]], found["has_emojitwo"]
+    if images.dtype != np.uint8 or images.ndim != 4 or not len(images) == len(captions) == len(has) > 0:
+        raise wrong(name, f"has noto of {images.dtype} {images.shape}, give uint8 [n, H, W, 3], and n captions")
+    if has.dtype != bool or found["emojitwo"].shape != (has.sum(), *images.shape[1:]):
+        raise wrong(name, f"has emojitwo of shape {found['emojitwo'].shape}, give an image where has_emojitwo is True")
     targets = {}
     if pairs == "styles":
         images, captions = images[has], [x for x, both in zip(captions, has, strict=True) if both]

@@ -16,6 +16,7 @@ from PIL import Image
 from tensorflow_datasets.core import dataset_metadata
 
 from jaxcl.data import array_source, open_source, train_batches, window
+from jaxcl.data.pairs import open_pairs
 from jaxcl.data.sources import base
 from jaxcl.data.sources import tfds as tfds_source
 from jaxcl.errors import UserError
@@ -476,6 +477,28 @@ def test_too_many_classes_are_refused(tmp_path, monkeypatch):
     assert open_source(f"npz:{tmp_path}/a.npz")[0].num_classes == 3
     _npz(tmp_path / "a.npz", class_names=np.array(list("abcd")))
     assert _error(f"npz:{tmp_path}/a.npz").endswith("has 4 classes, give at most 3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"noto": None}, "lacks noto, give noto, caption, emojitwo, has_emojitwo"),
+        ({"noto": np.zeros((3, 4, 4, 3))}, "has noto of float64 (3, 4, 4, 3), give uint8 [n, H, W, 3], and n captions"),
+        ({"caption": np.array(["a"])}, "has noto of uint8 (3, 4, 4, 3), give uint8 [n, H, W, 3], and n captions"),
+        (
+            {"emojitwo": _images(1, (4, 4, 3))},
+            "has emojitwo of shape (1, 4, 4, 3), give an image where has_emojitwo is True",
+        ),
+    ],
+)
+def test_mistakes_in_an_archive_of_pairs(tmp_path, changes, message):
+    arrays = {"noto": _images(3, (4, 4, 3)), "caption": np.array(list("abc")), "emojitwo": _images(2, (4, 4, 3))}
+    arrays |= {"has_emojitwo": np.array([True, False, True])} | changes
+    np.savez(tmp_path / "a.npz", **{key: value for key, value in arrays.items() if value is not None})
+    name = f"emoji:{tmp_path}/a.npz"
+    with pytest.raises(UserError) as error:
+        open_pairs(name, "styles")
+    assert str(error.value) == f"data.source: {name!r} {message}"
 
 
 # ---- the rest ----

@@ -31,9 +31,9 @@ def npz(*, rest: str, **_: Any) -> tuple[Source, Source]:
     sides = [images.shape[1:] for images, _ in splits.values()]
     if sides[0] != sides[1]:
         raise wrong(name, f"has images {sides[0]} in x_train and {sides[1]} in x_test, give one shape")
-    class_names = _class_names(arrays.get("class_names"), [labels for _, labels in splits.values()])
-    for split, (_, labels) in splits.items():
-        check_labels(name, f"y_{split}", labels, len(class_names))
+    class_names = _class_names(arrays.get("class_names"), [arrays["y_train"], arrays["y_test"]])
+    for split in splits:
+        check_labels(name, f"y_{split}", arrays[f"y_{split}"], len(class_names))
     train, test = (array_source(images, labels, class_names) for images, labels in splits.values())
     return train, test
 
