@@ -16,7 +16,7 @@ from jaxcl.contrastive.bank import BankState, make_bank
 from jaxcl.contrastive.step import NEGATIVES, ContrastiveState, initial_state, make_step
 from jaxcl.contrastive.train import build, bytes_of, train_batches
 from jaxcl.data import make_augment
-from jaxcl.models.towers import make_towers
+from jaxcl.models import make_towers
 from jaxcl.optimizer import make_optimizer
 
 STEPS, TURNS = 20, 7

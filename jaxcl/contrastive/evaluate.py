@@ -13,7 +13,7 @@ from jaxcl.contrastive.bank import SIDES, BankState
 from jaxcl.contrastive.step import kinds_of, make_inputs
 from jaxcl.contrastive.storage import decode
 from jaxcl.data.augment import Augment
-from jaxcl.models.towers import Towers
+from jaxcl.models import Towers
 from jaxcl.types import PyTree
 
 Embed = Callable[[PyTree, data.Loader], dict[str, np.ndarray]]

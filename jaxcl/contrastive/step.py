@@ -25,7 +25,7 @@ from jaxcl.contrastive import loss as loss_lib
 from jaxcl.contrastive.bank import Bank, BankState
 from jaxcl.data.augment import Augment
 from jaxcl.mesh import AXIS
-from jaxcl.models.towers import Towers
+from jaxcl.models import Towers
 from jaxcl.types import PyTree
 
 Batch = dict[str, Any]

@@ -22,7 +22,7 @@ from jaxcl.contrastive.evaluate import Embed, make_embed, make_staleness, retrie
 from jaxcl.contrastive.step import ContrastiveState, initial_state, make_step
 from jaxcl.data.pairs import open_pairs
 from jaxcl.errors import UserError
-from jaxcl.models.towers import make_towers
+from jaxcl.models import make_towers
 from jaxcl.optimizer import make_optimizer, make_schedule
 from jaxcl.runs import checkpoint
 from jaxcl.runs.frame import conditions, in_sessions

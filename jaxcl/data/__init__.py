@@ -1,16 +1,21 @@
 """Data: sources of labelled images, their split into tasks, batches of rows, and augmentation on the device."""
 
-from jaxcl.data.augment import make_augment, make_normalize
-from jaxcl.data.loader import Batch, Loader, blank_batches, eval_batches, train_batches
-from jaxcl.data.scenarios import SCENARIOS, Scenario, Task, class_incremental, hold_out, make_scenario
-from jaxcl.data.sources import Source, array_source, open_source
+from jaxcl.data.augment import AUGMENTATIONS, make_augment, make_normalize
+from jaxcl.data.loader import Loader, blank_batches, eval_batches, train_batches
+from jaxcl.data.scenarios import SCENARIOS, Scenario, Split, Task, class_incremental, make_scenario
+from jaxcl.data.source import Source, array_source, hold_out
+from jaxcl.data.sources import SOURCES, open_source
+from jaxcl.types import Batch
 
 __all__ = [
+    "AUGMENTATIONS",
     "SCENARIOS",
+    "SOURCES",
     "Batch",
     "Loader",
     "Scenario",
     "Source",
+    "Split",
     "Task",
     "array_source",
     "blank_batches",

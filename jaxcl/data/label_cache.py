@@ -1,4 +1,4 @@
-"""Labels of large data sets, kept in a file of the user's cache folder.
+"""A cache of labels: those of a large data set, kept in a file of the user's cache folder.
 
 A split into tasks needs every label at the start, and TFDS yields a label only with its whole record: for ImageNet-1k that
 is a pass over 140 GB. Done once, it leaves 5 MB in `$XDG_CACHE_HOME/jaxcl` (~/.cache/jaxcl).

@@ -6,20 +6,32 @@ on the number of devices or processes. Each process reads its own contiguous sli
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypedDict, Unpack
 
 import grain
 import numpy as np
 
-from jaxcl.data.sources import Source
+from jaxcl.check import at_least, between, check, refused
+from jaxcl.data.source import Source
 from jaxcl.errors import UserError
+from jaxcl.types import Batch
 
-Batch = dict[str, Any]
+
+class Reading(TypedDict, total=False):
+    """How batches are read.
+
+    Attributes:
+      process_index, process_count: which slice of every global batch this process reads; 0 of 1.
+      num_threads: threads that read ahead, two batches each; 0 reads in the caller's thread. 2 where not given.
+    """
+
+    process_index: int
+    process_count: int
+    num_threads: int
 
 
 class Loader:
-    """The batches of a training phase or an evaluation, by number; made by `train_batches`, `eval_batches` and
-    `blank_batches`.
+    """The batches of a training phase or an evaluation, by number.
 
     `loader[t]` is this process's slice of global batch t, `len(loader)` the number of batches, and `iter(loader)` a
     Grain iterator over them all that reads ahead in threads. Its `get_state()` and `set_state(state)` resume exactly,
@@ -29,6 +41,13 @@ class Loader:
       image: uint8 [b, H, W, C]; label: int32 [b]; id: int32 [b], the row's index in the source;
       valid: bool [b], False for the padding that fills the last batch of an epoch (image 0, label 0, id -1);
       target: the source's targets by name, [b, ...], where it has any.
+
+    Args:
+      source: where the rows are.
+      order: epoch -> the rows of that epoch, int64, in order.
+      num_rows: of an epoch, padding included.
+      window_seed: chooses, with epoch and row, the window of an image that is cut at random; None: images as `read` gives them.
+      others: as in `train_batches`.
     """
 
     def __init__(
@@ -39,31 +58,26 @@ class Loader:
         *,
         batch_size: int,
         epochs: int,
-        process_index: int,
-        process_count: int,
-        num_threads: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        num_threads: int = 2,
         by_class: bool = False,
-        crop_seed: tuple[int, ...] | None = None,
+        window_seed: tuple[int, ...] | None = None,
     ):
-        for field, value, low in (
-            ("batch_size", batch_size, 1),
-            ("epochs", epochs, 1),
-            ("process_count", process_count, 1),
-            ("num_threads", num_threads, 0),
-        ):
-            if value < low:
-                raise UserError(f"{field} {value}: allowed are integers from {low}")
+        check("batch_size", batch_size, at_least(1))
+        check("epochs", epochs, at_least(1))
+        check("process_count", process_count, at_least(1))
+        check("process_index", process_index, between(0, process_count - 1))
+        check("data.threads", num_threads, at_least(0))
         if batch_size % process_count:
-            raise UserError(f"batch_size {batch_size}: allowed are multiples of the {process_count} processes")
-        if not 0 <= process_index < process_count:
-            raise UserError(f"process_index {process_index}: allowed are 0..{process_count - 1}")
+            raise refused("batch_size", batch_size, f"a multiple of the {process_count} processes")
         if not num_rows:
-            raise UserError("indices: no rows to make batches of; at least 1 is needed")
+            raise UserError("indices: there is no row to make batches of, give at least 1")
         self._source, self._order = source, order
         self._batch_size, self._local = batch_size, batch_size // process_count
         self._offset = process_index * self._local
         self._num_threads, self._by_class = num_threads, by_class
-        self._crop_seed = crop_seed
+        self._window_seed = window_seed
         self.rows_per_epoch = num_rows
         self.steps_per_epoch = -(-num_rows // batch_size)
         self._steps = epochs * self.steps_per_epoch
@@ -79,10 +93,10 @@ class Loader:
         if self._by_class:
             rows = rows[np.argsort(self._source.labels[rows], kind="stable")]
         rows = rows[self._offset : self._offset + self._local]  # short, or empty, at the end of an epoch
-        if self._crop_seed is None or self._source.read_random is None:
+        if self._window_seed is None or self._source.read_random is None:
             images = self._source.read(rows)
         else:
-            images = self._source.read_random(rows, (*self._crop_seed, epoch))
+            images = self._source.read_random(rows, (*self._window_seed, epoch))
         batch: Batch = {
             "image": _pad(images, self._local, 0),
             "label": _pad(self._source.labels[rows], self._local, 0),
@@ -105,12 +119,10 @@ def train_batches(
     batch_size: int,
     epochs: int,
     seed: Sequence[int],
-    process_index: int = 0,
-    process_count: int = 1,
-    num_threads: int = 2,
     by_class: bool = False,
     memory: Sequence[int] | np.ndarray = (),
     part: int = 1,
+    **reading: Unpack[Reading],
 ) -> Loader:
     """Batches for training: every epoch visits every row once, in a new order.
 
@@ -121,18 +133,17 @@ def train_batches(
       epochs: passes over `indices`; the loader has epochs * ceil(n / batch_size) batches.
       seed: integers >= 0, such as (seed, task): with the epoch they determine the order, and with epoch and row the window
         of an image that is cut at random.
-      process_index, process_count: which slice of every global batch this process reads.
-      num_threads: threads that read ahead, two batches each; 0 reads in the caller's thread.
-      by_class: sorts the rows of every global batch by class, so that each device sees few classes: the same batches, but
-        the shards of a sharded memory differ as much as they can.
+      by_class: sorts the rows of every global batch by class. Each device then sees few classes, and the shards of a sharded
+        memory differ as much as they can.
       memory: int [m], rows that join `indices`, in any number of copies.
       part: of every `part` neighbours in `memory` one joins an epoch, drawn anew for each.
+      reading: see `Reading`.
 
     Raises:
       UserError: a size is out of range, or batch_size is no multiple of process_count.
     """
     if not seed or any(s < 0 for s in seed):
-        raise UserError(f"seed {tuple(seed)}: allowed are one or more integers from 0")
+        raise refused("seed", tuple(seed), "one or more integers from 0")
     order = _Shuffle(np.array(indices, np.int64), seed, np.array(memory, np.int64), part)
     return Loader(
         source,
@@ -140,63 +151,31 @@ def train_batches(
         len(order(0)),
         batch_size=batch_size,
         epochs=epochs,
-        process_index=process_index,
-        process_count=process_count,
-        num_threads=num_threads,
         by_class=by_class,
-        crop_seed=tuple(seed),
+        window_seed=tuple(seed),
+        **reading,
     )
 
 
 def eval_batches(
-    source: Source,
-    indices: np.ndarray,
-    *,
-    batch_size: int,
-    epochs: int = 1,
-    process_index: int = 0,
-    process_count: int = 1,
-    num_threads: int = 2,
+    source: Source, indices: np.ndarray, *, batch_size: int, epochs: int = 1, **reading: Unpack[Reading]
 ) -> Loader:
     """Batches in the order of `indices`, as for evaluation: every row exactly once. Arguments as in `train_batches`."""
     rows = np.array(indices, np.int64)
-    return Loader(
-        source,
-        lambda epoch: rows,
-        len(rows),
-        batch_size=batch_size,
-        epochs=epochs,
-        process_index=process_index,
-        process_count=process_count,
-        num_threads=num_threads,
-    )
+    return Loader(source, lambda epoch: rows, len(rows), batch_size=batch_size, epochs=epochs, **reading)
 
 
 def blank_batches(
-    source: Source,
-    *,
-    batch_size: int,
-    steps_per_epoch: int,
-    epochs: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    source: Source, *, batch_size: int, steps_per_epoch: int, epochs: int, **reading: Unpack[Reading]
 ) -> Loader:
     """Batches of padding alone, for steps that train on what the memory replays. Arguments as in `train_batches`."""
-    nothing = np.zeros(0, np.int64)
-    return Loader(
-        source,
-        lambda epoch: nothing,
-        steps_per_epoch * batch_size,
-        batch_size=batch_size,
-        epochs=epochs,
-        process_index=process_index,
-        process_count=process_count,
-        num_threads=0,
-    )
+    nothing, rows = np.zeros(0, np.int64), steps_per_epoch * batch_size
+    reading = {"num_threads": 0, **reading}
+    return Loader(source, lambda epoch: nothing, rows, batch_size=batch_size, epochs=epochs, **reading)
 
 
 class _Shuffle:
-    """epoch -> the rows in that epoch's order. Keeps two: threads that read ahead work across the border of epochs."""
+    """epoch -> the rows in that epoch's order. Keeps two, as threads that read ahead cross the border of epochs."""
 
     def __init__(self, rows: np.ndarray, seed: Sequence[int], memory: np.ndarray, part: int):
         self._rows, self._seed = rows, tuple(int(s) for s in seed)

@@ -1,18 +1,18 @@
 """Sources of pairs for contrastive learning: images with captions, with the names of their classes, or in a second style.
 
 A source of pairs is a `Source` whose labels are keys, the same for rows that match each other, and whose targets hold the
-other side: "text", tokens int32 [n, L], or "image", uint8 [n, H, W, C]. The loader needs to know nothing of it.
+other side: "text", tokens int32 [n, L], or "image", uint8 [n, H, W, C]. The loader treats it as any other.
 """
 
 import dataclasses
-import os
-import zipfile
 from typing import Any
 
 import numpy as np
 
-from jaxcl.data import crop, sources, text
-from jaxcl.data.sources import Source, array_source, open_source
+from jaxcl.data import text, window
+from jaxcl.data.source import Source, array_source
+from jaxcl.data.sources import npz, open_source, tfds
+from jaxcl.data.sources.base import wrong
 from jaxcl.errors import UserError
 
 COCO = "tfds:coco_captions"
@@ -38,7 +38,7 @@ def open_pairs(
         classes as text.
       pairs: "captions", "views" (the image alone) or "styles".
       held_out: share of the pairs that are for testing, where the source has no test rows of its own.
-      split_seed: which.
+      split_seed: chooses them.
       length, vocabulary: see `text.tokens`.
 
     Raises:
@@ -46,16 +46,18 @@ def open_pairs(
     """
     kind, _, rest = name.partition(":")
     if pairs == "styles" and kind != "emoji":
-        raise UserError(f"data.pairs: styles needs emoji:FILE, {name!r} has one picture of each thing")
+        raise UserError(f"data.pairs: 'styles' is not allowed with {name!r}, give data.source = emoji:FILE")
     if kind == "emoji" and rest:
         return _emoji(name, rest, pairs, held_out, split_seed, length, vocabulary)
     if name == COCO:
-        return _coco(data_dir, pairs, image_size or 64, length, vocabulary)
+        train, test = (
+            _coco(examples, pairs, image_size or 64, length, vocabulary)
+            for examples in tfds.open_examples(COCO, data_dir, ("train", "val"))
+        )
+        return train, test
     train, test = open_source(name, data_dir, image_size=image_size)
     if train.targets:
-        raise UserError(
-            f"dataset {name!r}: images to be reconstructed have no class names; give one of labelled images"
-        )
+        raise wrong(name, "has images to be reconstructed and no class names, give a set of labelled images")
     if pairs == "views":
         return _keyed_by_row(train), _keyed_by_row(test)
     names = text.tokens([SENTENCE.format(x) for x in train.class_names], length, vocabulary)
@@ -70,40 +72,30 @@ def _keyed_by_row(source: Source) -> Source:
 def _emoji(
     name: str, path: str, pairs: str, held_out: float, split_seed: int, length: int, vocabulary: int
 ) -> tuple[Source, Source]:
-    try:
-        with np.load(os.path.expanduser(path)) as archive:
-            images, captions = archive["noto"], [str(x) for x in archive["caption"]]
-            has, others = archive["has_emojitwo"], archive["emojitwo"]
-    except FileNotFoundError:
-        raise UserError(f"dataset {name!r}: there is no file {os.path.abspath(path)}") from None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"dataset {name!r}: not an archive of emoji pairs ({' '.join(str(error).split())})") from None
+    found = npz.read_arrays(name, path, ("noto", "caption", "emojitwo", "has_emojitwo"))
+    images, captions, has = found["noto"], [str(x) for x in found["caption"]], found["has_emojitwo"]
+    if images.dtype != np.uint8 or images.ndim != 4 or not len(images) == len(captions) == len(has) > 0:
+        raise wrong(name, f"has noto of {images.dtype} {images.shape}, give uint8 [n, H, W, 3], and n captions")
+    if has.dtype != bool or found["emojitwo"].shape != (has.sum(), *images.shape[1:]):
+        raise wrong(name, f"has emojitwo of shape {found['emojitwo'].shape}, give an image where has_emojitwo is True")
+    targets = {}
     if pairs == "styles":
         images, captions = images[has], [x for x, both in zip(captions, has, strict=True) if both]
+        targets = {"image": found["emojitwo"]}
+    if pairs == "captions":
+        targets = {"text": text.tokens(captions, length, vocabulary)}
     key = np.unique(captions, return_inverse=True)[1] if pairs == "captions" else np.arange(len(images))
+    every = dataclasses.replace(array_source(images, key, captions), targets=targets)
     order = np.random.Generator(np.random.Philox(split_seed)).permutation(len(images))
     border = len(images) - round(held_out * len(images))
-
-    def part(rows: np.ndarray) -> Source:
-        found = array_source(images[rows], key[rows], captions)
-        if pairs == "captions":
-            words = text.tokens([captions[i] for i in rows], length, vocabulary)
-            return dataclasses.replace(found, targets={"text": words})
-        return dataclasses.replace(found, targets={"image": others[rows]} if pairs == "styles" else {})
-
-    return part(np.sort(order[:border])), part(np.sort(order[border:]))
+    return every.part(np.sort(order[:border])), every.part(np.sort(order[border:]))
 
 
-def _coco(data_dir: str | None, pairs: str, image_size: int, length: int, vocabulary: int) -> tuple[Source, Source]:
-    """MS-COCO captions (Chen et al. 2015) as TFDS prepares them: about 82,783 + 40,504 images with five captions each.
+def _coco(examples: Any, pairs: str, side: int, length: int, vocabulary: int) -> Source:
+    """A split of MS-COCO captions (Chen et al. 2015) as TFDS prepares it: 82,783 or 40,504 images with five captions each.
 
     A row is a caption, the images' middle squares are decoded batch by batch, and the keys are the images' numbers.
     """
-    train, test = sources.open_examples(COCO, data_dir, ("train", "val"))
-    return tuple(_coco_split(x, pairs, image_size, length, vocabulary) for x in (train, test))  # type: ignore[return-value]
-
-
-def _coco_split(examples: Any, pairs: str, side: int, length: int, vocabulary: int) -> Source:
     captions = [_captions(example) for example in examples]
     owner = np.repeat(np.arange(len(captions)), [len(x) for x in captions] if pairs == "captions" else 1)
     words = [x for several in captions for x in several] if pairs == "captions" else []
@@ -112,7 +104,7 @@ def _coco_split(examples: Any, pairs: str, side: int, length: int, vocabulary: i
         found = np.empty((len(rows), side, side, 3), np.uint8)
         numbers = owner[rows].tolist()
         for image, example in zip(found, examples.__getitems__(numbers), strict=True):
-            image[:] = crop.middle(example["image"], (side, side, 3))
+            image[:] = window.middle(example["image"], (side, side, 3))
         return found
 
     targets = {"text": text.tokens(words, length, vocabulary)} if words else {}

@@ -8,8 +8,8 @@ import numpy as np
 
 
 def tokens(texts: Sequence[str], length: int, vocabulary: int) -> np.ndarray:
-    """int32 `[n, length]` in 0..vocabulary-1: the words of each text, then their trigrams ("<cat>" gives <ca, cat, at>), as
-    many as there is room for; 0 is padding. The same on every machine and in every process."""
+    """int32 `[n, length]` in 0..vocabulary-1: the words of each text, then their trigrams ("<cat>" gives <ca, cat, at>), cut
+    to `length`; 0 is padding. The same on every machine and in every process."""
     found = np.zeros((len(texts), length), np.int32)
     for row, text in zip(found, texts, strict=True):
         words = re.findall(r"\w+", text.lower())

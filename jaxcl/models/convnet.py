@@ -6,7 +6,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxcl.models.norm import MaskedBatchNorm
+from jaxcl.models._norm import MaskedBatchNorm
+from jaxcl.models._options import Norm, Size
+
+
+def convnet(
+    num_classes: int, *, dtype: jnp.dtype, axis_name: str | None, width: Size = 32, norm: Norm = "local"
+) -> nn.Module:
+    """Options: `width` channels in the first block, features have 4 * width."""
+    return ConvNet(num_classes, width, axis_name if norm == "sync" else None, dtype)
 
 
 class ConvNet(nn.Module):
@@ -20,9 +28,9 @@ class ConvNet(nn.Module):
     """
 
     num_classes: int
-    width: int = 32
-    axis_name: str | None = None
-    dtype: jnp.dtype = jnp.float32
+    width: int
+    axis_name: str | None
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:

@@ -23,10 +23,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.errors import UserError
+from jaxcl.check import refused
+from jaxcl.models._options import Size
 
 _dense_init = nn.initializers.truncated_normal(0.02)
 _EPS = 1e-5  # of the layer norms: PyTorch's
+
+
+def dytox(
+    num_classes: int,
+    *,
+    dtype: jnp.dtype,
+    classes: np.ndarray,
+    width: Size = 384,
+    depth: Size = 5,
+    heads: Size = 12,
+    patch: Size = 4,
+    divergence: bool = True,
+) -> nn.Module:
+    """Options: see `DyTox`. A class that several tasks have belongs to the first, one that none has to none."""
+    if width % heads:
+        raise refused("model.options.heads", heads, f"a divisor of width = {width}")
+    task_of_class = np.where(classes.any(axis=0), np.argmax(classes, axis=0), -1)
+    return DyTox(num_classes, tuple(task_of_class.tolist()), width, depth, heads, patch, divergence, dtype)
 
 
 def _torch_linear(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32, *, inputs: int) -> jax.Array:
@@ -182,12 +201,12 @@ class DyTox(nn.Module):
 
     num_classes: int
     task_of_class: tuple[int, ...]
-    width: int = 384
-    depth: int = 5
-    heads: int = 12
-    patch: int = 4
-    divergence: bool = True
-    dtype: jnp.dtype = jnp.float32
+    width: int
+    depth: int
+    heads: int
+    patch: int
+    divergence: bool
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
@@ -196,9 +215,7 @@ class DyTox(nn.Module):
         del train, mask
         rows, height, breadth, _ = images.shape
         if height % self.patch or breadth % self.patch:
-            raise UserError(f"model options: dytox patch: {self.patch} does not divide images of {height}x{breadth}")
-        if self.width % self.heads:
-            raise UserError(f"model options: dytox heads: {self.heads} do not divide width {self.width}")
+            raise refused("model.options.patch", self.patch, f"a side that divides images of {height}x{breadth}")
         side = (height // self.patch, breadth // self.patch)
         window = (self.patch, self.patch)
         embed = nn.Conv(self.width, window, window, padding="VALID", dtype=self.dtype, name="patch_embed")

@@ -10,8 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxcl.models.blocks import ConvNorm, SqueezeExcite, divisible, identity
-from jaxcl.models.norm import MaskedBatchNorm
+from jaxcl.models._blocks import ConvNorm, SqueezeExcite, divisible, identity
+from jaxcl.models._norm import MaskedBatchNorm
+from jaxcl.models._options import Norm, Scale, Stem
 
 # kernel, expanded channels, output channels, squeeze-and-excite, stride
 _BOTTLENECKS = (
@@ -32,6 +33,19 @@ _BOTTLENECKS = (
     (5, 960, 160, False, 1),
     (5, 960, 160, True, 1),
 )
+
+
+def ghostnet(
+    num_classes: int,
+    *,
+    dtype: jnp.dtype,
+    axis_name: str | None,
+    width: Scale = 1.0,
+    norm: Norm = "local",
+    stem: Stem = "small",
+) -> nn.Module:
+    """Options: see `GhostNet`; `width` is a factor, features have 1,280."""
+    return GhostNet(num_classes, width, stem, axis_name if norm == "sync" else None, dtype)
 
 
 class _Ghost(nn.Module):
@@ -86,10 +100,10 @@ class GhostNet(nn.Module):
     """
 
     num_classes: int
-    width: float = 1.0
-    stem: str = "small"
-    axis_name: str | None = None
-    dtype: jnp.dtype = jnp.float32
+    width: float
+    stem: str
+    axis_name: str | None
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:

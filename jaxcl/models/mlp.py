@@ -1,10 +1,25 @@
 """A multi-layer perceptron on flattened images: the network of Split- and Permuted-MNIST (2 x 100 units)."""
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxcl.models._options import Sizes
+
 KERNEL_INITS = {"lecun": nn.initializers.lecun_normal(), "xavier": nn.initializers.xavier_uniform()}
+
+
+def mlp(
+    num_classes: int,
+    *,
+    dtype: jnp.dtype,
+    hidden: Sizes = (100, 100),
+    kernel_init: Literal["lecun", "xavier"] = "lecun",
+) -> nn.Module:
+    """Options: see `MLP`; features are the last of `hidden`."""
+    return MLP(num_classes, hidden, kernel_init, dtype)
 
 
 class MLP(nn.Module):
@@ -18,9 +33,9 @@ class MLP(nn.Module):
     """
 
     num_classes: int
-    hidden: tuple[int, ...] = (100, 100)
-    kernel_init: str = "lecun"
-    dtype: jnp.dtype = jnp.float32
+    hidden: tuple[int, ...]
+    kernel_init: str
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:

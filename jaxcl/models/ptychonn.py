@@ -11,8 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.errors import UserError
+from jaxcl.models._options import Size
 
 _LEVELS = 4  # poolings; images halve at each
+
+
+def ptychonn(*, dtype: jnp.dtype, width: Size = 32) -> nn.Module:
+    """Options: see `PtychoNN`. It reconstructs, whatever the rows' classes."""
+    return PtychoNN(width, dtype)
 
 
 class PtychoNN(nn.Module):
@@ -23,8 +29,8 @@ class PtychoNN(nn.Module):
       dtype: of the computation; parameters and outputs are float32.
     """
 
-    width: int = 32
-    dtype: jnp.dtype = jnp.float32
+    width: int
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
@@ -38,7 +44,7 @@ class PtychoNN(nn.Module):
         del train, mask
         if images.shape[1] % 2**_LEVELS or images.shape[2] % 2**_LEVELS:
             raise UserError(
-                f"model: ptychonn takes sides that are multiples of {2**_LEVELS}, not {images.shape[1:3]} pixels"
+                f"model.name: ptychonn is not allowed with images of {images.shape[1:3]}, give multiples of {2**_LEVELS}"
             )
         conv = partial(nn.Conv, kernel_size=(3, 3), dtype=self.dtype)
         encoder = [self.width * 2**level for level in range(_LEVELS)]

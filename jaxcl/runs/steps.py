@@ -8,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxcl.errors import Diverged
+from jaxcl.data.loader import Reading
 from jaxcl.runs import control
 from jaxcl.runs.lanes import Lanes, S
 from jaxcl.runs.session import diverged
@@ -17,7 +18,7 @@ STEPPING = ("load", "assemble", "wait", "train", "accumulate")  # phases of a st
 Step = Callable[[Any, PyTree], tuple[Any, dict[str, jax.Array]]]
 
 
-def reading(threads: int) -> dict[str, Any]:
+def reading(threads: int) -> Reading:
     """How this process reads its slice of every global batch: arguments of the functions in `jaxcl.data.loader`."""
     return {"process_index": jax.process_index(), "process_count": jax.process_count(), "num_threads": threads}
 

@@ -71,15 +71,8 @@ def review_batches(config: ConfigDict, parts: Parts, task: int, state: TrainStat
 
 def blank_batches(source: Source, devices: int, steps_per_epoch: int, epochs: int) -> Loader:
     """Batches of one row a device that is not valid: such a step trains on what it draws from the memory."""
-    place = reading(threads=0)
-    return data.blank_batches(
-        source,
-        batch_size=devices,
-        steps_per_epoch=steps_per_epoch,
-        epochs=epochs,
-        process_index=place["process_index"],
-        process_count=place["process_count"],
-    )
+    sizes = {"batch_size": devices, "steps_per_epoch": steps_per_epoch, "epochs": epochs}
+    return data.blank_batches(source, **sizes, **reading(threads=0))
 
 
 def finetune_batches(config: ConfigDict, source: Source, memory: np.ndarray, task: int, devices: int) -> Loader | None:

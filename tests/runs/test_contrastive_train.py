@@ -235,7 +235,7 @@ def test_captions_of_coco(form, monkeypatch):
                 "captions": {"text": words} if form == "of lists" else [{"text": w} for w in words],
             }
         )
-    monkeypatch.setattr(pairs.sources, "open_examples", lambda *_: [examples, examples])
+    monkeypatch.setattr(pairs.tfds, "open_examples", lambda *_: [examples, examples])
     source, _ = pairs.open_pairs(pairs.COCO, "captions", image_size=8, length=6, vocabulary=64)
     assert source.labels.tolist() == [0, 0, 1, 1, 2, 2] and source.image_shape == (8, 8, 3)
     assert (source.read(np.array([5, 0]))[:, 4, 4] == [[160] * 3, [40] * 3]).all()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxcl import losses, metrics, report
-from jaxcl.data import open_source, ptychography
+from jaxcl.data import open_source
+from jaxcl.data.sources import ptychography
 from jaxcl.errors import UserError
 from jaxcl.models import ptychonn
 from jaxcl.training.build import build
@@ -127,8 +128,8 @@ BAD = {
     "strategy": ({"strategy": "der"}, "der classifies, .* choose one of er, from_scratch, incremental, joint$"),
     "model": ({"model__name": "convnet"}, "convnet does not reconstruct the .*amplitude"),
     "augment": ({"data__augment": ("flip",)}, "data.augment: .*give ()"),
-    "scenario": ({"data__scenario": "rotated"}, "scenario 'rotated': not allowed with images to be reconstructed"),
-    "side": ({"data__source": "ptychography:4"}, "side 4: allowed are 8..128"),
+    "scenario": ({"data__scenario": "rotated"}, "data.scenario: 'rotated' is not allowed, .* to be reconstructed"),
+    "side": ({"data__source": "ptychography:4"}, "data.source: 'ptychography:4' is not allowed, give a side of 8..128"),
     "no target": ({"data__source": "digits"}, "multiples of 16"),
 }
 

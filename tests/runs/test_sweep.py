@@ -90,7 +90,7 @@ def test_settings():
         (Sweep({"optimiser.momentum": (0.1,)}), 'sweep.fields: Key "optimiser.momentum" cannot be set'),
         (Sweep({"batch_size": (16, "a")}), "sweep.fields: Could not override field 'batch_size'"),
         (Sweep({"batch_size": (16, 32, 33)}), "batch_size: 33 rows cannot be shared evenly"),
-        (Sweep({"data.tasks": (5, 11)}), "tasks 11: allowed are 1..10"),
+        (Sweep({"data.tasks": (5, 11)}), "data.tasks: 11 is not allowed, give 1..10"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(sweep, message, tmp_path):

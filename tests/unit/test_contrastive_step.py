@@ -12,7 +12,7 @@ from jaxcl import mesh as mesh_lib
 from jaxcl.contrastive.bank import make_bank
 from jaxcl.contrastive.step import initial_state, make_step
 from jaxcl.data import make_augment
-from jaxcl.models.towers import make_towers
+from jaxcl.models import make_towers
 from tests.rig import close
 
 B, SHAPE, LENGTH, DIM, N = 16, (8, 8, 1), 5, 6, 50

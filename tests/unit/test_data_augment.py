@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.data import make_augment, make_normalize
+from jaxcl.data import AUGMENTATIONS, make_augment, make_normalize
 from jaxcl.errors import UserError
 
 SHAPE = (16, 8, 3)  # padded by 2 and 1
@@ -78,7 +78,8 @@ def test_small_images_are_padded_by_one():
 
 
 def test_a_new_key_does_not_retrace():
-    augment = jax.jit(chex.assert_max_traces(make_augment(["crop", "flip"], SHAPE), n=1))
+    made = make_augment(["crop", "flip"], SHAPE)
+    augment = jax.jit(chex.assert_max_traces(lambda *x: made(*x), n=1))
     for seed in range(3):
         augment(jax.random.key(seed), ROWS, IMAGES)
 
@@ -86,22 +87,41 @@ def test_a_new_key_does_not_retrace():
 @pytest.mark.parametrize(
     ("names", "shape", "options", "message"),
     [
-        (["rotate"], SHAPE, {}, "augment ['rotate']: 'rotate' is unknown; allowed are crop, flip, each once"),
+        (["flop"], SHAPE, {}, "data.augment: 'flop' is unknown, did you mean flip?"),
+        (["flip", "flip"], SHAPE, {}, "data.augment: ['flip', 'flip'] is not allowed, give flip once"),
+        ("flip", SHAPE, {}, "data.augment: 'flip' is not allowed, give a list out of crop, flip"),
+        ([], (8, 8), {}, "image_shape: (8, 8) is not allowed, give three positive integers (H, W, C)"),
+        ([], (8, 0, 1), {}, "image_shape: (8, 0, 1) is not allowed, give three positive integers (H, W, C)"),
+        ([], SHAPE, {"mean": (0.5,)}, "data.mean: (0.5,) is not allowed, give 3 finite numbers, one a channel"),
+        ([], SHAPE, {"mean": "abc"}, "data.mean: 'abc' is not allowed, give 3 finite numbers, one a channel"),
         (
-            ["flip", "flip"],
+            [],
             SHAPE,
-            {},
-            "augment ['flip', 'flip']: 'flip' is repeated; allowed are crop, flip, each once",
+            {"mean": (1, None, 1)},
+            "data.mean: (1, None, 1) is not allowed, give 3 finite numbers, one a channel",
         ),
-        ("flip", SHAPE, {}, "augment 'flip': allowed is a list out of crop, flip"),
-        ([], (8, 8), {}, "image_shape (8, 8): allowed are three positive integers (H, W, C)"),
-        ([], (8, 0, 1), {}, "image_shape (8, 0, 1): allowed are three positive integers (H, W, C)"),
-        ([], SHAPE, {"mean": (0.5,)}, "mean (0.5,): allowed are 3 finite numbers, one a channel"),
-        ([], SHAPE, {"std": (1, 1, float("nan"))}, "std (1, 1, nan): allowed are 3 finite numbers, one a channel"),
-        ([], SHAPE, {"std": (1, 0, 1)}, "std (1, 0, 1): allowed are numbers above 0"),
+        (
+            [],
+            SHAPE,
+            {"std": (1, 1, float("nan"))},
+            "data.std: (1, 1, nan) is not allowed, give 3 finite numbers, one a channel",
+        ),
+        ([], SHAPE, {"std": (1, 0, 1)}, "data.std: (1, 0, 1) is not allowed, give numbers above 0"),
     ],
 )
 def test_mistakes(names, shape, options, message):
     with pytest.raises(UserError) as info:
         make_augment(names, shape, **options)
     assert str(info.value) == message
+
+
+def invert(key, image):
+    """An augmentation from outside."""
+    return 255 - image
+
+
+def test_an_augmentation_from_outside_takes_its_place_in_the_list():
+    own = make_augment([f"{__name__}:invert", "flip"], SHAPE)(KEY, ROWS, IMAGES)
+    keys = [jax.random.split(jax.random.fold_in(KEY, row), 2)[1] for row in ROWS]
+    flipped = np.stack([AUGMENTATIONS["flip"](key, image) for key, image in zip(keys, IMAGES, strict=True)])
+    np.testing.assert_allclose(own, make_normalize(SHAPE)(255 - flipped), rtol=1e-6)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from jaxcl.data import digits, open_source
+from jaxcl.data import open_source
+from jaxcl.data.sources import digits
 from jaxcl.errors import UserError
 
 
@@ -77,7 +78,7 @@ def test_an_interrupted_preparation_leaves_nothing_and_is_started_again(tmp_path
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"data_dir '.*file': cannot prepare digits \(Not a directory\)$"):
+    with pytest.raises(UserError, match=r"data.data_dir: digits cannot be prepared in '.*file' \(Not a directory\)$"):
         digits.prepare(str(tmp_path / "file"))
 
 
@@ -85,6 +86,6 @@ def test_a_broken_copy_is_named_and_left_alone(tmp_path):
     half = pathlib.Path(tmp_path, "digits", "1.0.0", "half-copied")
     half.parent.mkdir(parents=True)
     half.touch()
-    with pytest.raises(UserError, match=f"cannot prepare digits .*; remove {half.parent}$"):
+    with pytest.raises(UserError, match=f"digits cannot be prepared in .*; remove {half.parent}$"):
         digits.prepare(str(tmp_path))
     assert half.exists()

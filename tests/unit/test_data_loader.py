@@ -161,15 +161,15 @@ def test_later_changes_to_the_callers_indices_do_not_matter():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "batch_size 0: allowed are integers from 1"),
-        ({"epochs": 0}, "epochs 0: allowed are integers from 1"),
-        ({"num_threads": -1}, "num_threads -1: allowed are integers from 0"),
-        ({"process_count": 0}, "process_count 0: allowed are integers from 1"),
-        ({"process_count": 3}, "batch_size 8: allowed are multiples of the 3 processes"),
-        ({"process_count": 2, "process_index": 2}, "process_index 2: allowed are 0..1"),
-        ({"seed": ()}, "seed (): allowed are one or more integers from 0"),
-        ({"seed": (3, -1)}, "seed (3, -1): allowed are one or more integers from 0"),
-        ({"indices": np.zeros(0, np.int64)}, "indices: no rows to make batches of; at least 1 is needed"),
+        ({"batch_size": 0}, "batch_size: 0 is not allowed, give at least 1"),
+        ({"epochs": 0}, "epochs: 0 is not allowed, give at least 1"),
+        ({"num_threads": -1}, "data.threads: -1 is not allowed, give at least 0"),
+        ({"process_count": 0}, "process_count: 0 is not allowed, give at least 1"),
+        ({"process_count": 3}, "batch_size: 8 is not allowed, give a multiple of the 3 processes"),
+        ({"process_count": 2, "process_index": 2}, "process_index: 2 is not allowed, give a number from 0 to 1"),
+        ({"seed": ()}, "seed: () is not allowed, give one or more integers from 0"),
+        ({"seed": (3, -1)}, "seed: (3, -1) is not allowed, give one or more integers from 0"),
+        ({"indices": np.zeros(0, np.int64)}, "indices: there is no row to make batches of, give at least 1"),
     ],
 )
 def test_mistakes(changes, message):

@@ -1,11 +1,13 @@
 """Scenarios: every row of a chosen class lands in exactly one task; impossible splits are refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxcl.data import SCENARIOS, array_source, class_incremental, make_scenario
+from jaxcl.data import SCENARIOS, Scenario, Task, array_source, class_incremental, hold_out, make_scenario
 from jaxcl.errors import UserError
 
 LABELS = np.random.default_rng(0).integers(0, 10, 400).astype(np.int32)
@@ -54,22 +56,26 @@ def test_seen_accumulates_train_rows():
             scenario.seen(t)
 
 
+LISTS = "is not allowed, give a number, or a list with a list of classes for each task"
+
+
 @pytest.mark.parametrize(
     ("tasks", "seed", "message"),
     [
-        (0, None, "tasks 0: allowed are 1..10, the number of classes"),
-        (11, None, "tasks 11: allowed are 1..10, the number of classes"),
-        (2, -1, "class_order_seed -1: allowed are None and integers from 0"),
-        ([[0], [1]], 3, "class_order_seed 3: allowed is None where tasks lists the classes"),
-        ([], None, "tasks []: allowed are an integer and a non-empty list of non-empty lists of classes"),
-        ([[0], []], None, "tasks [[0], []]: allowed are an integer and a non-empty list of non-empty lists of classes"),
-        ([0, 1], None, "tasks [0, 1]: allowed are an integer and a non-empty list of non-empty lists of classes"),
-        (2.5, None, "tasks 2.5: allowed are an integer and a non-empty list of non-empty lists of classes"),
-        ("5", None, "tasks '5': allowed are an integer and a non-empty list of non-empty lists of classes"),
-        ([[0], [1, 10]], None, "tasks: task 1 names class 10; allowed are 0..9"),
-        ([[0], [1.5]], None, "tasks: task 1 names class 1.5; allowed are 0..9"),
-        ([[0, 1], [2, 1]], None, "tasks: class 1 is in task 0 and again in task 1; each class may appear once"),
-        ([[3, 3]], None, "tasks: class 3 is in task 0 and again in task 0; each class may appear once"),
+        (0, None, "data.tasks: 0 is not allowed, give 1..10, the number of classes"),
+        (11, None, "data.tasks: 11 is not allowed, give 1..10, the number of classes"),
+        (2, -1, "data.class_order_seed: -1 is not allowed, give at least 0"),
+        ([[0], [1]], 3, "data.class_order_seed: 3 is not allowed, give None where data.tasks lists the classes"),
+        ([], None, f"data.tasks: [] {LISTS}"),
+        ([[0], []], None, f"data.tasks: [[0], []] {LISTS}"),
+        ([0, 1], None, f"data.tasks: [0, 1] {LISTS}"),
+        (2.5, None, f"data.tasks: 2.5 {LISTS}"),
+        ("5", None, f"data.tasks: '5' {LISTS}"),
+        (None, None, f"data.tasks: None {LISTS}"),
+        ([[0], [1, 10]], None, "data.tasks: class 10 in task 1 is not allowed, give 0..9"),
+        ([[0], [1.5]], None, "data.tasks: class 1.5 in task 1 is not allowed, give 0..9"),
+        ([[0, 1], [2, 1]], None, "data.tasks: class 1 is in task 0 and again in task 1, give it once"),
+        ([[3, 3]], None, "data.tasks: class 3 is in task 0 and again in task 0, give it once"),
     ],
 )
 def test_mistakes(tasks, seed, message):
@@ -83,7 +89,7 @@ def test_a_task_without_rows_is_refused(split):
     train, test = (LABELS[LABELS != 4], TEST) if split == "train" else (LABELS, TEST[TEST != 4])
     with pytest.raises(UserError) as info:
         class_incremental(train, test, 10, [[0], [4]])
-    assert str(info.value) == f"tasks: task 1 (classes [4]) has no {split} rows; at least 1 is needed"
+    assert str(info.value) == f"data.tasks: task 1 (classes [4]) has no {split} rows, give classes that have"
     assert len(class_incremental(train, test, 10, 5).tasks) == 5  # one class of a task may lack rows
 
 
@@ -96,7 +102,7 @@ SOURCES = array_source(IMAGES[:400], LABELS, NAMES), array_source(IMAGES[400:], 
 FIXED = ("class", "domain", "instance", "blurry", "si_blurry")  # whose tasks share out the rows of the set
 
 
-@given(kind=st.sampled_from(SCENARIOS), tasks=st.integers(1, 10), seed=st.integers(0, 1000))
+@given(kind=st.sampled_from(sorted(SCENARIOS)), tasks=st.integers(1, 10), seed=st.integers(0, 1000))
 def test_every_row_is_in_one_task(kind, tasks, seed):
     scenario, train, test = make_scenario(*SOURCES, kind, tasks, seed=seed, scattered=0.3)
     times = 1 if kind in FIXED else tasks
@@ -177,18 +183,102 @@ def test_si_blurry_keeps_disjoint_classes_in_one_task():
     assert (whole.class_table.sum(0) == 1).all()
 
 
+NAN, ORDERED = float("nan"), {"class_order_seed": 1}
+
+
 @pytest.mark.parametrize(
     ("kind", "tasks", "options", "message"),
     [
-        ("clas", 2, {}, "scenario 'clas': allowed are class, domain, instance, permuted, rotated, blurry, si_blurry"),
-        ("blurry", 2, {"scattered": 1.5}, "scenario_scattered 1.5: allowed are numbers from 0 to 1"),
-        ("permuted", [[0], [1]], {}, "tasks [[0], [1]]: allowed is a number of tasks with scenario 'permuted'"),
-        ("permuted", 2, {"class_order_seed": 1}, "class_order_seed 1: allowed is None with scenario 'permuted'"),
-        ("si_blurry", 11, {}, "tasks 11: allowed are 1..10, the number of classes"),
-        ("instance", 101, {}, "tasks 101: allowed are 1..100, the number of rows"),
+        ("clas", 2, {}, "data.scenario: 'clas' is unknown, did you mean class?"),
+        ("blurry", 2, {"scattered": 1.5}, "data.scattered: 1.5 is not allowed, give a number from 0 to 1"),
+        ("si_blurry", 2, {"disjoint": NAN}, "data.disjoint: nan is not allowed, give a number from 0 to 1"),
+        (
+            "permuted",
+            [[0], [1]],
+            {},
+            "data.tasks: [[0], [1]] is not allowed, give a number of tasks with data.scenario = permuted",
+        ),
+        (
+            "rotated",
+            2,
+            {"class_order_seed": 1},
+            "data.class_order_seed: 1 is not allowed, give None with data.scenario = rotated",
+        ),
+        ("blurry", 2, {"class_order_seed": -1}, "data.class_order_seed: -1 is not allowed, give at least 0"),
+        ("class", 11, {}, "data.tasks: 11 is not allowed, give 1..10, the number of classes"),
+        ("si_blurry", 11, {}, "data.tasks: 11 is not allowed, give 1..10, the number of classes"),
+        ("instance", 101, {}, "data.tasks: 101 is not allowed, give 1..100, the number of rows"),
+        ("permuted", 0, {}, "data.tasks: 0 is not allowed, give 1..5368709, so that an int32 numbers all rows"),
+        ("permuted", 10**12, {}, "data.tasks: 1000000000000 is not allowed, give at most 10000 tasks"),
+        ("class", [[0]] * 10_001, {}, "data.tasks: 10001 is not allowed, give at most 10000 tasks"),
     ],
 )
 def test_mistakes_in_other_scenarios(kind, tasks, options, message):
     with pytest.raises(UserError) as info:
         make_scenario(*SOURCES, kind, tasks, **options)
     assert str(info.value) == message
+
+
+def test_a_table_of_tasks_and_classes_that_cannot_be_held_is_refused_before_anything_is_made():
+    names = range(2**20)
+    many = array_source(IMAGES, np.zeros(500, int), names)
+    with pytest.raises(UserError, match=r"data\.tasks: 5000 is not allowed, give at most 1024 tasks$"):
+        make_scenario(many, many, "instance", 5000)
+
+
+def test_images_that_are_to_be_reconstructed_are_not_changed():
+    source = dataclasses.replace(SOURCES[0], targets={"x": np.zeros((400, 1), np.float32)})
+    for kind in ("permuted", "rotated"):
+        with pytest.raises(UserError, match=f"data.scenario: '{kind}' is not allowed, .* to be reconstructed$"):
+            make_scenario(source, source, kind, 2)
+
+
+def halves(split):
+    """A scenario from outside: the first half of the rows, then the others."""
+    train, test = ([np.arange(n)[: n // 2], np.arange(n)[n // 2 :]] for n in (len(split.train), len(split.test)))
+    tasks = tuple(Task(t, tuple(range(10)), train[t], test[t]) for t in range(2))
+    return Scenario(tasks, split.train.num_classes), split.train, split.test
+
+
+def test_a_scenario_from_outside():
+    scenario, train, _ = make_scenario(*SOURCES, f"{__name__}:halves")
+    assert [len(task.train) for task in scenario.tasks] == [200, 200] and train is SOURCES[0]
+
+
+# --- validation rows -----------------------------------------------------------------------------------------------------
+
+
+def test_validation_rows_keep_their_targets_and_are_cut_as_before():
+    """A part of a source is that source, row by row: labels, images, random windows, targets."""
+    whole = dataclasses.replace(
+        SOURCES[0],
+        read_random=lambda rows, seed: IMAGES[:400][rows] // 2 + seed[0],
+        targets={"x": np.arange(400, dtype=np.float32)},
+    )
+    seen = []
+    for part in hold_out(whole, 0.2, 0):
+        rows = part.targets["x"].astype(int)
+        seen += rows.tolist()
+        asked = np.array([5, 0, 5])
+        np.testing.assert_array_equal(part.labels, LABELS[rows])
+        np.testing.assert_array_equal(part.read(asked), IMAGES[rows[asked]])
+        np.testing.assert_array_equal(part.read_random(asked, (3,)), IMAGES[rows[asked]] // 2 + 3)
+    assert sorted(seen) == list(range(400))
+
+
+def test_classes_of_one_row_stay_for_training():
+    labels = np.array([0, 1, 2, 2])
+    rest, held = hold_out(array_source(IMAGES[:4], labels, NAMES), 0.5, 0)
+    assert sorted(rest.labels) == [0, 1, 2] and held.labels.tolist() == [2]
+    with pytest.raises(
+        UserError, match=r"^data\.validation: 0\.5 is not allowed, give 0: no class has two train rows$"
+    ):
+        hold_out(array_source(IMAGES[:2], labels[:2], NAMES), 0.5, 0)
+    with pytest.raises(UserError, match=r"data\.tasks: task 0 \(classes \[0, 1\]\) has no test rows"):
+        make_scenario(rest, held, "class", [[0, 1], [2]])
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, NAN])
+def test_a_share_of_validation_rows_out_of_range(share):
+    with pytest.raises(UserError, match=f"data.validation: {share} is not allowed, give a share above 0 and below 1"):
+        hold_out(SOURCES[0], share, 0)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +15,10 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core import dataset_metadata
 
-from jaxcl.data import array_source, crop, open_source, sources, train_batches
+from jaxcl.data import array_source, open_source, train_batches, window
+from jaxcl.data.pairs import open_pairs
+from jaxcl.data.sources import base
+from jaxcl.data.sources import tfds as tfds_source
 from jaxcl.errors import UserError
 
 
@@ -91,7 +95,7 @@ def cache(tmp_path_factory, monkeypatch):
 def test_tfds_rows_keep_image_and_label_together_cached_or_not(tiny, cache_bytes, monkeypatch):
     data_dir, images = tiny
     decoded = []
-    monkeypatch.setattr(sources, "_decode", lambda *a, f=sources._decode: decoded.append(1) or f(*a))
+    monkeypatch.setattr(tfds_source, "_decode", lambda *a, f=tfds_source._decode: decoded.append(1) or f(*a))
     for source, split in zip(open_source("tfds:tiny_set", data_dir, cache_bytes), images, strict=True):
         x = source.read(np.arange(len(source)))
         assert x.dtype == np.uint8 and x.shape == images[split].shape
@@ -109,14 +113,14 @@ def test_tfds_rows_keep_image_and_label_together_cached_or_not(tiny, cache_bytes
 
 
 def test_labels_of_a_large_set_are_read_without_decoding_images(tiny, monkeypatch):
-    monkeypatch.setattr(sources, "_decode", lambda *_: pytest.fail("decoded an image"))
+    monkeypatch.setattr(tfds_source, "_decode", lambda *_: pytest.fail("decoded an image"))
     train, _ = open_source("tfds:tiny_set", tiny[0], cache_bytes=0)
     assert len(np.unique(train.labels)) == 4
 
 
 def test_labels_of_a_large_set_are_read_once(tiny, cache, monkeypatch):
     """The second time from the cache; a torn file is written anew; without a folder to write in they are read every time."""
-    kept = sources.label_cache
+    kept = tfds_source.label_cache
     reads, cached = [], kept.cached
 
     def counted(builder, split, rows, read):
@@ -214,7 +218,7 @@ def test_images_of_any_size_are_cut_in_training_at_random_by_seed_and_row_alone(
 
 def test_random_windows_lie_within_the_image_and_have_the_area_and_shape_they_should():
     rng = np.random.default_rng(0)
-    boxes = np.array([crop.random_box(400, 300, rng) for _ in range(2000)])
+    boxes = np.array([window.random_box(400, 300, rng) for _ in range(2000)])
     left, upper, right, lower = boxes.T
     assert (left >= 0).all() and (upper >= 0).all() and (right <= 400).all() and (lower <= 300).all()
     w, h = right - left, lower - upper
@@ -226,7 +230,7 @@ def test_random_windows_lie_within_the_image_and_have_the_area_and_shape_they_sh
 
 @pytest.mark.parametrize("name", ["digits", "npz:x.npz"])
 def test_only_tfds_sets_are_cut(name):
-    with pytest.raises(UserError, match="image_size 16: dataset"):
+    with pytest.raises(UserError, match=r"data\.image_size: 16 is not allowed, give None: .* one size"):
         open_source(name, image_size=16)
 
 
@@ -237,6 +241,9 @@ def _error(name, data_dir=None):
     assert "\n" not in message and len(message) < 320
     assert info.value.__cause__ is None and (info.value.__suppress_context__ or info.value.__context__ is None)
     return message
+
+
+ALLOWED = "is not allowed, give one of digits, npz, ptychography, tfds or module:name"
 
 
 @pytest.mark.parametrize(
@@ -250,20 +257,50 @@ def _error(name, data_dir=None):
     ],
 )
 def test_an_unknown_name_lists_what_is_allowed_and_guesses(name, meant):
-    assert _error(name) == (
-        f"dataset '{name}': unknown; allowed are digits, tfds:NAME, npz:FILE or ptychography:SIDE (did you mean '{meant}'?)"
-    )
+    assert _error(name) == f"data.source: {name!r} {ALLOWED}; did you mean {meant}?"
 
 
-@pytest.mark.parametrize("name", ["", "qqqqqq", "tfds:", "npz:", "ftp:qqqqqq"])
+@pytest.mark.parametrize("name", ["", ":", "qqqqqq", "ftp:qqqqqq", "json:"])
 def test_an_unknown_name_without_a_likely_meaning(name):
-    assert _error(name).endswith("allowed are digits, tfds:NAME, npz:FILE or ptychography:SIDE")
+    assert _error(name) == f"data.source: {name!r} {ALLOWED}"
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("npz", "npz:FILE"),
+        ("npz:", "npz:FILE"),
+        ("tfds:", "tfds:NAME"),
+        ("digits:8", "digits"),
+        ("ptychography", "ptychography:SIDE"),
+        ("ptychography:big", "ptychography:SIDE"),
+        ("ptychography:4", "a side of 8..128 pixels"),
+        ("ptychography:" + "9" * 5000, "ptychography:SIDE"),
+    ],
+)
+def test_a_kind_of_source_says_what_it_takes(name, form):
+    with pytest.raises(UserError, match=f"is not allowed, give {form}$"):
+        open_source(name)
+
+
+def checkered(*, rest, **_):
+    """A source from outside, whose one class has the name `rest`."""
+    return (array_source(_images(3), np.zeros(3, int), [rest]),) * 2
+
+
+def test_a_source_from_outside(tmp_path):
+    for rest in ("", "a", "a:b"):
+        train, _ = open_source(f"{__name__}:checkered" + (f":{rest}" if rest else ""), str(tmp_path))
+        assert train.class_names == (rest,) and len(train) == 3
+    assert "module 'json' has no attribute 'nothing'" in _error("json:nothing:x")
+    with pytest.raises(UserError, match=r"data\.image_size: 8 is not allowed"):
+        open_source(f"{__name__}:checkered", image_size=8)
 
 
 def test_unknown_tfds_sets(tiny):
     assert "neither a TFDS set nor prepared in" in _error("tfds:qqqqqq", tiny[0])
-    assert "(did you mean 'tfds:cifar10'?)" in _error("tfds:cifa10", tiny[0])
-    assert "(did you mean 'tfds:tiny_set'?)" in _error("tfds:tinyset", tiny[0])
+    assert "; did you mean tfds:cifar10?" in _error("tfds:cifa10", tiny[0])
+    assert "; did you mean tfds:tiny_set?" in _error("tfds:tinyset", tiny[0])
     assert "BuilderConfig nope not found" in _error("tfds:mnist/nope", tiny[0])
 
 
@@ -283,29 +320,29 @@ def test_a_failed_download_gives_its_cause_in_the_same_line(tmp_path, monkeypatc
 
 
 def test_images_of_several_sizes_are_refused_before_any_download(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_download", lambda *_: pytest.fail("downloaded"))
+    monkeypatch.setattr(tfds_source, "_download", lambda *_: pytest.fail("downloaded"))
     message = _error("tfds:imagenet2012", tmp_path)
     assert message == (
-        "dataset 'tfds:imagenet2012': images have shape (None, None, 3); allowed are sets whose images have one size, or"
-        " give data.image_size"
+        "data.source: 'tfds:imagenet2012' has images of shape (None, None, 3), give data.image_size, or a set whose images"
+        " have one size"
     )
 
 
 def test_a_set_without_labels_lists_its_features(tmp_path):
     row = {"image": _png(_images(1)[0])}
     _prepare(str(tmp_path), {"train": [row], "test": [row]}, {"image": tfds.features.Image(shape=(6, 5, 3))})
-    assert _error("tfds:tiny_set", tmp_path).endswith("has features image; needed are an Image and a ClassLabel")
+    assert _error("tfds:tiny_set", tmp_path).endswith("has features image, give a set with an Image and a ClassLabel")
 
 
 def test_a_set_without_test_rows_lists_its_splits(tmp_path):
     _prepare(str(tmp_path), {"train": _examples(_images(1), [0])}, _image_features())
-    assert _error("tfds:tiny_set", tmp_path).endswith("has splits train; needed are train and test or validation")
+    assert _error("tfds:tiny_set", tmp_path).endswith("has splits train, give a set with train and test or validation")
 
 
 def test_unlabelled_rows_are_refused(tmp_path):
     splits = {"train": _examples(_images(2), [0, 1]), "test": _examples(_images(2), [0, -1])}
     _prepare(str(tmp_path), splits, _image_features())
-    assert _error("tfds:tiny_set", tmp_path).endswith("split test: labels range over -1..0; allowed are 0..3")
+    assert _error("tfds:tiny_set", tmp_path).endswith("has labels -1..0 in split test, give 0..3")
 
 
 # ---- npz ----
@@ -336,26 +373,26 @@ def test_npz_images_without_channels_and_class_names(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x_test": None, "y_train": None}, "lacks y_train, x_test; needed are x_train, y_train, x_test, y_test"),
-        ({"x_train": _images(6) / 255}, "x_train is float64; allowed is uint8"),
-        ({"x_test": _images(2, (6,))}, "x_test has shape (2, 6); allowed are [n, H, W] and [n, H, W, C]"),
-        ({"x_test": _images(2, (0, 5))}, "x_test has shape (2, 0, 5); allowed are [n, H, W] and [n, H, W, C]"),
-        ({"x_test": _images(2, (6, 6, 3))}, "images are (6, 5, 3) in x_train and (6, 6, 3) in x_test; they must agree"),
-        ({"y_train": np.zeros(6)}, "y_train is float64 of shape (6,); allowed are integers [n]"),
-        ({"y_train": np.zeros((6, 1), int)}, "y_train is int64 of shape (6, 1); allowed are integers [n]"),
-        ({"y_test": np.zeros(3, int)}, "x_test has 2 rows and y_test 3; they must agree"),
-        ({"y_test": np.array([0, -1])}, "y_test: labels range over -1..0; allowed are 0..2"),
-        ({"y_test": np.array([0, 10**9])}, "y_test: labels range over 0..1000000000; allowed are 0..7"),
-        ({"class_names": np.array(["a", "b"])}, "y_train: labels range over 0..2; allowed are 0..1"),
+        ({"x_test": None, "y_train": None}, "lacks y_train, x_test, give x_train, y_train, x_test, y_test"),
+        ({"x_train": _images(6) / 255}, "has x_train of float64, give uint8"),
+        ({"x_test": _images(2, (6,))}, "has x_test of shape (2, 6), give [n, H, W] or [n, H, W, C]"),
+        ({"x_test": _images(2, (0, 5))}, "has x_test of shape (2, 0, 5), give [n, H, W] or [n, H, W, C]"),
+        ({"x_test": _images(2, (6, 6, 3))}, "has images (6, 5, 3) in x_train and (6, 6, 3) in x_test, give one shape"),
+        ({"y_train": np.zeros(6)}, "has y_train of float64 and shape (6,), give integers [n]"),
+        ({"y_train": np.zeros((6, 1), int)}, "has y_train of int64 and shape (6, 1), give integers [n]"),
+        ({"y_test": np.zeros(3, int)}, "has 2 rows in x_test and 3 in y_test, give as many"),
+        ({"y_test": np.array([0, -1])}, "has labels -1..0 in y_test, give 0..2"),
+        ({"y_test": np.array([0, 10**9])}, "has labels 0..1000000000 in y_test, give 0..7"),
+        ({"class_names": np.array(["a", "b"])}, "has labels 0..2 in y_train, give 0..1"),
         (
             {"x_test": _images(0), "y_test": np.zeros(0, int)},
-            "y_test: the split is empty; at least one row is needed",
+            "has no rows in y_test, give at least one",
         ),
     ],
 )
 def test_npz_mistakes(tmp_path, changes, message):
     _npz(tmp_path / "a.npz", **changes)
-    assert _error(f"npz:{tmp_path}/a.npz") == f"dataset 'npz:{tmp_path}/a.npz': {message}"
+    assert _error(f"npz:{tmp_path}/a.npz") == f"data.source: 'npz:{tmp_path}/a.npz' {message}"
 
 
 def test_npz_files_that_are_none(tmp_path):
@@ -368,7 +405,100 @@ def test_npz_files_that_are_none(tmp_path):
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:500])
     _npz(tmp_path / "objects.npz", y_train=np.array([object()] * 6))
     for file in ("one.npy", "empty.npz", "text.npz", "cut.npz", "objects.npz"):
-        assert "not an npz file of plain arrays (" in _error(f"npz:{tmp_path}/{file}")
+        assert "is not an npz file of plain arrays (" in _error(f"npz:{tmp_path}/{file}")
+
+
+def _member(header, data, name="x_train.npy"):
+    """An archive's bytes with one array of a header and of data that need not agree; the others are in order."""
+    out, array = io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": header})
+    others = {"x_test": _images(2), "y_train": np.arange(6) % 3, "y_test": np.array([2, 0])}
+    np.savez(out, **others)
+    with zipfile.ZipFile(out, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, array.getvalue() + data)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("shape", [(10**15, 1, 1), (6, 6, 5, 4), (6, 6, 5, 2), (-1, 6, 5), (2**40, 2**40, 2**40)])
+def test_an_array_that_claims_more_than_there_is_is_not_allocated(tmp_path, shape):
+    """Petabytes, a byte too many or too few: what the header says is compared with the size of the member."""
+    (tmp_path / "a.npz").write_bytes(_member(shape, bytes(6 * 6 * 5 * 3)))
+    message = _error(f"npz:{tmp_path}/a.npz")
+    assert f"(ValueError: x_train.npy claims shape {shape}" in message
+    (tmp_path / "a.npz").write_bytes(_member((6, 6, 5, 3), bytes(6 * 6 * 5 * 3)))
+    assert len(open_source(f"npz:{tmp_path}/a.npz")[0]) == 6
+
+
+def test_a_member_whose_own_size_is_a_lie_is_not_allocated(tmp_path):
+    """Header and directory of the archive agree on an exabyte, of which the file has 540 bytes."""
+    content = bytearray(_member((10**18,), bytes(540)))
+    at = content.index(b"PK\x01\x02", content.rindex(b"x_train.npy") - 60)
+    header = 128  # of a version 1.0 array
+    content[at + 24 : at + 28] = (2**32 - 1).to_bytes(4, "little")
+    extra = (1).to_bytes(2, "little") + (8).to_bytes(2, "little") + (10**18 + header).to_bytes(8, "little")
+    content[at + 30 : at + 32] = len(extra).to_bytes(2, "little")
+    end = at + 46 + len("x_train.npy")
+    content[end:end] = extra
+    tail = content.rindex(b"PK\x05\x06")
+    size = int.from_bytes(content[tail + 12 : tail + 16], "little") + len(extra)
+    content[tail + 12 : tail + 16] = size.to_bytes(4, "little")
+    (tmp_path / "a.npz").write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        assert archive.getinfo("x_train.npy").file_size == 10**18 + header
+    assert "1000000000000000000 bytes that are not there" in _error(f"npz:{tmp_path}/a.npz")
+
+
+def test_an_encrypted_or_damaged_archive_is_one_line(tmp_path):
+    _npz(tmp_path / "a.npz")
+    whole = (tmp_path / "a.npz").read_bytes()
+    locked = bytearray(whole)
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = -1
+        while (at := whole.find(mark, at + 1)) >= 0:
+            locked[at + flags] |= 1
+    (tmp_path / "a.npz").write_bytes(locked)
+    assert "x_train.npy is encrypted" in _error(f"npz:{tmp_path}/a.npz")
+    for end in (0, 30, len(whole) // 2, len(whole) - 30, len(whole) - 1):
+        (tmp_path / "a.npz").write_bytes(whole[:end])
+        assert "is not an npz file of plain arrays (" in _error(f"npz:{tmp_path}/a.npz")
+    for at in range(0, len(whole), 7):  # whatever byte is wrong: it reads, or it is one line
+        damaged = bytearray(whole)
+        damaged[at] ^= 0xFF
+        (tmp_path / "a.npz").write_bytes(damaged)
+        try:
+            open_source(f"npz:{tmp_path}/a.npz")
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+def test_too_many_classes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "MOST_CLASSES", 3)
+    _npz(tmp_path / "a.npz")
+    assert open_source(f"npz:{tmp_path}/a.npz")[0].num_classes == 3
+    _npz(tmp_path / "a.npz", class_names=np.array(list("abcd")))
+    assert _error(f"npz:{tmp_path}/a.npz").endswith("has 4 classes, give at most 3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"noto": None}, "lacks noto, give noto, caption, emojitwo, has_emojitwo"),
+        ({"noto": np.zeros((3, 4, 4, 3))}, "has noto of float64 (3, 4, 4, 3), give uint8 [n, H, W, 3], and n captions"),
+        ({"caption": np.array(["a"])}, "has noto of uint8 (3, 4, 4, 3), give uint8 [n, H, W, 3], and n captions"),
+        (
+            {"emojitwo": _images(1, (4, 4, 3))},
+            "has emojitwo of shape (1, 4, 4, 3), give an image where has_emojitwo is True",
+        ),
+    ],
+)
+def test_mistakes_in_an_archive_of_pairs(tmp_path, changes, message):
+    arrays = {"noto": _images(3, (4, 4, 3)), "caption": np.array(list("abc")), "emojitwo": _images(2, (4, 4, 3))}
+    arrays |= {"has_emojitwo": np.array([True, False, True])} | changes
+    np.savez(tmp_path / "a.npz", **{key: value for key, value in arrays.items() if value is not None})
+    name = f"emoji:{tmp_path}/a.npz"
+    with pytest.raises(UserError) as error:
+        open_pairs(name, "styles")
+    assert str(error.value) == f"data.source: {name!r} {message}"
 
 
 # ---- the rest ----
@@ -384,7 +514,7 @@ def test_array_source():
 def test_importing_the_package_does_not_import_tfds():
     check = "import sys, jaxcl.data; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True).stdout.split()
-    assert "jaxcl.data.sources" in modules
+    assert "jaxcl.data.sources.tfds" not in modules and "jaxcl.data.sources" in modules
     assert not {"tensorflow_datasets", "tensorflow", "flax", "sklearn"} & set(modules)
 
 
@@ -410,4 +540,4 @@ def test_a_set_without_random_access_names_its_format(tiny, tmp_path):
     info.write_text(re.sub("array_record", "tfrecord", info.read_text()))
     for file in info.parent.glob("*array_record*"):
         file.rename(str(file).replace("array_record", "tfrecord"))
-    assert "prepared as tfrecord in" in _error("tfds:tiny_set", tmp_path)
+    assert "is prepared as tfrecord in" in _error("tfds:tiny_set", tmp_path)

@@ -11,8 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxcl.models.blocks import ConvNorm, SqueezeExcite, divisible, identity
-from jaxcl.models.norm import MaskedBatchNorm
+from jaxcl.models._blocks import ConvNorm, SqueezeExcite, divisible, identity
+from jaxcl.models._norm import MaskedBatchNorm
+from jaxcl.models._options import Norm, Stem
 
 # kernel, expanded channels, output channels, squeeze-and-excite, activation, stride
 _RESIDUALS = (
@@ -30,6 +31,13 @@ _RESIDUALS = (
 )
 
 
+def mobilenet_v3_small(
+    num_classes: int, *, dtype: jnp.dtype, axis_name: str | None, norm: Norm = "local", stem: Stem = "small"
+) -> nn.Module:
+    """Options: see `MobileNetV3Small`; features have 1,024."""
+    return MobileNetV3Small(num_classes, stem, axis_name if norm == "sync" else None, dtype)
+
+
 class MobileNetV3Small(nn.Module):
     """Eleven inverted residuals, global average pooling, a hidden layer of 1,024 units, a linear head.
 
@@ -41,9 +49,9 @@ class MobileNetV3Small(nn.Module):
     """
 
     num_classes: int
-    stem: str = "small"
-    axis_name: str | None = None
-    dtype: jnp.dtype = jnp.float32
+    stem: str
+    axis_name: str | None
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:

@@ -1,8 +1,8 @@
-"""The built-in data set: scikit-learn's handwritten digits as a TensorFlow Datasets builder.
+"""`digits`: the built-in set, scikit-learn's handwritten digits as a TensorFlow Datasets builder.
 
 1,797 real images of 8x8 pixels in 10 classes (the UCI test set of Alpaydin and Kaynak), shipped inside
 scikit-learn. It needs neither network nor TensorFlow, so a fresh checkout trains, and tests run, anywhere.
-Importing this module imports TFDS, which is slow: `sources.open_source` does so only when it is asked to.
+Importing this module imports TFDS, which takes seconds; the registry does so when the set is opened.
 """
 
 import contextlib
@@ -11,17 +11,27 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core import dataset_metadata
 
+from jaxcl.data.source import Source
+from jaxcl.data.sources.base import wrong
+from jaxcl.data.sources.tfds import open_builder
 from jaxcl.errors import UserError
 
 TEST_FRACTION = 0.2
 _SPLIT_SEED = 0
+
+
+def digits(*, rest: str, data_dir: str | None, cache_bytes: int, **_: Any) -> tuple[Source, Source]:
+    """Opens the set, prepared under `data_dir` if it was not yet. See `open_source`."""
+    if rest:
+        raise wrong(f"digits:{rest}", "is not allowed, give digits")
+    return open_builder("digits", prepare(data_dir), data_dir, cache_bytes)
 
 
 def load() -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -99,7 +109,9 @@ def prepare(data_dir: str | None = None) -> Digits:
                         raise
         except OSError as error:
             hint = f"; remove {target}" if target.exists() else ""
-            raise UserError(f"data_dir {data_dir!r}: cannot prepare digits ({error.strerror}){hint}") from None
+            raise UserError(
+                f"data.data_dir: digits cannot be prepared in {data_dir!r} ({error.strerror}){hint}"
+            ) from None
         builder = Digits(data_dir=data_dir, file_format="array_record")
     return builder
 

@@ -1,4 +1,4 @@
-"""Simulated ptychography: diffraction patterns, and the amplitude and phase that they came from.
+"""`ptychography:SIDE`: simulated diffraction patterns, and the amplitude and phase that they came from.
 
 A coherent beam (the probe) illuminates a small part of a specimen; far behind it a detector counts photons. With t the
 thickness of the specimen (0..1) in a window, P the probe and F the unitary Fourier transform, shifted to the middle:
@@ -14,11 +14,14 @@ the phase, the last ones dark: what was learned of one misleads about another. T
 of a specimen. Everything follows from the seed.
 """
 
+from typing import Any
+
 import numpy as np
 import scipy.ndimage
 
-from jaxcl.data.sources import Source
-from jaxcl.errors import UserError
+from jaxcl.check import POSITIVE, check
+from jaxcl.data.source import Source
+from jaxcl.data.sources.base import wrong
 
 SPECIMENS = 8
 PHOTONS = 1000.0  # a pixel's, on the average, were the specimen not there
@@ -27,6 +30,13 @@ SHIFT = np.linspace(2.5, 0.3, SPECIMENS)  # of the phase, at thickness 1, in rad
 _FIELD = 512  # pixels of a specimen's side
 _GRAIN = 3.0  # pixels, the standard deviation of the blur that makes a specimen smooth
 _TEST_FROM = 384  # test windows lie right of this column, train windows left of it
+
+
+def ptychography(*, rest: str, **_: Any) -> tuple[Source, Source]:
+    """Simulates patterns of `rest` pixels a side. See `open_source`."""
+    if not rest.isdecimal() or len(rest) > 4:
+        raise wrong(f"ptychography:{rest}".rstrip(":"), "is not allowed, give ptychography:SIDE")
+    return simulate(int(rest))
 
 
 def simulate(
@@ -48,33 +58,37 @@ def simulate(
       UserError: a size is out of range.
     """
     if not 8 <= side <= _FIELD - _TEST_FROM:
-        raise UserError(f"ptychography: side {side}: allowed are 8..{_FIELD - _TEST_FROM} pixels")
-    if not photons > 0:
-        raise UserError(f"ptychography: photons {photons}: allowed are positive numbers")
+        raise wrong(f"ptychography:{side}", f"is not allowed, give a side of 8..{_FIELD - _TEST_FROM} pixels")
+    check("photons", photons, POSITIVE)
     rng = np.random.Generator(np.random.Philox(seed))
     specimens = [specimen(absorption, shift, rng) for absorption, shift in zip(ABSORPTION, SHIFT, strict=True)]
-    beam = probe(side)
+    train = _scan(specimens, side, (0, _TEST_FROM), train_rows, photons, rng)
+    return train, _scan(specimens, side, (_TEST_FROM, _FIELD), test_rows, photons, rng)
 
-    def scan(rows: int, first: int, last: int) -> Source:
-        """Windows whose columns lie in first..last-1."""
-        windows = []
-        for whole in specimens:
-            top, left = rng.integers(0, _FIELD - side + 1, rows), rng.integers(first, last - side + 1, rows)
-            windows.append(np.stack([whole[y : y + side, x : x + side] for y, x in zip(top, left, strict=True)]))
-        objects = np.concatenate(windows)
-        counts = rng.poisson(photons * side**2 * diffract(beam, objects))
-        images = np.minimum(np.rint(np.sqrt(counts)), 255).astype(np.uint8)[..., None]
-        labels = np.repeat(np.arange(SPECIMENS, dtype=np.int32), rows)
-        targets = {"amplitude": np.abs(objects), "phase": np.angle(objects)}
-        return Source(
-            labels,
-            (side, side, 1),
-            tuple(f"specimen {number}" for number in range(SPECIMENS)),
-            images.__getitem__,
-            targets={name: x.astype(np.float32)[..., None] for name, x in targets.items()},
-        )
 
-    return scan(train_rows, 0, _TEST_FROM), scan(test_rows, _TEST_FROM, _FIELD)
+def _scan(
+    specimens: list[np.ndarray],
+    side: int,
+    columns: tuple[int, int],
+    rows: int,
+    photons: float,
+    rng: np.random.Generator,
+) -> Source:
+    """`rows` windows of each specimen, whose columns lie between the two."""
+    windows = []
+    for whole in specimens:
+        top, left = rng.integers(0, _FIELD - side + 1, rows), rng.integers(columns[0], columns[1] - side + 1, rows)
+        windows.append(np.stack([whole[y : y + side, x : x + side] for y, x in zip(top, left, strict=True)]))
+    objects = np.concatenate(windows)
+    counts = rng.poisson(photons * side**2 * diffract(probe(side), objects))
+    targets = {"amplitude": np.abs(objects), "phase": np.angle(objects)}
+    return Source(
+        np.repeat(np.arange(SPECIMENS, dtype=np.int32), rows),
+        (side, side, 1),
+        tuple(f"specimen {number}" for number in range(SPECIMENS)),
+        np.minimum(np.rint(np.sqrt(counts)), 255).astype(np.uint8)[..., None].__getitem__,
+        targets={name: x.astype(np.float32)[..., None] for name, x in targets.items()},
+    )
 
 
 def probe(side: int) -> np.ndarray:

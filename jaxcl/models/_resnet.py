@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxcl.models.blocks import he_fan_out
-from jaxcl.models.norm import MaskedBatchNorm
+from jaxcl.models._blocks import he_fan_out
+from jaxcl.models._norm import MaskedBatchNorm
 
 
 class _Block(nn.Module):
@@ -61,13 +61,13 @@ class ResNet(nn.Module):
     """
 
     num_classes: int
-    blocks: tuple[int, ...] = (2, 2, 2, 2)
-    bottleneck: bool = False
-    width: int = 64
-    stem: str = "small"
-    zero_init: bool = False
-    axis_name: str | None = None
-    dtype: jnp.dtype = jnp.float32
+    blocks: tuple[int, ...]
+    bottleneck: bool
+    width: int
+    stem: str
+    zero_init: bool
+    axis_name: str | None
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:

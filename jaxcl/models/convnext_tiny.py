@@ -10,8 +10,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxcl.models._options import Size, Stem
+
 _DEPTHS = (3, 3, 9, 3)
 _init = nn.initializers.truncated_normal(0.02)
+
+
+def convnext_tiny(num_classes: int, *, dtype: jnp.dtype, width: Size = 96, stem: Stem = "small") -> nn.Module:
+    """Options: see `ConvNeXt`; `width` channels in the first stage, features have 8 * width."""
+    return ConvNeXt(num_classes, width, stem, dtype)
 
 
 class _Block(nn.Module):
@@ -40,9 +47,9 @@ class ConvNeXt(nn.Module):
     """
 
     num_classes: int
-    width: int = 96
-    stem: str = "small"
-    dtype: jnp.dtype = jnp.float32
+    width: int
+    stem: str
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:

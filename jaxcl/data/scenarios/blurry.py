@@ -1,0 +1,12 @@
+"""`blurry`: as `class`, but a share of each class's train rows is scattered over the other tasks. Bang et al. 2021."""
+
+import numpy as np
+
+from jaxcl.data.scenarios.base import Scenario, Split, scatter
+from jaxcl.data.source import Source
+
+
+def blurry(split: Split) -> tuple[Scenario, Source, Source]:
+    every = np.ones(split.train.num_classes, bool)
+    made = scatter(split.by_class(), split.train.labels, split.scattered, every, split.rng())
+    return made, split.train, split.test

@@ -1,0 +1,86 @@
+"""Where images come from; one file a kind of source.
+
+A file NAME.py has a function `NAME(*, rest, ..., **_) -> (train, test)`. It is called with keywords, of which it names those
+that it uses:
+
+    rest         what `data.source` says behind the kind: "FILE" of "npz:FILE", "" of "digits"
+    data_dir     folder of prepared sets, or None
+    image_size   side to which images of many sizes are cut, or None; a source that does not name it refuses any other
+    cache_bytes  a set up to this size is decoded into memory
+"""
+
+import difflib
+import importlib.util
+import inspect
+import os
+import sys
+from typing import Any, Protocol
+
+from jaxcl.check import at_least, check
+from jaxcl.data.source import Source
+from jaxcl.errors import UserError
+from jaxcl.registry import Registry
+
+
+class Open(Protocol):
+    """What opens a kind of source: see above."""
+
+    __name__: str
+
+    def __call__(self, **given: Any) -> tuple[Source, Source]: ...
+
+
+SOURCES: Registry[Open] = Registry("data.source", __name__)
+
+
+def open_source(
+    name: str, data_dir: str | None = None, cache_bytes: int = 1 << 30, image_size: int | None = None
+) -> tuple[Source, Source]:
+    """Opens a data set and returns its (train, test) sources.
+
+    Args:
+      name: KIND or KIND:REST, where KIND is one of `SOURCES` or `module.path:name`.
+      data_dir: the TFDS folder; None is TFDS's own default (`TFDS_DATA_DIR` or ~/tensorflow_datasets). A set that
+        is not there yet is downloaded and prepared, which for most sets needs TensorFlow.
+      cache_bytes: a TFDS set is decoded into memory if both splits together take at most this many bytes.
+      image_size: of a TFDS set: cuts images of any size to squares of this side: the middle one, and in training a random
+        window (see `Source.read_random`). Such a set is decoded batch by batch. None: images have one size already.
+
+    Raises:
+      UserError: the set is unknown, cannot be prepared, or is not one of labelled uint8 images of one size.
+    """
+    kind, rest = _parse(name)
+    source = SOURCES[kind]
+    if image_size is not None:
+        check("data.image_size", image_size, at_least(1))
+        if "image_size" not in inspect.signature(source).parameters:
+            raise UserError(f"data.image_size: {image_size} is not allowed, give None: {name!r} has images of one size")
+    data_dir = os.path.expanduser(data_dir) if data_dir else None
+    return source(rest=rest, data_dir=data_dir, image_size=image_size, cache_bytes=cache_bytes)
+
+
+def _parse(name: str) -> tuple[str, str]:
+    """KIND and REST of a name; a kind from outside has a colon itself."""
+    kind, _, rest = name.partition(":")
+    if kind in SOURCES:
+        return kind, rest
+    top = kind.partition(".")[0]
+    if rest and (top in sys.modules or (top and importlib.util.find_spec(top))):
+        attribute, _, rest = rest.partition(":")
+        return f"{kind}:{attribute}", rest
+    meant = _meant(name, kind, rest)
+    hint = f"; did you mean {meant}?" if meant else ""
+    raise UserError(f"data.source: {name!r} is not allowed, give one of {', '.join(SOURCES)} or module:name{hint}")
+
+
+def _meant(name: str, kind: str, rest: str) -> str | None:
+    """What a user who wrote the unknown source `name` probably meant."""
+    if name.endswith(".npz") and not rest:
+        return f"npz:{name}"
+    near = difflib.get_close_matches(kind.lower(), SOURCES, 1)
+    if near or rest:
+        return f"{near[0]}:{rest}".rstrip(":") if near else None
+    from jaxcl.data.sources.tfds import close_name
+
+    close = close_name(name)
+    return f"tfds:{close}" if close else None

@@ -1,0 +1,35 @@
+"""What sources share: the form of their errors, and the check of labels."""
+
+import re
+
+import numpy as np
+
+from jaxcl.data.source import MOST_CLASSES
+from jaxcl.errors import UserError
+
+
+def wrong(name: str, what: str) -> UserError:
+    """The error for a source `name` of which `what` is true."""
+    return UserError(f"data.source: {name!r} {what}")
+
+
+def brief(error: BaseException) -> str:
+    """The first cause in one short line, without the page that may follow."""
+    while error.__cause__:
+        error = error.__cause__
+    message = re.sub(r'^Failed to construct dataset .*?}": ', "", str(error))
+    line = next((line.strip() for line in message.splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line}"[:160].rstrip(": ")
+
+
+def check_labels(name: str, where: str, labels: np.ndarray, num_classes: int) -> None:
+    """Raises:
+    UserError: the split called `where` is empty, or labels int [n] lie outside 0..num_classes-1, or that is too many.
+    """
+    if num_classes > MOST_CLASSES:
+        raise wrong(name, f"has {num_classes} classes, give at most {MOST_CLASSES}")
+    if not len(labels):
+        raise wrong(name, f"has no rows in {where}, give at least one")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise wrong(name, f"has labels {low}..{high} in {where}, give 0..{num_classes - 1}")
