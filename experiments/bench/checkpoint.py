@@ -51,7 +51,7 @@ def main() -> None:
             "valid": np.ones(rows, bool),
         },
     )
-    step = run.train_step.lower(state, batch).compile()
+    step = run.train_step.program.lower(state, batch).compile()
 
     def steps(state: Any, count: int) -> tuple[Any, float, float]:
         """The state after so many steps, the seconds they took and the processor seconds."""

@@ -22,8 +22,8 @@ from experiments import cli
 from experiments.bench.environment import environment
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Rows, make_buffer
-from jaxcl.buffer.host import Fed
 from jaxcl.mesh import AXIS
+from jaxcl.training.step_host import HostStep
 
 GIB = flags.DEFINE_list("gib", ["0.25", "1", "4"], "sizes of the memory in GiB")
 PATH = flags.DEFINE_string("path", None, "folder for memory-mapped files; default: in memory")
@@ -80,11 +80,11 @@ def measure(mesh: jax.sharding.Mesh, gib: float) -> dict[str, Any]:
     mapped = jax.shard_map(
         step, mesh=mesh, in_specs=(specs, split, split), out_specs=(specs, split, split), check_vma=False
     )
-    jitted = jax.jit(mapped, donate_argnums=0)
+    prepare = HostStep(store, jax.jit(mapped, donate_argnums=0)).prepare
     state: Any = (mesh_lib.replicate(mesh, np.int32(0)), buffer.init(), (buffer.no_rows(),))
     fill_batch, batch = batch_of(mesh, FILL.value), batch_of(mesh, BATCH.value)
     with store.serving(0, state[2]):
-        one = Fed(jitted, store, lambda name: contextlib.nullcontext())
+        one = prepare(state, fill_batch, lambda name: contextlib.nullcontext())
         steps = -(-int(1.02 * capacity) // FILL.value)
         state, _ = one(state, fill_batch)
         store.take()
@@ -93,7 +93,7 @@ def measure(mesh: jax.sharding.Mesh, gib: float) -> dict[str, Any]:
             state, _ = one(state, fill_batch)
         store.take()
         fill_seconds = time.perf_counter() - begin
-        one = Fed(jitted, store, lambda name: contextlib.nullcontext())
+        one = prepare(state, batch, lambda name: contextlib.nullcontext())
         for _ in range(20):
             state, _ = one(state, batch)
         store.take()

@@ -36,7 +36,7 @@ from experiments.bench.timing import Contender, in_turn, quantiles, spread
 from jaxcl import data
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import HANDOVERS, Buffer, Rows, make_buffer
-from jaxcl.buffer.host import Fed, Store
+from jaxcl.buffer.host import Store
 from jaxcl.mesh import AXIS
 from jaxcl.models import make_model
 from jaxcl.runs.session import Phases
@@ -98,7 +98,6 @@ def contender(
     strategy_name: str,
     new: int,
     buffer: Buffer | None,
-    phases: Phases | None = None,
     *,
     compiled: bool = True,
 ) -> Contender:
@@ -106,7 +105,7 @@ def contender(
     model = make_model(model_name, CLASSES, options=options, dtype=DTYPE.value, axis_name=AXIS)
     optimizer = optax.trace(0.9)
     strategy = make_strategy(strategy_name)
-    step: Any = make_train_step(
+    step = make_train_step(
         mesh,
         model,
         strategy,
@@ -122,9 +121,9 @@ def contender(
     if buffer is not None:
         state = dataclasses.replace(state, buffer=full(buffer, mesh))
     batch = batch_of(mesh, new * mesh.size)
-    if buffer is not None and buffer.host is not None:
-        return Contender(Fed(step, buffer.host, phases or Phases({})), state, batch)
-    return Contender(step.lower(state, batch).compile() if compiled else step, state, batch)
+    if buffer is not None and buffer.host is not None:  # to be prepared when the store serves
+        return Contender(step, state, batch)
+    return Contender(step.program.lower(state, batch).compile() if compiled else step.program, state, batch)
 
 
 def with_bare_collectives(mesh: jax.sharding.Mesh, plain: Contender, traffic: dict[str, int]) -> Contender:
@@ -182,9 +181,10 @@ def measure_host(mesh: jax.sharding.Mesh, model: str) -> dict[str, Any]:
     for handover in HANDOVERS:
         buffer, phases = buffer_on(mesh, tier="host", handover=handover), Phases({})
         assert buffer.host is not None
-        host = contender(mesh, model, "er", NEW.value, buffer, phases)
+        host = contender(mesh, model, "er", NEW.value, buffer)
         with contextlib.ExitStack() as stack:
             store = stack.enter_context(buffer.host.serving(0, host.state.staged))
+            host.step = host.step.prepare(host.state, host.batch, phases)
             for _ in range(3):
                 host.run(STEPS.value)
             store.seconds.update(dict.fromkeys(store.seconds, 0.0))

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from jaxcl import metrics
+from jaxcl import summaries
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS, PAGE = ROOT / "experiments" / "results", ROOT / "docs" / "performance.md"
@@ -245,7 +245,7 @@ def accuracy(found: Json) -> str:
 
 def repeats(found: Json) -> str:
     def row(setting: Json, option: str, one: Json) -> tuple[Any, ...]:
-        mean, deviation = metrics.mean_and_deviation([100 * x for x in one["average_accuracy"]])
+        mean, deviation = summaries.mean_and_deviation([100 * x for x in one["average_accuracy"]])
         distinct = sum(one["distinct_ids"]) / len(one["distinct_ids"])
         return (
             setting["training_rows"],

@@ -19,6 +19,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxcl.errors import UserError
+from jaxcl.registry import short
 from jaxcl.runs import checkpoint
 from jaxcl.runs import workdir as workdir_lib
 from jaxcl.strategies import make_strategy
@@ -36,7 +37,7 @@ def check_together(config: ConfigDict) -> None:
         raise UserError(
             f"--vmap: not allowed in a run of {jax.process_count()} processes, which train one seed at a time"
         )
-    strategy = make_strategy(config.strategy, config.strategies.get(config.strategy, {}))
+    strategy = make_strategy(config.strategy, config.strategies.get(short(config.strategy), {}))
     if strategy.rehearse:
         raise UserError(
             f"--vmap: not allowed with {config.strategy}, which trains new weights at a task's end; leave it out"

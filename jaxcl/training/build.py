@@ -16,6 +16,7 @@ from jaxcl.buffer import Buffer, make_buffer
 from jaxcl.errors import UserError
 from jaxcl.mesh import AXIS
 from jaxcl.models import Model, make_model
+from jaxcl.registry import short
 from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
 from jaxcl.training.config import check_config
 from jaxcl.training.end_task import make_end_task
@@ -24,7 +25,7 @@ from jaxcl.training.exemplars import Selection, make_store_exemplars
 from jaxcl.training.optimizer import make_optimizer, make_schedule
 from jaxcl.training.replay import choices, finetune_batches, memory_rows
 from jaxcl.training.state import TrainState, make_weights
-from jaxcl.training.step import make_train_step
+from jaxcl.training.step import TrainStep, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +33,12 @@ class Review:
     """A second phase of every task, on the memory alone: `Strategy.rehearse` or `config.finetune`.
 
     Attributes:
-      step: jitted, see `make_train_step`.
+      step: see `make_train_step`.
       batches: `(config, state, task) -> Loader`, None where a task has no such phase.
       renews_weights: whether it trains new weights; else only the optimiser's state is new, as it is for the next task.
     """
 
-    step: Any
+    step: TrainStep
     batches: Callable[[ConfigDict, TrainState, int], data.Loader | None]
     renews_weights: bool
 
@@ -53,7 +54,7 @@ class Experiment:
     scenario: data.Scenario
     buffer: Buffer | None
     new_weights: Callable[[jax.Array], Any]
-    train_step: Any  # jitted: see make_train_step
+    train_step: TrainStep
     review: "Review | None"
     store_exemplars: Callable | None  # of strategies that fill the memory at a task's end
     end_task: Callable
@@ -135,7 +136,7 @@ def build(
     if buffer is not None and config.buffer.replay != "draw":
         strategy = strategy._replace(draws=0)
 
-    def train_step(**options: Any) -> Any:
+    def train_step(**options: Any) -> TrainStep:
         parts = {"strategy": strategy, "buffer": buffer if strategy.draws else None, "schedule": schedule} | options
         return make_train_step(
             mesh,
@@ -274,7 +275,7 @@ def blank_batches(
 
 def strategy_of(config: ConfigDict) -> Strategy:
     """The strategy of a run, with the selection that the config chooses."""
-    strategy = make_strategy(config.strategy, config.strategies.get(config.strategy, {}))
+    strategy = make_strategy(config.strategy, config.strategies.get(short(config.strategy), {}))
     return strategy._replace(selection=config.buffer.selection.by or strategy.selection)
 
 

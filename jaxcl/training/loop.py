@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from jaxcl import data
 from jaxcl import mesh as mesh_lib
-from jaxcl.buffer.host import Fed
 from jaxcl.buffer.reshard import reshard
 from jaxcl.errors import Diverged, UserError
 from jaxcl.runs import checkpoint, control
@@ -29,9 +28,9 @@ from jaxcl.training.build import (
     task_batches,
     train_batches,
 )
+from jaxcl.training.learn import step_keys
 from jaxcl.training.result import add_scores, count_rows, record, summarize
 from jaxcl.training.state import TrainState, initial_state
-from jaxcl.training.step import step_keys
 
 
 def train_and_evaluate(
@@ -159,15 +158,11 @@ def _run_tasks(lanes: Lanes[TrainState], run: Experiment, progress: bool) -> lis
     loaders = [course.batches(task.index) for task in tasks]
     assert loaders[0], "the first task has no rows"
     state, first = course.start(), lanes.batch([loader[0] for loader in loaders[0]])
-    step, review_step = run.train_step, run.review and run.review.step  # type: Any, Any
-    if store is None:
-        with phases("compile"):
-            step = step.lower(state, first).compile()  # every later shape but this one is refused: no retrace
-    else:
+    if store is not None:
         lanes.sessions[0].serve(store, int(state.step), state.staged)
-        step, review_step = (x and Fed(x, store, phases) for x in (step, review_step))
-        with phases("compile"):
-            step.compile(state, first)
+    with phases("compile"):
+        step = run.train_step.prepare(state, first, phases)  # every later shape but this one is refused: no retrace
+    review_step: Any = None
     to_do = sum(len(x[0]) for x in loaders[at.task + at.rehearsing :] if x) - (0 if at.rehearsing else at.batch)
     name = config.strategy if len(lanes) == 1 else f"{config.strategy}, {len(lanes)} seeds"
     scores: list[dict[str, np.ndarray]] = []
@@ -197,6 +192,10 @@ def _run_tasks(lanes: Lanes[TrainState], run: Experiment, progress: bool) -> lis
                     state = renewed(state, course.new_weights(task.index), run.review.renews_weights)
                     state = course.begin(state, task.index, again)
                 bar.total += len(again[0]) - at.batch
+                if review_step is None:
+                    with phases("compile"):
+                        rows = lanes.batch([loader[0] for loader in again])
+                        review_step = run.review.step.prepare(state, rows, phases)
                 state = train_steps(lanes, review_step, state, again, bar)
                 if not run.review.renews_weights:
                     for session, loader in zip(lanes.sessions, again, strict=True):

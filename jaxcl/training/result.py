@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcl import metrics
+from jaxcl import summaries
 from jaxcl.buffer import Buffer
 from jaxcl.data import Loader
 from jaxcl.runs import files, workdir
@@ -128,9 +128,9 @@ def conditions(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 def _accuracies(run: Experiment, at: Progress, scores: dict[str, np.ndarray], untrained: Any) -> dict[str, Any]:
     return {
         "accuracy_matrix": at.accuracy,
-        **metrics.summarize(at.accuracy),
+        **summaries.summarize(at.accuracy),
         **_top5(at.top5, run.train.num_classes),
-        "forward_transfer": metrics.forward_transfer(at.accuracy, untrained),
+        "forward_transfer": summaries.forward_transfer(at.accuracy, untrained),
         **_last(scores),
     }
 
@@ -138,7 +138,7 @@ def _accuracies(run: Experiment, at: Progress, scores: dict[str, np.ndarray], un
 def _errors(at: Progress, untrained: Any) -> dict[str, Any]:
     return {
         "error_matrix": at.error,
-        **metrics.summarize_errors(at.error),
+        **summaries.summarize_errors(at.error),
         "untrained_error": untrained.tolist(),
     }
 
@@ -148,15 +148,15 @@ def _last(scores: dict[str, np.ndarray]) -> dict[str, Any]:
     confusion = scores["confusion"]
     kept = {"confusion": confusion.tolist()} if len(confusion) <= 100 else {}
     in_task = scores["accuracy_in_task"].tolist()
-    return {"accuracy_in_task": in_task, "per_class_accuracy": metrics.per_class_accuracy(confusion), **kept}
+    return {"accuracy_in_task": in_task, "per_class_accuracy": summaries.per_class_accuracy(confusion), **kept}
 
 
 def _top5(matrix: list[list[float]], num_classes: int) -> dict[str, Any]:
     """Top-5 accuracy says something only above five classes."""
     if num_classes <= 5:
         return {}
-    so_far = metrics.accuracy_so_far(matrix).tolist()
-    return {"top5_matrix": matrix, "average_top5": metrics.average_accuracy(matrix), "top5_so_far": so_far}
+    so_far = summaries.accuracy_so_far(matrix).tolist()
+    return {"top5_matrix": matrix, "average_top5": summaries.average_accuracy(matrix), "top5_so_far": so_far}
 
 
 def _replay_report(config: ConfigDict, at: Progress) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxcl import metrics
+from jaxcl import summaries
 from jaxcl.errors import UserError
 
 # Task 0 peaks in the middle and recovers a little; task 1 is best at the end. 99 and 77 would show in any summary that
@@ -30,39 +30,39 @@ def test_hand_computed():
             "diaz_rodriguez": ((0.9 - 0.8) + (0.6 - 0.8) + (0.7 - 0.5)) / 3,
         },
     }
-    found = metrics.summarize(A)
+    found = summaries.summarize(A)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert found[key] == pytest.approx(value), key
-    np.testing.assert_allclose(metrics.accuracy_so_far(A), [0.8, 0.7, 1.7 / 3])
+    np.testing.assert_allclose(summaries.accuracy_so_far(A), [0.8, 0.7, 1.7 / 3])
 
 
 def test_forward_transfer():
     a = [[0.9, 0.3, 0.2], [0.5, 0.9, 0.4], [0.5, 0.5, 0.9]]
-    assert metrics.forward_transfer(a, [0.7, 0.1, 0.1]) == pytest.approx(((0.3 - 0.1) + (0.4 - 0.1)) / 2)
+    assert summaries.forward_transfer(a, [0.7, 0.1, 0.1]) == pytest.approx(((0.3 - 0.1) + (0.4 - 0.1)) / 2)
     with pytest.raises(UserError, match=r"random_init.*\(3,\)"):
-        metrics.forward_transfer(a, [0.1])
+        summaries.forward_transfer(a, [0.1])
 
 
 def test_per_class_accuracy():
-    assert metrics.per_class_accuracy([[3, 1, 0], [0, 0, 0], [2, 2, 0]]) == [0.75, None, 0.0]
+    assert summaries.per_class_accuracy([[3, 1, 0], [0, 0, 0], [2, 2, 0]]) == [0.75, None, 0.0]
 
 
 def test_mean_and_deviation():
-    assert metrics.mean_and_deviation([1.0, 2.0, 6.0]) == (3.0, pytest.approx(7**0.5))
-    assert metrics.mean_and_deviation([2.5]) == (2.5, 0.0)
+    assert summaries.mean_and_deviation([1.0, 2.0, 6.0]) == (3.0, pytest.approx(7**0.5))
+    assert summaries.mean_and_deviation([2.5]) == (2.5, 0.0)
 
 
 def test_one_task():
-    found = metrics.summarize([[0.75]])
+    found = summaries.summarize([[0.75]])
     assert found["average_accuracy"] == found["average_incremental_accuracy"] == 0.75
     assert {*found["forgetting"].values(), *found["backward_transfer"].values()} == {0.0}
-    assert metrics.forward_transfer([[0.75]], [0.5]) == 0.0
+    assert summaries.forward_transfer([[0.75]], [0.5]) == 0.0
 
 
 @given(SQUARES)
 def test_identities(matrix):
-    f, b = metrics.summarize(matrix)["forgetting"], metrics.summarize(matrix)["backward_transfer"]
+    f, b = summaries.summarize(matrix)["forgetting"], summaries.summarize(matrix)["backward_transfer"]
     assert b["gem"] == pytest.approx(-f["avalanche"])
     assert f["avalanche"] <= f["chaudhry"] + 1e-12
     assert f["chaudhry"] <= f["mammoth"] + 1e-12
@@ -75,10 +75,10 @@ def test_identities(matrix):
 @given(SQUARES)
 def test_future_tasks_do_not_count(matrix):
     a = np.array(matrix)
-    assert metrics.summarize(a) == metrics.summarize(np.tril(a))
+    assert summaries.summarize(a) == summaries.summarize(np.tril(a))
 
 
 @pytest.mark.parametrize("matrix", [[[0.1, 0.2]], [0.1], [], [[0.1], [0.2, 0.3]], [["x"]]])
 def test_not_square(matrix):
     with pytest.raises(UserError, match="accuracy matrix"):
-        metrics.summarize(matrix)
+        summaries.summarize(matrix)
