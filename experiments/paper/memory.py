@@ -45,7 +45,7 @@ def of(run: Experiment, config: Any) -> Json:
         on_host = sum(x.nbytes for x in buffer.host.payload().values())
         with buffer.host.serving(0, state.staged):
             programs = run.train_step.lower(state, batch)
-    memory = [program.compile().memory_analysis() for program in programs]
+    memory: list[Any] = [program.compile().memory_analysis() for program in programs]
     return {
         "capacity": buffer.capacity,
         "row_bytes": buffer.traffic["row_bytes"],

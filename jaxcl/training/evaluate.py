@@ -75,8 +75,10 @@ def make_evaluate(
       UserError: a metric is unknown, or its name is that of another one.
     """
     found = named_metrics((*(RECONSTRUCTION if reconstructs else CLASSIFICATION), *metrics))
-    count = functools.partial(count_rows, Bound(model, normalize, scores, scenario, found, reconstructs))
-    add = functools.partial(add_rows, count)
+    count: Callable[..., Counts] = functools.partial(
+        count_rows, Bound(model, normalize, scores, scenario, found, reconstructs)
+    )
+    add: Callable[..., Counts] = functools.partial(add_rows, count)
     if seeds:
         count, add = jax.vmap(count, (0, 0, 0, None)), jax.vmap(add, (0, 0, 0, 0, None))
     count = over_mesh(mesh, count, (WHOLE, WHOLE, WHOLE, ROWS), WHOLE)
@@ -111,7 +113,7 @@ def evaluate(
     """See `make_evaluate`. `count` gives the counts of a batch, `add` adds them to those before."""
     counts = None
     for batch in batches:
-        inputs = {name: batch[name] for name in ("image", "label", "valid", "target") if name in batch}
+        inputs: Batch = {name: batch[name] for name in ("image", "label", "valid", "target") if name in batch}
         inputs["task"] = task_of_row[batch["id"]]  # that of padding, whose id is -1, does not count
         inputs = mesh_lib.shard_rows(mesh, inputs)
         if counts is None:
