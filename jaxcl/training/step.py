@@ -33,6 +33,28 @@ from jaxcl.training.step_host import Phase, make_host_step
 from jaxcl.types import Batch
 
 
+def train_step(bound: Bound, key: jax.Array, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """The step of the device tier, on this device's part of state and batch; `key` is the run's."""
+    augment_key, insert_key, *draw_keys = step_keys(key, state.step, bound.strategy.draws)
+    after, outputs, metrics = learn(bound, augment_key, state, batch)
+    if bound.buffer is not None and state.buffer is not None:
+        rows = candidates(bound, state.clock, batch, outputs)
+        shard = bound.buffer.local.insert(state.buffer, rows, insert_key)
+        staged = tuple(bound.buffer.local.draw(shard, draw_key) for draw_key in draw_keys)  # and its exchange
+        after = dataclasses.replace(after, buffer=shard, staged=staged)
+    return after, metrics
+
+
+def device_step(bound: Bound, seed: int, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    return train_step(bound, jax.random.key(seed), state, batch)
+
+
+def seeds_step(bound: Bound, seeds: Sequence[int], state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """A step for each of several seeds."""
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    return jax.vmap(functools.partial(train_step, bound))(keys, state, batch)
+
+
 class TrainStep(Protocol):
     """A training step, not compiled yet.
 
@@ -110,25 +132,3 @@ def make_train_step(
         return make_host_step(mesh, bound, seed)
     function = functools.partial(device_step, bound, seed)
     return DeviceStep(on_mesh(mesh, function, (specs(), ROWS), (specs(), WHOLE), donate=0))
-
-
-def device_step(bound: Bound, seed: int, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    return train_step(bound, jax.random.key(seed), state, batch)
-
-
-def seeds_step(bound: Bound, seeds: Sequence[int], state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    """A step for each of several seeds."""
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    return jax.vmap(functools.partial(train_step, bound))(keys, state, batch)
-
-
-def train_step(bound: Bound, key: jax.Array, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    """The step of the device tier, on this device's part of state and batch; `key` is the run's."""
-    augment_key, insert_key, *draw_keys = step_keys(key, state.step, bound.strategy.draws)
-    after, outputs, metrics = learn(bound, augment_key, state, batch)
-    if bound.buffer is not None and state.buffer is not None:
-        rows = candidates(bound, state.clock, batch, outputs)
-        shard = bound.buffer.local.insert(state.buffer, rows, insert_key)
-        staged = tuple(bound.buffer.local.draw(shard, draw_key) for draw_key in draw_keys)  # and its exchange
-        after = dataclasses.replace(after, buffer=shard, staged=staged)
-    return after, metrics
