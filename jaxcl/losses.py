@@ -12,9 +12,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-_FAR = (
-    -1e30
-)  # a masked logit: its probability underflows to exactly 0, yet 0 * loss stays 0 where -inf would make it NaN
+# A masked logit: its probability underflows to exactly 0, yet 0 * loss stays 0 where -inf would make it NaN.
+_FAR = -1e30
 
 
 def _allowed(logits: jax.Array, class_mask: jax.Array | None) -> jax.Array:

@@ -29,7 +29,7 @@ RATE = 0.5
 
 
 class Rig:
-    """`rig.step(state, batch)` and what it is made of."""
+    """`rig.step(state, batch)` and what it is made of; in the host tier `rig.train_step` has to be prepared."""
 
     def __init__(
         self,
@@ -52,10 +52,11 @@ class Rig:
             self.buffer = make_buffer(record, capacity=capacity, representatives=DRAWN, mesh=mesh, **memory)
         optimizer = optimizer or optax.identity()
         self.new_weights = make_weights(mesh, self.model, optimizer, SHAPE)
-        self.step = make_train_step(
+        self.train_step = make_train_step(
             mesh, self.model, strategy, self.buffer, optimizer, lambda epoch: RATE, make_augment((), SHAPE), 0, CLASSES,
             **options,
         )  # fmt: skip
+        self.step = self.train_step.program
 
     def state(self, stored: bool = True, **changes: Any) -> TrainState:
         """The first state with some fields changed; without the buffer unless `stored`, which compiles much faster."""

@@ -39,7 +39,7 @@ def measure(
     assert run.buffer is not None
     state = initial_state(run.mesh, run.new_weights(jax.random.key(0)), run.buffer, run.strategy)
     batch = harness.made_up(run.mesh, config.batch_size, run.train.image_shape, classes=10)
-    training = Contender(run.train_step.lower(state, batch).compile(), state, batch, blocking=True)
+    training = Contender(run.train_step.program.lower(state, batch).compile(), state, batch, blocking=True)
     training.run(20)
     step_seconds = training.run(50)
     payload = sum(x.nbytes for x in jax.tree.leaves(training.state))

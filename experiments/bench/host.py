@@ -18,8 +18,9 @@ from experiments.bench import harness
 from experiments.bench.harness import CLASSES, SHAPE, Contender, Json
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Buffer, Rows, make_buffer
-from jaxcl.buffer.host import Fed, Store
+from jaxcl.buffer.host import Store
 from jaxcl.mesh import ROWS, WHOLE
+from jaxcl.training.step_host import HostStep
 
 
 def measure(
@@ -87,7 +88,9 @@ def rows_of(mesh: jax.sharding.Mesh, count: int) -> Rows:
 
 
 def contender(program: Any, store: Store, state: Any, batch: Rows) -> Contender:
-    return Contender(Waiting(Fed(program, store, contextlib.nullcontext), store), state, batch)
+    return Contender(
+        Waiting(HostStep(store, program).prepare(state, batch, contextlib.nullcontext), store), state, batch
+    )
 
 
 @dataclasses.dataclass(frozen=True)

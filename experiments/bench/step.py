@@ -30,7 +30,7 @@ from experiments.bench.harness import CLASSES, SHAPE, Contender, Json
 from jaxcl import data
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import HANDOVERS, Buffer, make_buffer
-from jaxcl.buffer.host import Fed, Store
+from jaxcl.buffer.host import Store
 from jaxcl.mesh import AXIS, ROWS, WHOLE
 from jaxcl.models import make_model
 from jaxcl.runs.session import Phases
@@ -140,7 +140,7 @@ def compiled(one: Contender) -> Contender:
 
 def jitted(one: Contender) -> Any:
     """The step's one program."""
-    return one.step
+    return one.step.program
 
 
 def with_bare_collectives(mesh: Mesh, plain: Contender, traffic: dict[str, int]) -> Contender:
@@ -189,7 +189,7 @@ def one_handover(sizes: Sizes, model: str, device: Contender, handover: str) -> 
     assert buffer.host is not None
     host = sizes.contender(model, buffer)
     with buffer.host.serving(0, host.state.staged) as store:
-        host.step = Fed(host.step, store, phases)
+        host.step = host.step.prepare(host.state, host.batch, phases)
         for _ in range(3):
             host.run(sizes.steps)
         store.seconds.update(dict.fromkeys(store.seconds, 0.0))

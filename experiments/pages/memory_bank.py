@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from experiments.pages.page import RESULTS, ROOT, spread, table, where
 from experiments.studies.memory_bank import MORE
-from jaxcl.metrics import mean_and_deviation
+from jaxcl.summaries import mean_and_deviation
 
 FILE, PAGE, IMAGES = RESULTS / "memory_bank.json", ROOT / "docs" / "memory_bank.md", ROOT / "docs" / "images"
 RECALLS = [f"{way}@{k}" for way in ("left_to_right", "right_to_left") for k in (1, 5, 10)]

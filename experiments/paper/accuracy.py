@@ -14,9 +14,9 @@ from experiments.pages.page import table
 from experiments.paper.draw import panels
 from experiments.paper.study import STRATEGIES, Json, Study
 from jaxcl.errors import UserError
-from jaxcl.metrics import accuracy_so_far
 from jaxcl.report import color_of
 from jaxcl.runs.steps import STEPPING
+from jaxcl.summaries import accuracy_so_far
 
 PAPER = 0.8055 / 0.91  # top-5 accuracy with rehearsal over that from scratch, ResNet-50, 30 %
 SLACK = 1.02

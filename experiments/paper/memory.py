@@ -4,7 +4,6 @@ The budget is capacity x bytes of a row (record, label and id). Nothing is train
 array by array, and the compiled step tells its temporaries, which may not grow with the capacity.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ from experiments.pages.page import table
 from experiments.paper.draw import panels
 from experiments.paper.study import Json, Study
 from jaxcl import mesh as mesh_lib
-from jaxcl.buffer.host import InTwo
 from jaxcl.training.batches import train_batches
 from jaxcl.training.build import Parts, build
 from jaxcl.training.state import initial_state
@@ -43,12 +41,12 @@ def of(run: Parts, config: Any) -> Json:
     on_device = sum(x.nbytes for x in jax.tree.leaves(state.buffer))
     on_host = 0
     if buffer.host is None:
-        programs = [run.train_step.lower(state, batch)]
+        programs = run.train_step.lower(state, batch)
     else:
         on_host = sum(x.nbytes for x in buffer.host.payload().values())
-        with buffer.host.serving(0, state.staged) as store:
-            programs = list(in_two(run.train_step, state, batch, store.take()))
-    memory = [program.compile().memory_analysis() for program in programs]
+        with buffer.host.serving(0, state.staged):
+            programs = run.train_step.lower(state, batch)
+    memory: list[Any] = [program.compile().memory_analysis() for program in programs]
     return {
         "capacity": buffer.capacity,
         "row_bytes": buffer.traffic["row_bytes"],
@@ -57,12 +55,6 @@ def of(run: Parts, config: Any) -> Json:
         "on_host": on_host,
         "temporaries": max(x.temp_size_in_bytes for x in memory),
     }
-
-
-def in_two(step: InTwo, state: Any, batch: Any, arrived: Any) -> Iterable[Any]:
-    shard, clock, staged, rest = step.apart(state)
-    yield step.ahead.lower(shard, clock, batch)
-    yield step.train.lower(rest, clock, staged, batch, arrived)
 
 
 def picture(found: Json) -> Figure:

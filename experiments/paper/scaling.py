@@ -76,7 +76,7 @@ def steps_on(study: Study, model: str, devices: int) -> tuple[Json, Json]:
         state = initial_state(run.mesh, run.new_weights(jax.random.key(0)), run.buffer, run.strategy)
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
         batch = mesh_lib.shard_rows(run.mesh, loader[0])
-        contenders[kind] = Contender(run.train_step.lower(state, batch).compile(), state, batch)
+        contenders[kind] = Contender(run.train_step.program.lower(state, batch).compile(), state, batch)
         contenders[kind].run(WARM_UP)
     in_turn(list(contenders.values()), RUNS, STEPS)
     assert run.buffer is not None

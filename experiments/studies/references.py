@@ -23,7 +23,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import cli
-from jaxcl import data, metrics
+from jaxcl import data, summaries
 from jaxcl.errors import UserError
 from jaxcl.training.loop import train_and_evaluate
 
@@ -129,7 +129,7 @@ def mammoth_protocol(config: ConfigDict) -> dict[str, Any]:
 
 def accuracies(accuracy: list[float]) -> dict[str, Any]:
     """Final accuracy of each seed in percent, their mean and sample deviation."""
-    mean, deviation = metrics.mean_and_deviation(accuracy)
+    mean, deviation = summaries.mean_and_deviation(accuracy)
     return {"accuracy": [round(a, 3) for a in accuracy], "mean": round(mean, 3), "std": round(deviation, 3)}
 
 

@@ -88,7 +88,7 @@ def measure(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> 
         numbers = {name: mesh_lib.replicate(run.mesh, np.int32(value)) for name, value in begin.items()}
         state = dataclasses.replace(state, **numbers)
         for batch in loader:
-            state, _ = run.train_step(state, mesh_lib.shard_rows(run.mesh, batch))
+            state, _ = run.train_step.program(state, mesh_lib.shard_rows(run.mesh, batch))
             stored, staged = state.buffer, state.staged[0]
             assert stored is not None
             ids, labels, *drawn = jax.device_get((stored.id, stored.label, staged.valid, staged.shard, staged.label))

@@ -14,7 +14,7 @@ from jaxcl.contrastive.step import kinds_of, make_inputs
 from jaxcl.contrastive.storage import decode
 from jaxcl.data.augment import Augment
 from jaxcl.models import Towers
-from jaxcl.types import PyTree
+from jaxcl.types import Batch, PyTree
 
 Embed = Callable[[PyTree, data.Loader], dict[str, np.ndarray]]
 RECALLS = (1, 5, 10)
@@ -25,7 +25,7 @@ def make_embed(mesh: Mesh, towers: Towers, pairs: str, augment: Augment) -> Embe
     the same on every process; `params` of the towers. Views are made alike every time."""
     inputs_of, kinds = make_inputs(pairs, augment), kinds_of(pairs)
 
-    def one(params: PyTree, batch: data.Batch) -> dict[str, jax.Array]:
+    def one(params: PyTree, batch: Batch) -> dict[str, jax.Array]:
         rows = jnp.arange(len(batch["valid"]), dtype=jnp.int32)
         inputs = inputs_of(jax.random.key(0), rows, batch)
         found = {side: towers.encode(params, kind, x) for side, kind, x in zip(SIDES, kinds, inputs, strict=True)}
@@ -81,13 +81,7 @@ def make_staleness(mesh: Mesh, rows: int) -> Callable[..., dict[str, list[float]
     the encoders make of the same examples now, by age: optimiser steps since it was made. More than 64 ages are
     put together in steps of equal width, named by their mean.
     """
-
-    def pick(state: BankState, slots: jax.Array) -> dict[str, jax.Array]:
-        record = jax.tree.map(lambda x: x[slots], state.shard.record)
-        found = {side: decode(record[side]) for side in SIDES if side in record}
-        return found | {"step": record["step"], "id": state.shard.id[slots]}
-
-    gather = jax.jit(pick, out_shardings=mesh_lib.replicated(mesh))
+    gather = jax.jit(read_slots, out_shardings=mesh_lib.replicated(mesh))
 
     def staleness(
         state: BankState, step: int, fresh: Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -95,22 +89,31 @@ def make_staleness(mesh: Mesh, rows: int) -> Callable[..., dict[str, list[float]
         total = len(state.shard.id)
         slots = np.unique(np.linspace(0, total - 1, min(rows, total)).astype(np.int32))
         stored = jax.device_get(gather(state, slots))
-        held = stored["id"] >= 0
-        stored = {name: x[held] for name, x in stored.items()}
-        if not held.any():
+        stored = {name: x[stored["id"] >= 0] for name, x in stored.items()}
+        if not len(stored["id"]):
             return {"age": [], "rows": []}
-        now, age = fresh(stored["id"]), step - stored["step"]
-        width = -(-int(np.ptp(age) + 1) // 64)
-        _, group = np.unique(age // width, return_inverse=True)
-        count = np.bincount(group)
-
-        def mean(x: np.ndarray) -> list[float]:
-            return (np.bincount(group, x) / count).tolist()
-
-        def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-            return np.sum(a * b, 1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
-
-        sides = {side: mean(cosine(stored[side], now[side])) for side in SIDES if side in stored}
-        return {"age": mean(age), "rows": count.tolist(), **sides}
+        now = fresh(stored["id"])
+        cosines = {side: _cosine(stored[side], now[side]) for side in SIDES if side in stored}
+        return by_age(step - stored["step"], cosines)
 
     return staleness
+
+
+def read_slots(state: BankState, slots: jax.Array) -> dict[str, jax.Array]:
+    """What lies in these slots of the bank, int32 `[n]` over all devices: each side `[n, D]`, "step" and "id"."""
+    record = jax.tree.map(lambda x: x[slots], state.shard.record)
+    found = {side: decode(record[side]) for side in SIDES if side in record}
+    return found | {"step": record["step"], "id": state.shard.id[slots]}
+
+
+def by_age(age: np.ndarray, values: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """Mean age, number and mean values of the rows of each age, or of each of at most 64 groups of ages."""
+    width = -(-int(np.ptp(age) + 1) // 64)
+    _, group = np.unique(age // width, return_inverse=True)
+    count = np.bincount(group)
+    means = {name: (np.bincount(group, x) / count).tolist() for name, x in {"age": age, **values}.items()}
+    return {"age": means.pop("age"), "rows": count.tolist(), **means}
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.sum(a * b, 1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)

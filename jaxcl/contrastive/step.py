@@ -9,14 +9,15 @@ is what a queue that is filled at the end of a step means.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer.shard import Rows
@@ -24,11 +25,10 @@ from jaxcl.contrastive import bank as bank_lib
 from jaxcl.contrastive import loss as loss_lib
 from jaxcl.contrastive.bank import Bank, BankState
 from jaxcl.data.augment import Augment
-from jaxcl.mesh import AXIS
+from jaxcl.mesh import AXIS, ROWS, WHOLE, on_mesh
 from jaxcl.models import Towers
-from jaxcl.types import PyTree
+from jaxcl.types import Batch, PyTree
 
-Batch = dict[str, Any]
 NEGATIVES = ("in_batch", "gathered", "fifo", "full_bank", "momentum")
 PAIRS = ("captions", "views", "styles")
 MAX_SCALE = 100.0  # of the inverse temperature, as in CLIP: beyond it training may become unstable
@@ -60,9 +60,8 @@ class ContrastiveState:
 
 def specs(banked: bool) -> ContrastiveState:
     """How the state lies on the mesh."""
-    whole, split = PartitionSpec(), PartitionSpec(AXIS)
-    bank = bank_lib.specs() if banked else None
-    return ContrastiveState(whole, whole, whole, whole, whole, bank, split)  # type: ignore[arg-type]
+    fields: dict[str, Any] = {field.name: WHOLE for field in dataclasses.fields(ContrastiveState)}
+    return ContrastiveState(**fields | {"bank": bank_lib.specs() if banked else None, "pending": ROWS})
 
 
 def kinds_of(pairs: str) -> tuple[str, str]:
@@ -102,17 +101,10 @@ def initial_state(
         keys = jax.tree.map(jnp.copy, params["towers"]) if momentum else {}
         return params, optimizer.init(params), keys
 
-    def no_rows() -> Rows:
-        assert bank is not None
-        b = batch_size // mesh.size
-        no = jnp.full((b,), -1, jnp.int32)
-        return Rows(bank.pack([jnp.zeros((b, bank.dim))] * 2, jnp.int32(0)), no, no, jnp.zeros((b,), bool))
-
     params, opt_state, keys = jax.jit(make, out_shardings=mesh_lib.replicated(mesh))(jax.random.key(seed))
     pending = None
     if bank is not None:
-        split = jax.shard_map(no_rows, mesh=mesh, in_specs=(), out_specs=PartitionSpec(AXIS), check_vma=False)
-        pending = jax.jit(split)()
+        pending = on_mesh(mesh, functools.partial(no_rows, bank, batch_size // mesh.size), (), ROWS)()
     return ContrastiveState(
         step=mesh_lib.replicate(mesh, jnp.int32(0)),
         seed=mesh_lib.replicate(mesh, jnp.int32(seed)),
@@ -124,6 +116,73 @@ def initial_state(
     )
 
 
+def no_rows(bank: Bank, b: int) -> Rows:
+    """`b` rows a device that are not valid, as the first step finds them."""
+    no = jnp.full((b,), -1, jnp.int32)
+    return Rows(bank.pack([jnp.zeros((b, bank.dim))] * 2, jnp.int32(0)), no, no, jnp.zeros((b,), bool))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """What the steps of a run are bound to.
+
+    Attributes:
+      schedule: learning rate as a function of the epoch.
+      augment: see `jaxcl.data.make_augment`.
+      negatives: one of `NEGATIVES`.
+      pairs: one of `PAIRS`.
+      passes: optimiser steps on one batch; the bank takes in the embeddings of the last.
+      same_side: see `loss.info_nce`.
+      proximal: lambda, of "full_bank".
+      bank_start: the epoch from which the bank's rows are negatives; until then it only takes them in.
+      momentum: m of the key encoders, of "momentum".
+    """
+
+    towers: Towers
+    bank: Bank | None
+    optimizer: optax.GradientTransformation
+    schedule: Callable[[jax.Array], jax.Array]
+    augment: Augment
+    negatives: str
+    pairs: str = "captions"
+    steps_per_epoch: int = 1
+    passes: int = 1
+    same_side: bool = False
+    proximal: float = 0.0
+    bank_start: float = 0.0
+    momentum: float = 0.999
+
+
+class Pass(NamedTuple):
+    """What all passes over a batch share.
+
+    Attributes:
+      batch: of this device.
+      inputs: of the two towers.
+      held: the bank, None without one.
+      draw_key: for the rows that are drawn of it.
+      epoch: float32.
+      rate: the learning rate.
+      total: valid rows of all devices, float32, at least 1.
+    """
+
+    batch: Batch
+    inputs: Sequence[jax.Array]
+    held: BankState | None
+    draw_key: jax.Array
+    epoch: jax.Array
+    rate: jax.Array
+    total: jax.Array
+
+
+class Carry(NamedTuple):
+    """What a pass changes: the fields of `ContrastiveState`."""
+
+    params: PyTree
+    opt_state: PyTree
+    keys: PyTree
+
+
 def make_step(
     mesh: Mesh,
     towers: Towers,
@@ -131,101 +190,96 @@ def make_step(
     optimizer: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array],
     augment: Augment,
-    *,
-    negatives: str,
-    pairs: str = "captions",
-    steps_per_epoch: int = 1,
-    passes: int = 1,
-    same_side: bool = False,
-    proximal: float = 0.0,
-    bank_start: float = 0.0,
-    momentum: float = 0.999,
+    **options: Any,
 ) -> Any:
     """Binds the parts to `step(state, batch) -> (state, metrics)`, jitted and donating the state.
 
     `batch` is what `jaxcl.data.Loader` gives: "image", "label" (the key: rows of one key match), "id", "valid" and "target",
-    which holds "text" int32 `[B, L]` of captions, or "image", the other style.
-
-    Args:
-      schedule: learning rate as a function of the epoch.
-      passes: optimiser steps on one batch; the bank takes in the embeddings of the last.
-      proximal: lambda, of "full_bank".
-      bank_start: the epoch from which the bank's rows are negatives; until then it only takes them in.
-      momentum: m of the key encoders, of "momentum".
+    which holds "text" int32 `[B, L]` of captions, or "image", the other style. `options`: see `Bound`.
 
     Metrics: loss (the whole of it), proximal (its term before lambda), positive (mean cosine of the pairs), scale,
     learning_rate, rows; of the last pass.
     """
-    gather, kinds, inputs_of = negatives != "in_batch", kinds_of(pairs), make_inputs(pairs, augment)
+    bound, state = Bound(towers, bank, optimizer, schedule, augment, **options), specs(bank is not None)
+    return on_mesh(mesh, functools.partial(train_step, bound), (state, ROWS), (state, WHOLE), donate=0)
 
-    def embed(params: PyTree, inputs: Sequence[jax.Array]) -> loss_lib.Pair:
-        left, right = (towers.encode(params, kind, x) for kind, x in zip(kinds, inputs, strict=True))
-        return left, right
 
-    def local_step(state: ContrastiveState, batch: Batch) -> tuple[ContrastiveState, PyTree]:
-        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        augment_key, draw_key = jax.random.split(key)
-        held = state.bank
-        if bank is not None and held is not None:
-            held = bank.insert(held, jax.tree.map(lambda x: lax.all_gather(x, AXIS, tiled=True), state.pending))
-        b, valid = len(batch["valid"]), batch["valid"]
-        rows = lax.axis_index(AXIS) * b + jnp.arange(b, dtype=jnp.int32)
-        inputs = inputs_of(augment_key, rows, batch)
-        epoch = state.step / steps_per_epoch
-        rate = jnp.asarray(schedule(epoch), jnp.float32)
-        total = jnp.maximum(lax.psum(jnp.sum(valid, dtype=jnp.float32), AXIS), 1.0)
+def train_step(bound: Bound, state: ContrastiveState, batch: Batch) -> tuple[ContrastiveState, PyTree]:
+    """The step, on this device's part of state and batch."""
+    key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+    augment_key, draw_key = jax.random.split(key)
+    held = state.bank
+    if bound.bank is not None and held is not None:
+        held = bound.bank.insert(held, jax.tree.map(lambda x: lax.all_gather(x, AXIS, tiled=True), state.pending))
+    b, valid = len(batch["valid"]), batch["valid"]
+    rows = lax.axis_index(AXIS) * b + jnp.arange(b, dtype=jnp.int32)
+    inputs = make_inputs(bound.pairs, bound.augment)(augment_key, rows, batch)
+    epoch = state.step / bound.steps_per_epoch
+    rate = jnp.asarray(bound.schedule(epoch), jnp.float32)
+    total = jnp.maximum(lax.psum(jnp.sum(valid, dtype=jnp.float32), AXIS), 1.0)
 
-        def one_pass(carry: tuple[PyTree, ...], i: jax.Array) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
-            params, opt_state, keys = carry
-            stored = embed(keys, inputs) if negatives == "momentum" else None
+    one_pass = functools.partial(train_pass, bound, Pass(batch, inputs, held, draw_key, epoch, rate, total))
+    carry = Carry(state.params, state.opt_state, state.keys)
+    if bound.passes == 1:
+        carry, (made, metrics) = one_pass(carry, jnp.int32(0))
+    else:
+        carry, outputs = lax.scan(one_pass, carry, jnp.arange(bound.passes, dtype=jnp.int32))
+        made, metrics = jax.tree.map(lambda x: x[-1], outputs)
 
-            def share(params: PyTree) -> tuple[jax.Array, tuple[PyTree, ...]]:
-                """This device's share of the sum over all valid rows."""
-                pair = embed(params["towers"], inputs)
-                scale = jnp.minimum(jnp.exp(params["log_scale"]), MAX_SCALE)
-                losses = loss_lib.info_nce(
-                    pair,
-                    stored or pair,
-                    scale,
-                    batch["label"],
-                    valid,
-                    gather=gather,
-                    same_side=same_side,
-                    bank=bank,
-                    state=held,
-                    draw_key=jax.random.fold_in(draw_key, i),
-                    used=epoch >= bank_start,
-                )
-                moved = jnp.zeros_like(losses)
-                if proximal:
-                    assert bank is not None and held is not None
-                    moved = loss_lib.proximal(bank, held, pair, batch["id"])
-                positive = jnp.sum(pair[0] * pair[1], axis=1)
-                value, *means = (jnp.sum(x, where=valid) for x in (losses + proximal * moved, moved, positive))
-                return value, (pair, scale, means)
+    pending = None
+    if bound.bank is not None:
+        pending = Rows(bound.bank.pack(made, state.step), batch["label"], batch["id"], valid)
+    metrics |= {"learning_rate": rate, "rows": total}
+    return ContrastiveState(state.step + 1, state.seed, *carry, held, pending), metrics
 
-            (value, (pair, scale, means)), grads = jax.value_and_grad(share, has_aux=True)(params)
-            grads, value, means = jax.tree.map(lambda x: x / total, lax.psum((grads, value, means), AXIS))
-            direction, opt_state = optimizer.update(grads, opt_state, params)
-            params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
-            if stored is not None:
-                keys = jax.tree.map(lambda k, p: momentum * k + (1 - momentum) * p, keys, params["towers"])
-            metrics = {"loss": value, "proximal": means[0], "positive": means[1], "scale": scale}
-            return (params, opt_state, keys), (stored or pair, metrics)
 
-        carry = (state.params, state.opt_state, state.keys)
-        if passes == 1:
-            carry, (made, metrics) = one_pass(carry, jnp.int32(0))
-        else:
-            carry, outputs = lax.scan(one_pass, carry, jnp.arange(passes, dtype=jnp.int32))
-            made, metrics = jax.tree.map(lambda x: x[-1], outputs)
-        params, opt_state, keys = carry
-        pending = None
-        if bank is not None:
-            pending = Rows(bank.pack(made, state.step), batch["label"], batch["id"], valid)
-        metrics |= {"learning_rate": rate, "rows": total}
-        return ContrastiveState(state.step + 1, state.seed, params, opt_state, keys, held, pending), metrics
+def train_pass(bound: Bound, now: Pass, carry: Carry, i: jax.Array) -> tuple[Carry, tuple[loss_lib.Pair, PyTree]]:
+    """Pass `i` over a batch; gives also the embeddings that the bank takes in, and the metrics."""
+    params, opt_state, keys = carry
+    stored = embed(bound, keys, now.inputs) if bound.negatives == "momentum" else None
+    share = functools.partial(loss_share, bound, now, jax.random.fold_in(now.draw_key, i), stored)
+    (value, (pair, scale, means)), grads = jax.value_and_grad(share, has_aux=True)(params)
+    grads, value, means = jax.tree.map(lambda x: x / now.total, lax.psum((grads, value, means), AXIS))
+    direction, opt_state = bound.optimizer.update(grads, opt_state, params)
+    params = jax.tree.map(lambda p, d: p - now.rate * d, params, direction)
+    if stored is not None:
+        m = bound.momentum
+        keys = jax.tree.map(lambda k, p: m * k + (1 - m) * p, keys, params["towers"])
+    metrics = {"loss": value, "proximal": means[0], "positive": means[1], "scale": scale}
+    return Carry(params, opt_state, keys), (stored or pair, metrics)
 
-    spec, split, whole = specs(bank is not None), PartitionSpec(AXIS), PartitionSpec()
-    mapped = jax.shard_map(local_step, mesh=mesh, in_specs=(spec, split), out_specs=(spec, whole), check_vma=False)
-    return jax.jit(mapped, donate_argnums=0)
+
+def loss_share(
+    bound: Bound, now: Pass, draw_key: jax.Array, stored: loss_lib.Pair | None, params: PyTree
+) -> tuple[jax.Array, tuple[loss_lib.Pair, jax.Array, list[jax.Array]]]:
+    """This device's share of the sum of the loss over all valid rows; the embeddings, the scale, and the shares of the proximal
+    term and of the cosine of the pairs. `stored`: what the key encoders make of the batch, None without them."""
+    batch, valid = now.batch, now.batch["valid"]
+    pair = embed(bound, params["towers"], now.inputs)
+    scale = jnp.minimum(jnp.exp(params["log_scale"]), MAX_SCALE)
+    losses = loss_lib.info_nce(
+        pair,
+        stored or pair,
+        scale,
+        batch["label"],
+        valid,
+        gather=bound.negatives != "in_batch",
+        same_side=bound.same_side,
+        bank=bound.bank,
+        state=now.held,
+        draw_key=draw_key,
+        used=now.epoch >= bound.bank_start,
+    )
+    moved = jnp.zeros_like(losses)
+    if bound.proximal:
+        assert bound.bank is not None and now.held is not None
+        moved = loss_lib.proximal(bound.bank, now.held, pair, batch["id"])
+    positive = jnp.sum(pair[0] * pair[1], axis=1)
+    value, *means = (jnp.sum(x, where=valid) for x in (losses + bound.proximal * moved, moved, positive))
+    return value, (pair, scale, means)
+
+
+def embed(bound: Bound, params: PyTree, inputs: Sequence[jax.Array]) -> loss_lib.Pair:
+    """Both sides' embeddings float32 `[b, D]`, of length 1."""
+    left, right = (bound.towers.encode(params, kind, x) for kind, x in zip(kinds_of(bound.pairs), inputs, strict=True))
+    return left, right

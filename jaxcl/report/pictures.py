@@ -14,8 +14,8 @@ from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColor
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from jaxcl.metrics import accuracy_so_far
 from jaxcl.report.runs import ACCURACY, Group, Measure, common_measure
+from jaxcl.summaries import accuracy_so_far
 
 # Okabe & Ito 2008, a palette for every kind of colour vision. A strategy keeps its colour from page to page, so it may
 # not depend on which others ran.

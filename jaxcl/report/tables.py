@@ -51,7 +51,7 @@ def unfinished(runs: Iterable[Run]) -> list[str]:
 def table(runs: Sequence[Run]) -> str:
     """Plain text: a line a strategy (percent, mean ± standard deviation over seeds), then a line a run without result.
 
-    Forgetting is Chaudhry's, backward transfer GEM's (jaxcl/metrics.py).
+    Forgetting is Chaudhry's, backward transfer GEM's (jaxcl/summaries.py).
     """
     groups = group_runs(runs)
     return "\n".join([*([text_table(rows_of(groups))] if groups else []), *unfinished(runs)])

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxcl.errors import Diverged
 from jaxcl.data.loader import Reading
+from jaxcl.errors import Diverged
 from jaxcl.runs import control
 from jaxcl.runs.lanes import Lanes, S
 from jaxcl.runs.session import diverged

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcl import metrics
+from jaxcl import summaries
 from jaxcl.errors import Diverged, UserError
 from jaxcl.runs import files
 from jaxcl.search.seeds import check_together, train_seeds
@@ -181,7 +181,7 @@ def run_sweep(
         one = configure(config, setting, config.seed, validation)
         found = train_seeds(one, folders, together=together, devices=devices, **options)
         each = [result[sweep.metric] for result in found]
-        mean, deviation = metrics.mean_and_deviation(each)
+        mean, deviation = summaries.mean_and_deviation(each)
         return {"fields": setting, "folder": str(place), "values": each, "mean": mean, "deviation": deviation}
 
     rows = []

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from ml_collections import ConfigDict
 
 from jaxcl import losses
 from jaxcl.data.scenarios import Scenario
@@ -236,6 +237,7 @@ class Strategy(NamedTuple):
         are. None: all are trained.
       rehearse: passes over the buffer which, at the end of a task, train newly initialised weights on it alone; the task
         itself then only fills the buffer. 0 for all that learn as they go.
+      check: `(config)`, raises a UserError where the strategy's options do not go with the config of the run. None: all do.
     """
 
     rows: Callable[[Scenario, int], np.ndarray] = task_rows
@@ -256,6 +258,7 @@ class Strategy(NamedTuple):
     alike: bool = False
     frozen: Callable[[PyTree, Context], PyTree] | None = None
     rehearse: int = 0
+    check: Callable[[ConfigDict], None] | None = None
 
     @property
     def classifies(self) -> bool:

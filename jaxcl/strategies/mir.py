@@ -11,8 +11,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
+from ml_collections import ConfigDict
 
-from jaxcl.errors import UserError
+from jaxcl.check import refused
 from jaxcl.losses import cross_entropy
 from jaxcl.mesh import AXIS
 from jaxcl.strategies.base import Context, Descend, Descent, Part, Strategy
@@ -21,7 +22,12 @@ from jaxcl.types import PyTree
 
 def mir(replayed: int = 16) -> Strategy:
     if replayed < 1:
-        raise UserError(f"strategies.mir.replayed: {replayed} is not allowed, give a positive number")
+        raise refused("strategies.mir.replayed", replayed, "a positive number")
+
+    def check(config: ConfigDict) -> None:
+        drawn = config.buffer.representatives
+        if replayed > drawn:
+            raise refused("strategies.mir.replayed", replayed, f"at most buffer.representatives = {drawn}")
 
     def gradients(
         descend: Descend, params: PyTree, batch_stats: PyTree, parts: tuple[Part, ...], context: Context
@@ -38,7 +44,7 @@ def mir(replayed: int = 16) -> Strategy:
         chosen = dataclasses.replace(drawn, valid=drawn.valid & among_largest(score, replayed))
         return descend(params, batch_stats, (new, chosen))
 
-    return Strategy(draws=1, gradients=gradients)
+    return Strategy(draws=1, gradients=gradients, check=check)
 
 
 def among_largest(score: jax.Array, count: int) -> jax.Array:

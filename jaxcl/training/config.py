@@ -9,6 +9,7 @@ from jaxcl.buffer import DRAWS, EXCHANGES, HANDOVERS, MEMORIES, POLICIES, REPEAT
 from jaxcl.buffer.selection import FEATURES, KEYS, QUOTAS, SELECTIONS
 from jaxcl.data import SCENARIOS
 from jaxcl.errors import UserError
+from jaxcl.registry import short
 from jaxcl.strategies import STRATEGIES, Strategy, default_options, make_strategy
 
 REPLAYS = ("draw", "append", "append_part")
@@ -153,7 +154,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
     _one_of("buffer.replay", config.buffer.replay, REPLAYS)
     _one_of("finetune.order", config.finetune.order, ORDERS)
     sizes = ["batch_size", "eval.batch_size"]
-    strategy = make_strategy(config.strategy, config.strategies.get(config.strategy, {}))
+    strategy = make_strategy(config.strategy, config.strategies.get(short(config.strategy), {}))
     if strategy.draws:
         for field in ("buffer.capacity", "buffer.representatives", "buffer.candidates", "buffer.queue"):
             _positive(field, _get(config, field))

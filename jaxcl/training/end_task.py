@@ -1,6 +1,7 @@
 """What a strategy does when a task ends: a pass over rows, summed over all devices, then a function of the sums."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,27 +9,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Shard
-from jaxcl.mesh import AXIS
+from jaxcl.data.augment import Normalize
+from jaxcl.mesh import AXIS, ROWS, WHOLE, on_mesh
 from jaxcl.models import Model
 from jaxcl.strategies import End, Part, Strategy
-from jaxcl.training.state import TrainState
-from jaxcl.training.step import make_context
-from jaxcl.types import PyTree
+from jaxcl.training.learn import make_context
+from jaxcl.training.state import TrainState, Weights
+from jaxcl.types import Batch, PyTree
 
-Batches = Callable[[], Iterable[dict[str, np.ndarray]]]
+Batches = Callable[[], Iterable[Batch]]
 CHUNK = 256  # rows of the buffer that a device visits at once
 
 
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """What the end of a task is bound to. `classes`: bool `[T, K]`, the classes of each task."""
+
+    model: Model
+    strategy: Strategy
+    normalize: Normalize
+    classes: np.ndarray
+
+
 def make_end_task(
-    mesh: Mesh,
-    model: Model,
-    strategy: Strategy,
-    normalize: Callable[[jax.Array], jax.Array],
-    classes: np.ndarray,
+    mesh: Mesh, model: Model, strategy: Strategy, normalize: Normalize, classes: np.ndarray
 ) -> Callable[[TrainState, Batches], TrainState]:
     """`end_task(state, batches) -> state`, what the strategy makes of weights and its own state at a task's end.
 
@@ -37,74 +45,83 @@ def make_end_task(
     """
     if strategy.end_task is None:
         return lambda state, batches: state
-    visit, end_task = strategy.visit, strategy.end_task
+    bound = Bound(model, strategy, normalize, classes)
+    visit = visit_shard if strategy.visits == "buffer" else visit_batch
+    add = on_mesh(mesh, functools.partial(visit, bound), (WHOLE, WHOLE, ROWS), WHOLE, donate=1)
+    conclude = jax.jit(functools.partial(finish, bound), out_shardings=mesh_lib.replicated(mesh))
+    return functools.partial(end_task, mesh, bound, add, conclude)
 
-    def visit_part(weights: PyTree, rows: dict[str, jax.Array]) -> PyTree:
-        assert visit is not None
-        params, batch_stats, own, task = weights
-        part = Part(normalize(rows["image"]), rows["label"], rows["valid"], rows["id"])
-        return visit(params, batch_stats, part, make_context(model, own, task, classes))
 
-    def visit_batch(weights: PyTree, total: PyTree, batch: dict[str, jax.Array]) -> PyTree:
-        return _add(total, lax.psum(visit_part(weights, batch), AXIS))
+def end_task(mesh: Mesh, bound: Bound, add: Any, conclude: Any, state: TrainState, batches: Batches) -> TrainState:
+    """See `make_end_task`. `add(weights, total, rows)` visits rows, `conclude(weights, visited)` makes something of it."""
+    for _ in range(bound.strategy.rounds):
+        weights, visited = state.weights, None
+        for rows, like in to_visit(mesh, bound, state, batches):
+            if visited is None:
+                visited = zeros(mesh, bound, weights, like)
+            visited = add(weights, visited, rows)
+        params, own = conclude(weights, visited)
+        state = dataclasses.replace(state, params=params, strategy_state=own)
+    return state
 
-    def visit_shard(weights: PyTree, total: PyTree, shard: Shard) -> PyTree:
-        slots = len(shard.id)
-        size = min(CHUNK, slots)
 
-        def chunk(i, sums):
-            slot = i * size + jnp.arange(size)
-            stored = {"image": shard.record["image"], "label": shard.label, "id": shard.id}
-            rows = {name: x.at[slot].get(mode="clip") for name, x in stored.items()}
-            return _add(sums, visit_part(weights, rows | {"valid": (slot < slots) & (rows["id"] >= 0)}))
+def to_visit(mesh: Mesh, bound: Bound, state: TrainState, batches: Batches) -> Iterable[tuple[Shard | Batch, Batch]]:
+    """What the strategy visits, part after part on the devices, each with a batch of rows of the same shapes."""
+    if bound.strategy.visit is None:
+        return
+    if bound.strategy.visits == "task":
+        for batch in batches():
+            yield mesh_lib.shard_rows(mesh, batch), batch
+        return
+    assert state.buffer is not None, "the strategy visits the buffer and has none"
+    stored = stored_rows(state.buffer) | {"valid": np.zeros(1, bool)}
+    yield state.buffer, {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in stored.items()}
 
-        sums = lax.fori_loop(0, -(-slots // size), chunk, jax.tree.map(jnp.zeros_like, total))
-        return _add(total, lax.psum(sums, AXIS))
 
-    def finish(weights: PyTree, visited: PyTree) -> tuple[PyTree, PyTree]:
-        params, batch_stats, own, task = weights
-        done = end_task(End(params, batch_stats, visited, make_context(model, own, task, classes)))
-        return jax.tree.map(jnp.copy, done)  # the next step donates both: they must not share memory
+def zeros(mesh: Mesh, bound: Bound, weights: Weights, batch: Batch) -> PyTree:
+    """The sum over no rows."""
+    shapes = jax.eval_shape(functools.partial(visit_rows, bound), weights, batch)
+    return mesh_lib.replicate(mesh, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
 
-    whole, split = PartitionSpec(), PartitionSpec(AXIS)
 
-    def over_mesh(function: Callable) -> Callable:
-        specs = (whole, whole, split)
-        return jax.jit(
-            jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=whole, check_vma=False), donate_argnums=1
-        )
+def visit_rows(bound: Bound, weights: Weights, rows: Batch) -> PyTree:
+    """What the strategy gathers from rows of this device."""
+    assert bound.strategy.visit is not None
+    params, batch_stats, own, task = weights
+    part = Part(bound.normalize(rows["image"]), rows["label"], rows["valid"], rows["id"])
+    return bound.strategy.visit(params, batch_stats, part, make_context(bound.model, own, task, bound.classes))
 
-    finish = jax.jit(finish, out_shardings=mesh_lib.replicated(mesh))
-    visit_task, visit_buffer = over_mesh(visit_batch), over_mesh(visit_shard)
 
-    def zeros(weights: PyTree, batch: dict[str, Any]) -> PyTree:
-        shapes = jax.eval_shape(visit_part, weights, batch)
-        return mesh_lib.replicate(mesh, jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes))
+def visit_batch(bound: Bound, weights: Weights, total: PyTree, batch: Batch) -> PyTree:
+    """`total`, and what a batch adds to it over all devices."""
+    return _add(total, lax.psum(visit_rows(bound, weights, batch), AXIS))
 
-    def turn(state: TrainState, batches: Batches) -> TrainState:
-        weights = (state.params, state.batch_stats, state.strategy_state, state.task)
-        visited = None
-        if visit is not None and strategy.visits == "buffer":
-            assert state.buffer is not None, "the strategy visits the buffer and has none"
-            image = state.buffer.record["image"]
-            rows = {"image": image.dtype, "label": np.int32, "id": np.int32, "valid": bool}
-            shapes = {"image": image.shape[1:]}
-            spec = {name: jax.ShapeDtypeStruct((1, *shapes.get(name, ())), dtype) for name, dtype in rows.items()}
-            visited = visit_buffer(weights, zeros(weights, spec), state.buffer)
-        elif visit is not None:
-            for batch in batches():
-                if visited is None:
-                    visited = zeros(weights, batch)
-                visited = visit_task(weights, visited, mesh_lib.shard_rows(mesh, batch))
-        params, own = finish(weights, visited)
-        return dataclasses.replace(state, params=params, strategy_state=own)
 
-    def run(state: TrainState, batches: Batches) -> TrainState:
-        for _ in range(strategy.rounds):
-            state = turn(state, batches)
-        return state
+def visit_shard(bound: Bound, weights: Weights, total: PyTree, shard: Shard) -> PyTree:
+    """`total`, and what the rows of the buffer add to it over all devices."""
+    slots = len(shard.id)
+    size = min(CHUNK, slots)
 
-    return run
+    def chunk(i: jax.Array, sums: PyTree) -> PyTree:
+        slot = i * size + jnp.arange(size)
+        rows = {name: x.at[slot].get(mode="clip") for name, x in stored_rows(shard).items()}
+        return _add(sums, visit_rows(bound, weights, rows | {"valid": (slot < slots) & (rows["id"] >= 0)}))
+
+    sums = lax.fori_loop(0, -(-slots // size), chunk, jax.tree.map(jnp.zeros_like, total))
+    return _add(total, lax.psum(sums, AXIS))
+
+
+def stored_rows(shard: Shard) -> Batch:
+    return {"image": shard.record["image"], "label": shard.label, "id": shard.id}
+
+
+def finish(bound: Bound, weights: Weights, visited: PyTree) -> tuple[PyTree, PyTree]:
+    """The parameters and the strategy's own state after the task."""
+    assert bound.strategy.end_task is not None
+    params, batch_stats, own, task = weights
+    context = make_context(bound.model, own, task, bound.classes)
+    done = bound.strategy.end_task(End(params, batch_stats, visited, context))
+    return jax.tree.map(jnp.copy, done)  # the next step donates both: they must not share memory
 
 
 def _add(a: PyTree, b: PyTree) -> PyTree:

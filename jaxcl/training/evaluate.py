@@ -1,98 +1,151 @@
 """Exact evaluation over devices and processes: every test row counts once, padding not at all."""
 
-from collections.abc import Callable, Iterable
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from jaxcl import losses
 from jaxcl import mesh as mesh_lib
+from jaxcl.check import refused
 from jaxcl.data import Scenario
-from jaxcl.mesh import AXIS
+from jaxcl.data.augment import Normalize
+from jaxcl.mesh import AXIS, ROWS, WHOLE, on_mesh, over_mesh
+from jaxcl.metrics import METRICS, EvalRows
 from jaxcl.models import Model
-from jaxcl.types import PyTree
+from jaxcl.registry import short
+from jaxcl.strategies.base import Outputs
+from jaxcl.types import Batch, PyTree
 
-Counts = dict[str, jax.Array]
-_BY_TASK = ("accuracy", "top5", "accuracy_in_task")
+CLASSIFICATION = ("accuracy", "top5", "accuracy_in_task")
+RECONSTRUCTION = ("error",)
+
+Counts = dict[str, Any]
+Evaluate = Callable[[PyTree, PyTree, PyTree, Iterable[Batch]], dict[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """What an evaluation is bound to.
+
+    Attributes:
+      normalize: uint8 images to the model's input.
+      scores: `(outputs, strategy_state) -> float32 [b, K]`, by which the classes of a row are ranked.
+      scenario: tells the task of each test row, and each task's classes.
+      metrics: by the name of their scores.
+      reconstructs: whether the batches hold a "target" that the model reconstructs, instead of classifying.
+    """
+
+    model: Model
+    normalize: Normalize
+    scores: Callable[[Outputs, PyTree], jax.Array]
+    scenario: Scenario
+    metrics: dict[str, Callable[[EvalRows], jax.Array]]
+    reconstructs: bool
 
 
 def make_evaluate(
     mesh: Mesh,
     model: Model,
-    normalize: Callable[[jax.Array], jax.Array],
+    normalize: Normalize,
     scenario: Scenario,
-    scores: Callable[[dict[str, jax.Array], PyTree], jax.Array],
+    scores: Callable[[Outputs, PyTree], jax.Array],
     *,
     seeds: bool = False,
     reconstructs: bool = False,
-) -> Callable[[PyTree, PyTree, PyTree, Iterable[dict[str, np.ndarray]]], dict[str, np.ndarray]]:
-    """`evaluate(params, batch_stats, strategy_state, batches) -> scores`, each task's test rows apart. Of classification
+    metrics: Sequence[str] = (),
+) -> Evaluate:
+    """`evaluate(params, batch_stats, strategy_state, batches) -> scores`, each task's test rows apart:
 
-    accuracy, top5: [T]; accuracy_in_task: [T], where only the classes of the row's task are candidates (task-incremental);
-    confusion: int32 [K, K], test rows by label and by the class ranked first;
-
-    of reconstruction error: [T], the mean of `losses.reconstruction_error`.
+    of classification the means accuracy, top5 and accuracy_in_task, float64 [T], and confusion: int32 [K, K], test rows by
+    label and by the class ranked first; of reconstruction the mean error, float64 [T]; the mean of every other metric, float64
+    [T], by the name behind its colon.
 
     Args:
-      normalize: uint8 images to the model's input.
-      scenario: tells the task of each test row, and each task's classes.
-      scores: `(outputs, strategy_state) -> [b, K]`, by which the classes of a row are ranked.
+      normalize, scenario, scores, reconstructs: see `Bound`.
       seeds: params, batch_stats and strategy_state have a leading axis of seeds, and so has every score.
-      reconstructs: whether the batches hold a "target" that the model reconstructs, instead of classifying.
+      metrics: names of other metrics of `METRICS`.
+
+    Raises:
+      UserError: a metric is unknown, or its name is that of another one.
     """
-    tasks, num_classes = scenario.class_table.shape
-    task_of_row = scenario.task_of_test_row
-    by_task = ("error",) if reconstructs else _BY_TASK
-    zeros: dict[str, np.ndarray] = {name: np.zeros(tasks, np.int32) for name in ("rows", *by_task)}
-    if reconstructs:
-        zeros["error"] = np.zeros(tasks, np.float32)
-    else:
-        zeros["confusion"] = np.zeros((num_classes, num_classes), np.int32)
-
-    def count(
-        params: PyTree, batch_stats: PyTree, strategy_state: PyTree, counts: Counts, batch: dict[str, Any]
-    ) -> Counts:
-        outputs, _ = model.apply(params, batch_stats, normalize(batch["image"]), train=False)
-        in_task = (batch["task"][:, None] == jnp.arange(tasks)[None, :]) & batch["valid"][:, None]
-        of_row = {"rows": batch["valid"]}
-        now = {}
-        if reconstructs:
-            of_row["error"] = losses.reconstruction_error(outputs, batch["target"])
-        else:
-            logits, label = scores(outputs, strategy_state), batch["label"]
-            its_classes = jnp.asarray(scenario.class_table)[batch["task"]]
-            of_row["accuracy"] = losses.topk_correct(logits, label)
-            of_row["top5"] = losses.topk_correct(logits, label, 5)
-            of_row["accuracy_in_task"] = losses.topk_correct(logits, label, class_mask=its_classes)
-            confusion = jnp.zeros((num_classes, num_classes), jnp.int32)
-            now["confusion"] = confusion.at[label, jnp.argmax(logits, axis=1)].add(batch["valid"].astype(jnp.int32))
-        now |= {name: jnp.sum(jnp.where(in_task, x[:, None], 0), axis=0) for name, x in of_row.items()}
-        return jax.tree.map(jnp.add, counts, lax.psum(now, AXIS))
-
-    counted = jax.vmap(count, (0, 0, 0, 0, None)) if seeds else count
-    whole, split = PartitionSpec(), PartitionSpec(AXIS)
-    step = jax.jit(
-        jax.shard_map(
-            counted, mesh=mesh, in_specs=(whole, whole, whole, whole, split), out_specs=whole, check_vma=False
-        ),
-        donate_argnums=3,
+    found = named_metrics((*(RECONSTRUCTION if reconstructs else CLASSIFICATION), *metrics))
+    count: Callable[..., Counts] = functools.partial(
+        count_rows, Bound(model, normalize, scores, scenario, found, reconstructs)
     )
+    add: Callable[..., Counts] = functools.partial(add_rows, count)
+    if seeds:
+        count, add = jax.vmap(count, (0, 0, 0, None)), jax.vmap(add, (0, 0, 0, 0, None))
+    count = over_mesh(mesh, count, (WHOLE, WHOLE, WHOLE, ROWS), WHOLE)
+    add = on_mesh(mesh, add, (WHOLE, WHOLE, WHOLE, WHOLE, ROWS), WHOLE, donate=0)
+    return functools.partial(evaluate, mesh, scenario.task_of_test_row, count, add)
 
-    def evaluate(
-        params: PyTree, batch_stats: PyTree, strategy_state: PyTree, batches: Iterable[dict[str, np.ndarray]]
-    ) -> dict[str, np.ndarray]:
-        lead = jax.tree.leaves(params)[0].shape[:1] if seeds else ()
-        counts = mesh_lib.replicate(mesh, {name: np.zeros(lead + x.shape, x.dtype) for name, x in zeros.items()})
-        for batch in batches:
-            inputs: dict[str, Any] = {k: batch[k] for k in ("image", "label", "valid", "target") if k in batch}
-            inputs["task"] = task_of_row[batch["id"]]  # that of padding, whose id is -1, does not count
-            counts = step(params, batch_stats, strategy_state, counts, mesh_lib.shard_rows(mesh, inputs))
-        found = jax.device_get(counts)
-        confusion = {} if reconstructs else {"confusion": found["confusion"]}
-        return {name: found[name] / found["rows"] for name in by_task} | confusion
 
-    return evaluate
+def named_metrics(names: Sequence[str]) -> dict[str, Callable[[EvalRows], jax.Array]]:
+    """The metrics by the name of their scores.
+
+    Raises:
+      UserError: one is unknown, or its name is that of another one.
+    """
+    found: dict[str, Callable[[EvalRows], jax.Array]] = {}
+    for name in dict.fromkeys(names):
+        if short(name) in {*found, "confusion"}:
+            raise refused("eval.metrics", name, f"a metric that is not called {short(name)}")
+        found[short(name)] = METRICS[name]
+    return found
+
+
+def evaluate(
+    mesh: Mesh,
+    task_of_row: np.ndarray,
+    count: Callable[..., Counts],
+    add: Callable[..., Counts],
+    params: PyTree,
+    batch_stats: PyTree,
+    strategy_state: PyTree,
+    batches: Iterable[Batch],
+) -> dict[str, np.ndarray]:
+    """See `make_evaluate`. `count` gives the counts of a batch, `add` adds them to those before."""
+    counts = None
+    for batch in batches:
+        inputs: Batch = {name: batch[name] for name in ("image", "label", "valid", "target") if name in batch}
+        inputs["task"] = task_of_row[batch["id"]]  # that of padding, whose id is -1, does not count
+        inputs = mesh_lib.shard_rows(mesh, inputs)
+        if counts is None:
+            shapes = jax.eval_shape(count, params, batch_stats, strategy_state, inputs)
+            counts = mesh_lib.replicate(mesh, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+        counts = add(counts, params, batch_stats, strategy_state, inputs)
+    assert counts is not None, "there are no rows to evaluate on"
+    found = jax.device_get(counts)
+    confusion = {"confusion": found["confusion"]} if "confusion" in found else {}
+    return {name: x / found["rows"] for name, x in found["scores"].items()} | confusion
+
+
+def add_rows(count: Callable[..., Counts], counts: Counts, *inputs: PyTree) -> Counts:
+    return jax.tree.map(jnp.add, counts, count(*inputs))
+
+
+def count_rows(bound: Bound, params: PyTree, batch_stats: PyTree, strategy_state: PyTree, batch: Batch) -> Counts:
+    """Of a batch, over all devices: "rows" int32 [T]; "scores", the sum [T] of each metric; "confusion"."""
+    outputs, _ = bound.model.apply(params, batch_stats, bound.normalize(batch["image"]), train=False)
+    ranking = None if bound.reconstructs else bound.scores(outputs, strategy_state)
+    classes, label, task, valid = bound.scenario.class_table, batch["label"], batch["task"], batch["valid"]
+    rows = EvalRows(outputs, label, task, jnp.asarray(classes)[task], batch.get("target", {}), ranking)
+    in_task = (task[:, None] == jnp.arange(len(classes))[None, :]) & valid[:, None]
+
+    def by_task(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(in_task, x[:, None], 0), axis=0)
+
+    found: Counts = {
+        "rows": by_task(valid),
+        "scores": {name: by_task(metric(rows)) for name, metric in bound.metrics.items()},
+    }
+    if ranking is not None:
+        nothing = jnp.zeros((classes.shape[1],) * 2, jnp.int32)
+        found["confusion"] = nothing.at[label, jnp.argmax(ranking, axis=1)].add(valid.astype(jnp.int32))
+    return lax.psum(found, AXIS)

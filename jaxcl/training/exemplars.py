@@ -14,30 +14,31 @@ its part of the quota ("rehearsal modes" there). A row may then be stored severa
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Buffer, Rows, Shard
 from jaxcl.buffer.selection import UNRANKED, rank_rows
 from jaxcl.data import Source
-from jaxcl.data.augment import Augment
+from jaxcl.data.augment import Augment, Normalize
 from jaxcl.errors import UserError
-from jaxcl.mesh import AXIS
+from jaxcl.mesh import AXIS, ROWS, WHOLE, on_mesh
 from jaxcl.models import Model
 from jaxcl.strategies import Strategy
-from jaxcl.training.state import TrainState
-from jaxcl.training.step import make_context
-from jaxcl.types import PyTree
+from jaxcl.training.learn import make_context
+from jaxcl.training.state import TrainState, Weights
+from jaxcl.types import Batch
 
-Batch = dict[str, Any]
 Batches = Callable[[], Iterable[Batch]]
+Chosen = dict[str, np.ndarray]  # rank, label and id of the rows of one choice, on the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +81,55 @@ class Selection:
         return self.capacity // (num_classes * self.ways)
 
 
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """What the choice and the storing of exemplars are bound to.
+
+    Attributes:
+      augment, normalize: what features are made of, see `Selection.features`.
+      source: where the rows that are chosen are read again.
+      classes: bool `[T, K]`, the classes of each task.
+      batch_size: rows that are inserted at once, over all devices, a multiple of their number.
+    """
+
+    mesh: Mesh
+    model: Model
+    strategy: Strategy
+    buffer: Buffer
+    augment: Augment
+    normalize: Normalize
+    source: Source
+    classes: np.ndarray
+    selection: Selection
+    batch_size: int
+
+    @property
+    def by_chance(self) -> bool:
+        """Whether anything about a choice is random."""
+        return self.selection.by == "random" or self.selection.features == "augmented"
+
+    @property
+    def quotas(self) -> list[int]:
+        """Of each task, the rows that one choice offers of each of its classes."""
+        seen = np.logical_or.accumulate(self.classes).sum(axis=1)
+        return [self.selection.wanted(int(n), self.classes.shape[1]) for n in seen]
+
+
+class Programs(NamedTuple):
+    """The compiled functions `describe`, `rank` and `insert`."""
+
+    describe: Any
+    rank: Any
+    insert: Any
+
+
 def make_store_exemplars(
     mesh: Mesh,
     model: Model,
     strategy: Strategy,
     buffer: Buffer,
     augment: Augment,
-    normalize: Callable[[jax.Array], jax.Array],
+    normalize: Normalize,
     source: Source,
     classes: np.ndarray,
     selection: Selection,
@@ -97,89 +140,110 @@ def make_store_exemplars(
     own, the last in rank first.
 
     `batches()` are this process's rows of the task, each row once, not augmented; `key` is for this task alone. The state
-    passed in is used up.
-
-    Args:
-      augment, normalize: what features are made of, see `Selection.features`.
-      source: where the rows that are chosen are read again.
-      classes: bool `[T, K]`, the classes of each task.
-      batch_size: rows that are inserted at once, over all devices, a multiple of their number.
+    passed in is used up. Args: see `Bound`.
 
     Raises:
       UserError: see `Selection.wanted`.
     """
-    seen = np.logical_or.accumulate(classes).sum(axis=1)
-    quotas = [selection.wanted(int(n), classes.shape[1]) for n in seen]
-    apart = selection.memory == "independent"
-    choices = mesh.size if apart else selection.ways
-    random = selection.by == "random" or selection.features == "augmented"
-    whole, split = PartitionSpec(), PartitionSpec(AXIS)
-
-    def over_mesh(function: Callable, *specs: PartitionSpec, donate: tuple[int, ...] = ()) -> Callable:
-        mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
-        return jax.jit(mapped, donate_argnums=donate)
-
-    def describe(weights: PyTree, key: jax.Array, batch: Batch) -> Batch:
-        rows = {name: batch[name] for name in ("label", "valid", "id")}
-        if selection.by == "random":
-            return {"features": jnp.zeros((len(batch["id"]), 0)), **rows}
-        params, batch_stats, own, task = weights
-        images = (
-            augment(jax.random.wrap_key_data(key), batch["id"], batch["image"]) if random else normalize(batch["image"])
-        )
-        outputs, _ = model.apply(params, batch_stats, images, train=False)
-        return {"features": strategy.features(outputs, make_context(model, own, task, classes)), **rows}
-
-    def rank(quota: jax.Array, key: jax.Array, parts: list[Batch]) -> Batch:
-        rows = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-        described = [rows[name] for name in ("features", "label", "valid", "id")]
-        key, num_classes = jax.random.wrap_key_data(key), classes.shape[1]
-        found = rank_rows(selection.by, key, *described, num_classes=num_classes, quota=quota, axis=AXIS)
-        return {"rank": found, "label": rows["label"], "id": rows["id"]}
-
-    def insert(weights: PyTree, shard: Shard, batch: Batch) -> Shard:
-        params, batch_stats, *_ = weights
-        outputs, _ = model.apply(params, batch_stats, normalize(batch["image"]), train=False)
-        rows = Rows(strategy.record(batch["image"], outputs), batch["label"], batch["id"], batch["valid"])
-        return buffer.local.keep(shard, rows, jax.random.key(0))  # herding draws nothing
-
-    describe = over_mesh(describe, whole, whole, split)
-    rank = over_mesh(rank, whole, whole, split)
-    insert = over_mesh(insert, whole, split, split, donate=(1,))
-
-    def choose(weights: PyTree, task: int, key: Any, batches: Batches) -> dict[str, np.ndarray]:
-        """The rows of one choice, on the host: rank, label and id of each."""
-        key = mesh_lib.replicate(mesh, np.asarray(jax.random.key_data(key)))
-        parts = [describe(weights, key, mesh_lib.shard_rows(mesh, batch)) for batch in batches()]
-        ranked = rank(mesh_lib.replicate(mesh, np.int32(quotas[task])), key, parts)
-        found = {name: np.asarray(multihost_utils.process_allgather(x, tiled=True)) for name, x in ranked.items()}
-        return {name: x[found["rank"] != UNRANKED] for name, x in found.items()}
-
-    def store(state: TrainState, task: int, key: jax.Array, batches: Batches) -> TrainState:
-        assert state.buffer is not None
-        weights, shard = (state.params, state.batch_stats, state.strategy_state, state.task), state.buffer
-        chosen: list[dict[str, np.ndarray]] = []
-        for choice in range(choices):
-            if choice and not (random and selection.random_keys == "per_shard"):
-                chosen.append(chosen[0])
-                continue
-            own = jax.random.fold_in(key, choice) if selection.random_keys == "per_shard" else key
-            chosen.append(choose(weights, task, own, batches))
-        if apart:
-            lists = [in_turn([one]) for one in chosen]
-        elif selection.memory == "replicated":
-            lists = [in_turn(chosen)] * mesh.size
-        else:  # from the shard that is next in turn
-            ids, stored = in_turn(chosen), buffer.stats(shard)["rows"]
-            lists = [ids[(device - stored) % mesh.size :: mesh.size] for device in range(mesh.size)]
-        for batch in deal(source, lists, batch_size):
-            shard = insert(weights, shard, mesh_lib.shard_rows(mesh, batch))
-        return dataclasses.replace(state, buffer=shard)
-
-    return store
+    bound = Bound(mesh, model, strategy, buffer, augment, normalize, source, classes, selection, batch_size)
+    _ = bound.quotas  # or a wrong one would be met with at a task's end
+    programs = Programs(
+        on_mesh(mesh, functools.partial(describe, bound), (WHOLE, WHOLE, ROWS), ROWS),
+        on_mesh(mesh, functools.partial(rank, bound), (WHOLE, WHOLE, ROWS), ROWS),
+        on_mesh(mesh, functools.partial(insert, bound), (WHOLE, ROWS, ROWS), ROWS, donate=1),
+    )
+    return functools.partial(store, bound, programs)
 
 
-def in_turn(chosen: Sequence[dict[str, np.ndarray]]) -> np.ndarray:
+def store(
+    bound: Bound, programs: Programs, state: TrainState, task: int, key: jax.Array, batches: Batches
+) -> TrainState:
+    """See `make_store_exemplars`."""
+    assert state.buffer is not None
+    shard, weights = state.buffer, state.weights
+    chosen = choices(bound, programs, weights, task, key, batches)
+    lists = rows_of_devices(bound, chosen, shard)
+    for batch in deal(bound.source, lists, bound.batch_size):
+        shard = programs.insert(weights, shard, mesh_lib.shard_rows(bound.mesh, batch))
+    return dataclasses.replace(state, buffer=shard)
+
+
+def choices(
+    bound: Bound, programs: Programs, weights: Weights, task: int, key: jax.Array, batches: Batches
+) -> list[Chosen]:
+    """As many choices as the memory wants; those that cannot differ are made once."""
+    chosen: list[Chosen] = []
+    apart = bound.selection.random_keys == "per_shard"
+    for choice in range(bound.mesh.size if bound.selection.memory == "independent" else bound.selection.ways):
+        if choice and not (bound.by_chance and apart):
+            chosen.append(chosen[0])
+            continue
+        own = jax.random.fold_in(key, choice) if apart else key
+        chosen.append(choose(bound, programs, weights, task, own, batches))
+    return chosen
+
+
+def choose(bound: Bound, programs: Programs, weights: Weights, task: int, key: jax.Array, batches: Batches) -> Chosen:
+    """The rows of one choice."""
+    key_data = mesh_lib.replicate(bound.mesh, np.asarray(jax.random.key_data(key)))
+    quota = mesh_lib.replicate(bound.mesh, np.int32(bound.quotas[task]))
+    parts = [programs.describe(weights, key_data, mesh_lib.shard_rows(bound.mesh, batch)) for batch in batches()]
+    ranked = programs.rank(quota, key_data, parts)
+    found = {name: np.asarray(multihost_utils.process_allgather(x, tiled=True)) for name, x in ranked.items()}
+    return {name: x[found["rank"] != UNRANKED] for name, x in found.items()}
+
+
+# --- the programs, on a device's part of everything; keys as their data, as they come from the host ------------------
+
+
+def describe(bound: Bound, weights: Weights, key: jax.Array, batch: Batch) -> Batch:
+    """The features of rows, by which they are chosen, with their label, id and validity."""
+    rows = {name: batch[name] for name in ("label", "valid", "id")}
+    if bound.selection.by == "random":
+        return {"features": jnp.zeros((len(batch["id"]), 0)), **rows}
+    params, batch_stats, own, task = weights
+    if bound.by_chance:
+        images = bound.augment(jax.random.wrap_key_data(key), batch["id"], batch["image"])
+    else:
+        images = bound.normalize(batch["image"])
+    outputs, _ = bound.model.apply(params, batch_stats, images, train=False)
+    context = make_context(bound.model, own, task, bound.classes)
+    return {"features": bound.strategy.features(outputs, context), **rows}
+
+
+def rank(bound: Bound, quota: jax.Array, key: jax.Array, parts: list[Batch]) -> Batch:
+    """The rank of every row in its class, `UNRANKED` for those that are not chosen, with its label and id."""
+    rows = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    described = [rows[name] for name in ("features", "label", "valid", "id")]
+    options: Any = {"num_classes": bound.classes.shape[1], "quota": quota, "axis": AXIS}
+    found = rank_rows(bound.selection.by, jax.random.wrap_key_data(key), *described, **options)
+    return {"rank": found, "label": rows["label"], "id": rows["id"]}
+
+
+def insert(bound: Bound, weights: Weights, shard: Shard, batch: Batch) -> Shard:
+    """The memory with the rows that this device is given."""
+    outputs, _ = bound.model.apply(weights.params, weights.batch_stats, bound.normalize(batch["image"]), train=False)
+    record = bound.strategy.record(batch["image"], outputs)
+    rows = Rows(record, batch["label"], batch["id"], batch["valid"])
+    return bound.buffer.local.keep(shard, rows, jax.random.key(0))  # herding draws nothing
+
+
+# --- who stores what -------------------------------------------------------------------------------------------------
+
+
+def rows_of_devices(bound: Bound, chosen: Sequence[Chosen], shard: Shard) -> list[np.ndarray]:
+    """The ids that each device stores, in order; a sharded memory goes on at the shard that is next in turn."""
+    devices = bound.mesh.size
+    if bound.selection.memory == "independent":
+        return [in_turn([one]) for one in chosen]
+    ids = in_turn(chosen)
+    if bound.selection.memory == "replicated":
+        return [ids] * devices
+    stored = bound.buffer.stats(shard)["rows"]
+    return [ids[(device - stored) % devices :: devices] for device in range(devices)]
+
+
+def in_turn(chosen: Sequence[Chosen]) -> np.ndarray:
     """Ids class by class, so that every shard has its part of each, and within a class by rank, the choices in turn."""
     rows = {name: np.concatenate([one[name] for one in chosen]) for name in ("rank", "label", "id")}
     choice = np.repeat(np.arange(len(chosen)), [len(one["id"]) for one in chosen])

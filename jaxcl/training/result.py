@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcl import metrics
+from jaxcl import summaries
 from jaxcl.buffer import Buffer
 from jaxcl.data import Loader
 from jaxcl.runs.frame import conditions
@@ -64,9 +64,9 @@ def summarize(
 def _accuracies(parts: Parts, at: Progress, scores: dict[str, np.ndarray], untrained: Any) -> dict[str, Any]:
     return {
         "accuracy_matrix": at.scores["accuracy"],
-        **metrics.summarize(at.scores["accuracy"]),
+        **summaries.summarize(at.scores["accuracy"]),
         **_top5(at.scores["top5"], parts.train.num_classes),
-        "forward_transfer": metrics.forward_transfer(at.scores["accuracy"], untrained),
+        "forward_transfer": summaries.forward_transfer(at.scores["accuracy"], untrained),
         **_last(scores),
     }
 
@@ -74,7 +74,7 @@ def _accuracies(parts: Parts, at: Progress, scores: dict[str, np.ndarray], untra
 def _errors(at: Progress, untrained: Any) -> dict[str, Any]:
     return {
         "error_matrix": at.scores["error"],
-        **metrics.summarize_errors(at.scores["error"]),
+        **summaries.summarize_errors(at.scores["error"]),
         "untrained_error": untrained.tolist(),
     }
 
@@ -84,15 +84,15 @@ def _last(scores: dict[str, np.ndarray]) -> dict[str, Any]:
     confusion = scores["confusion"]
     kept = {"confusion": confusion.tolist()} if len(confusion) <= 100 else {}
     in_task = scores["accuracy_in_task"].tolist()
-    return {"accuracy_in_task": in_task, "per_class_accuracy": metrics.per_class_accuracy(confusion), **kept}
+    return {"accuracy_in_task": in_task, "per_class_accuracy": summaries.per_class_accuracy(confusion), **kept}
 
 
 def _top5(matrix: list[list[float]], num_classes: int) -> dict[str, Any]:
     """Top-5 accuracy says something only above five classes."""
     if num_classes <= 5:
         return {}
-    so_far = metrics.accuracy_so_far(matrix).tolist()
-    return {"top5_matrix": matrix, "average_top5": metrics.average_accuracy(matrix), "top5_so_far": so_far}
+    so_far = summaries.accuracy_so_far(matrix).tolist()
+    return {"top5_matrix": matrix, "average_top5": summaries.average_accuracy(matrix), "top5_so_far": so_far}
 
 
 def _replay_report(config: ConfigDict, at: Progress) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from jaxcl.runs import checkpoint
 from jaxcl.runs.lanes import Lanes
 from jaxcl.runs.session import Session
 from jaxcl.training.build import Parts, capacity_of, policy_of
+from jaxcl.training.learn import step_keys
 from jaxcl.training.state import TrainState, initial_state
-from jaxcl.training.step import step_keys
 from jaxcl.training.task import weights_of
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,33 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Buffer, Shard, Staged
+from jaxcl.mesh import AXIS, ROWS, WHOLE
 from jaxcl.models import Model
 from jaxcl.strategies import Strategy
 from jaxcl.types import PyTree
+
+ROWS_OF_SEEDS = PartitionSpec(None, AXIS)  # as ROWS, behind a leading axis of seeds
+
+
+class Clock(NamedTuple):
+    """Where a step stands: what its part of the buffer has to know of the state.
+
+    Attributes:
+      step, task_step, steps_per_epoch: as those of `TrainState`.
+    """
+
+    step: jax.Array
+    task_step: jax.Array
+    steps_per_epoch: jax.Array
+
+
+class Weights(NamedTuple):
+    """What the model's outputs and the strategy's answers depend on, as fields of `TrainState`; whole on every device."""
+
+    params: PyTree
+    batch_stats: PyTree
+    strategy_state: PyTree
+    task: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -44,11 +69,20 @@ class TrainState:
     staged: Staged
     strategy_state: PyTree
 
+    @property
+    def clock(self) -> Clock:
+        return Clock(self.step, self.task_step, self.steps_per_epoch)
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.params, self.batch_stats, self.strategy_state, self.task)
+
 
 def specs(seeds: bool = False) -> TrainState:
     """How the state lies on the mesh, with or without a leading axis of seeds: a prefix of partition specs for `shard_map`."""
-    whole, split = PartitionSpec(), PartitionSpec(None, mesh_lib.AXIS) if seeds else PartitionSpec(mesh_lib.AXIS)
-    return TrainState(whole, whole, whole, whole, whole, whole, whole, split, split, whole)  # type: ignore[arg-type]
+    fields: dict[str, Any] = {field.name: WHOLE for field in dataclasses.fields(TrainState)}
+    rows = ROWS_OF_SEEDS if seeds else ROWS
+    return TrainState(**fields | {"buffer": rows, "staged": rows})
 
 
 def make_weights(

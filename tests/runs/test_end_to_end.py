@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxcl import metrics
+from jaxcl import summaries
 from jaxcl.errors import UserError
 from jaxcl.training.build import build
 from jaxcl.training.loop import train_and_evaluate
@@ -70,7 +70,7 @@ def test_every_config_runs(shipped, strategy, images, tmp_path, mesh_of):
     # Exact counts over each task's own test rows: every entry is a whole number of rows.
     np.testing.assert_allclose(matrix * tests, np.round(matrix * tests), atol=1e-6)
     assert result["average_accuracy"] == pytest.approx(np.mean(matrix[-1]))
-    assert result["forgetting"] == metrics.summarize(matrix)["forgetting"]
+    assert result["forgetting"] == summaries.summarize(matrix)["forgetting"]
     assert result["average_top5"] >= result["average_accuracy"]
     assert {"load", "train", "evaluate", "compile"} <= set(result["seconds_by_phase"])
     assert sum(result["seconds_by_phase"].values()) == pytest.approx(result["seconds"])

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxcl import losses, metrics, report
+from jaxcl import losses, report, summaries
 from jaxcl.data import open_source
 from jaxcl.data.sources import ptychography
 from jaxcl.errors import UserError
@@ -78,7 +78,7 @@ def test_error_of_a_row_is_the_sum_over_tensors_of_its_mean_distance():
 
 
 def test_errors_are_summed_up_with_the_signs_turned():
-    found = metrics.summarize_errors([[1.0, 3.0], [1.5, 2.0]])
+    found = summaries.summarize_errors([[1.0, 3.0], [1.5, 2.0]])
     assert found["average_error"] == 1.75 and found["average_incremental_error"] == 1.375
     assert found["forgetting"]["chaudhry"] == 0.5 and found["backward_transfer"]["gem"] == -0.5
 

@@ -15,9 +15,10 @@ from jax.sharding import PartitionSpec
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Rows, make_buffer
 from jaxcl.buffer import host as host_lib
-from jaxcl.buffer.host import Fed, Handover, HandoverError, Store
+from jaxcl.buffer.host import Handover, HandoverError, Store
 from jaxcl.errors import UserError
 from jaxcl.strategies import make_strategy
+from jaxcl.training.step_host import HostStep
 from tests import oracle
 from tests.rig import Rig, make_batch
 
@@ -62,15 +63,17 @@ class Small:
         number = mesh_lib.replicate(mesh, np.int32(0))
         self.state = (number, self.buffer.init(), (self.buffer.no_rows(), self.buffer.no_rows()))
 
+    def prepared(self, batch):
+        if self.buffer.host is None:
+            return lambda state, batch: self.step(state, batch, None)[:2]
+        return HostStep(self.buffer.host, self.step).prepare(self.state, batch, untimed)
+
     def __call__(self, steps, batch_of=batch_of):
         """What each step replays."""
-        if self.buffer.host is None:
-            step, served = lambda state, batch: self.step(state, batch, None)[:2], contextlib.nullcontext()
-        else:
-            step = Fed(self.step, self.buffer.host, untimed)
-            served = self.buffer.host.serving(int(self.state[0]), self.state[2])
-        seen = []
+        store, seen = self.buffer.host, []
+        served = contextlib.nullcontext() if store is None else store.serving(int(self.state[0]), self.state[2])
         with served:
+            step = self.prepared(batch_of(self.mesh, steps[0]))
             for number in steps:
                 self.state, drawn = step(self.state, batch_of(self.mesh, number))
                 seen.append(jax.device_get(drawn))
@@ -158,9 +161,9 @@ def test_training_takes_the_same_course(devices, name, handover, mesh_of):
         rig = Rig(mesh_of(devices), make_strategy(name), memory={"tier": tier, "handover": handover})
         state, course = rig.state(), []
         with contextlib.ExitStack() as stack:
-            step = rig.step
             if tier == "host":
-                step = Fed(rig.step, stack.enter_context(rig.buffer.host.serving(0, state.staged)), untimed)
+                stack.enter_context(rig.buffer.host.serving(0, state.staged))
+            step = rig.train_step.prepare(state, rig.rows(make_batch(0)), untimed)
             for t in range(12):
                 state, metrics = step(state, rig.rows(make_batch(t)))
                 course.append(jax.device_get((metrics, state.params, state.buffer.id)))
@@ -288,7 +291,7 @@ def test_an_error_of_the_writer_ends_the_run_with_its_own_traceback(mesh_of):
         raise OSError("the disk is on fire")
 
     with pytest.raises(OSError, match="on fire") as caught, store.serving(0, state.staged):
-        step = Fed(rig.step, store, untimed)
+        step = rig.train_step.prepare(state, rig.rows(make_batch(0)), untimed)
         for t in itertools.count():
             if t == 3:
                 store._apply = break_down
@@ -302,8 +305,9 @@ def test_an_error_of_the_writer_ends_the_run_with_its_own_traceback(mesh_of):
 def test_ctrl_c_loses_no_insert(handover, mesh_of):
     stopped, whole = (Small(mesh_of(4), "host", handover=handover) for _ in range(2))
     whole(range(5))
-    store, step = stopped.buffer.host, Fed(stopped.step, stopped.buffer.host, untimed)
+    store = stopped.buffer.host
     with pytest.raises(KeyboardInterrupt), store.serving(0, stopped.state[2]):
+        step = stopped.prepared(batch_of(stopped.mesh, 0))
         for number in range(5):
             stopped.state, _ = step(stopped.state, batch_of(stopped.mesh, number))
         raise KeyboardInterrupt  # while the last step may still be on its way

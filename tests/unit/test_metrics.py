@@ -1,84 +1,97 @@
-"""Summaries of the accuracy matrix against values computed by hand and against the identities between variants."""
+"""The metrics of evaluation: against NumPy over all rows, on any number of devices, whatever the padding; one from outside."""
 
+import jax
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from jaxcl import metrics
+from jaxcl.data import class_incremental, make_normalize
 from jaxcl.errors import UserError
+from jaxcl.strategies import make_strategy
+from jaxcl.training.evaluate import make_evaluate
+from tests.rig import SHAPE, K, Rig
 
-# Task 0 peaks in the middle and recovers a little; task 1 is best at the end. 99 and 77 would show in any summary that
-# looks at tasks not trained yet.
-A = np.array([[0.8, 99, 99], [0.9, 0.5, 77], [0.6, 0.7, 0.4]])
-SQUARES = st.integers(1, 6).flatmap(
-    lambda t: st.lists(st.lists(st.floats(0, 1), min_size=t, max_size=t), min_size=t, max_size=t)
-)
+ROWS, BATCH = 50, 16
+RNG = np.random.default_rng(5)
+IMAGES = RNG.integers(0, 256, (ROWS, *SHAPE)).astype(np.uint8)
+LABELS = RNG.permutation(np.arange(ROWS) % K).astype(np.int32)
+SCENARIO = class_incremental(LABELS, LABELS, K, 3)
+OUTSIDE = """
+import jax.numpy as jnp
 
+def margin(rows):
+    return jnp.max(rows.scores, axis=1) - jnp.take_along_axis(rows.scores, rows.label[:, None], 1)[:, 0]
 
-def test_hand_computed():
-    expected = {
-        "average_accuracy": (0.6 + 0.7 + 0.4) / 3,
-        "average_incremental_accuracy": (0.8 + (0.9 + 0.5) / 2 + (0.6 + 0.7 + 0.4) / 3) / 3,
-        "forgetting": {
-            "chaudhry": ((0.9 - 0.6) + (0.5 - 0.7)) / 2,  # rows 0..1, without the last
-            "mammoth": ((0.9 - 0.6) + (0.7 - 0.7)) / 2,  # the last row too
-            "avalanche": ((0.8 - 0.6) + (0.5 - 0.7)) / 2,  # the diagonal
-        },
-        "backward_transfer": {
-            "gem": ((0.6 - 0.8) + (0.7 - 0.5)) / 2,
-            "diaz_rodriguez": ((0.9 - 0.8) + (0.6 - 0.8) + (0.7 - 0.5)) / 3,
-        },
-    }
-    found = metrics.summarize(A)
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        assert found[key] == pytest.approx(value), key
-    np.testing.assert_allclose(metrics.accuracy_so_far(A), [0.8, 0.7, 1.7 / 3])
+def accuracy(rows):
+    return rows.label == 0
+"""
 
 
-def test_forward_transfer():
-    a = [[0.9, 0.3, 0.2], [0.5, 0.9, 0.4], [0.5, 0.5, 0.9]]
-    assert metrics.forward_transfer(a, [0.7, 0.1, 0.1]) == pytest.approx(((0.3 - 0.1) + (0.4 - 0.1)) / 2)
-    with pytest.raises(UserError, match=r"random_init.*\(3,\)"):
-        metrics.forward_transfer(a, [0.1])
+def batches():
+    """All rows in batches of 16, the last with padding that holds a label and an image of its own."""
+    for begin in range(0, ROWS, BATCH):
+        ids = np.full(BATCH, -1, np.int32)
+        ids[: ROWS - begin] = np.arange(begin, min(begin + BATCH, ROWS))
+        yield {"image": IMAGES[ids], "label": LABELS[ids], "id": ids, "valid": ids >= 0}
 
 
-def test_per_class_accuracy():
-    assert metrics.per_class_accuracy([[3, 1, 0], [0, 0, 0], [2, 2, 0]]) == [0.75, None, 0.0]
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    (tmp_path / "outside_metric.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(tmp_path)
 
 
-def test_mean_and_deviation():
-    assert metrics.mean_and_deviation([1.0, 2.0, 6.0]) == (3.0, pytest.approx(7**0.5))
-    assert metrics.mean_and_deviation([2.5]) == (2.5, 0.0)
+def scores(mesh, metrics, seeds=()):
+    """What `evaluate` gives, and the logits of all rows, of one seed's weights or of several."""
+    rig = Rig(mesh, make_strategy("incremental"))
+    each = [rig.new_weights(jax.random.key(seed))[0] for seed in seeds or (0,)]
+    normalize = make_normalize(SHAPE)
+    params = jax.tree.map(lambda *x: np.stack(x), *each) if seeds else each[0]
+    evaluate = make_evaluate(
+        mesh, rig.model, normalize, SCENARIO, rig.strategy.scores, seeds=bool(seeds), metrics=metrics
+    )
+    logits = [np.asarray(rig.model.apply(x, {}, normalize(IMAGES), train=False)[0]["logits"]) for x in each]
+    return evaluate(params, {}, {}, batches()), logits
 
 
-def test_one_task():
-    found = metrics.summarize([[0.75]])
-    assert found["average_accuracy"] == found["average_incremental_accuracy"] == 0.75
-    assert {*found["forgetting"].values(), *found["backward_transfer"].values()} == {0.0}
-    assert metrics.forward_transfer([[0.75]], [0.5]) == 0.0
+def by_task(x):
+    return [x[task.test].mean() for task in SCENARIO.tasks]
 
 
-@given(SQUARES)
-def test_identities(matrix):
-    f, b = metrics.summarize(matrix)["forgetting"], metrics.summarize(matrix)["backward_transfer"]
-    assert b["gem"] == pytest.approx(-f["avalanche"])
-    assert f["avalanche"] <= f["chaudhry"] + 1e-12
-    assert f["chaudhry"] <= f["mammoth"] + 1e-12
-    assert f["mammoth"] >= 0
-    if len(matrix) == 2:  # one earlier row: first is best, and one later row: all variants but the clipped one agree
-        assert f["chaudhry"] == pytest.approx(f["avalanche"])
-        assert b["diaz_rodriguez"] == pytest.approx(b["gem"])
+@pytest.mark.parametrize("devices", [1, 4, 8])
+def test_every_row_counts_once_in_its_task(devices, outside, mesh_of):
+    found, (logits,) = scores(mesh_of(devices), ["outside_metric:margin"])
+    own = logits[np.arange(ROWS), LABELS]
+    rank = (logits > own[:, None]).sum(1)
+    task = np.array([i for label in LABELS for i, t in enumerate(SCENARIO.tasks) if label in t.classes])
+    among = np.where(SCENARIO.class_table[task], logits, -np.inf)
+    assert set(found) == {"accuracy", "top5", "accuracy_in_task", "margin", "confusion"}
+    assert found["accuracy"].tolist() == by_task(rank == 0) and found["top5"].tolist() == by_task(rank < 5)
+    assert found["accuracy_in_task"].tolist() == by_task(among.argmax(1) == LABELS)
+    np.testing.assert_allclose(found["margin"], by_task(logits.max(1) - own), rtol=1e-5)
+    confusion = np.zeros((K, K), int)
+    np.add.at(confusion, (LABELS, logits.argmax(1)), 1)
+    np.testing.assert_array_equal(found["confusion"], confusion)
+    assert len(set(found["accuracy"].tolist())) > 1
 
 
-@given(SQUARES)
-def test_future_tasks_do_not_count(matrix):
-    a = np.array(matrix)
-    assert metrics.summarize(a) == metrics.summarize(np.tril(a))
+def test_several_seeds_have_scores_of_their_own(mesh_of):
+    found, logits = scores(mesh_of(4), [], seeds=(1, 2))
+    expected = [by_task(x.argmax(1) == LABELS) for x in logits]
+    assert found["accuracy"].tolist() == expected and expected[0] != expected[1]
+    assert found["confusion"].shape == (2, K, K)
 
 
-@pytest.mark.parametrize("matrix", [[[0.1, 0.2]], [0.1], [], [[0.1], [0.2, 0.3]], [["x"]]])
-def test_not_square(matrix):
-    with pytest.raises(UserError, match="accuracy matrix"):
-        metrics.summarize(matrix)
+def test_a_metric_that_cannot_be_told_is_refused(outside, mesh_of):
+    for name, message in (
+        ("acuracy_in_task", "eval.metrics: 'acuracy_in_task' is unknown, did you mean accuracy_in_task?"),
+        (
+            "outside_metric:accuracy",
+            "eval.metrics: 'outside_metric:accuracy' is not allowed, give a metric that is not ",
+        ),
+        ("outside_metric:missing", "eval.metrics: 'outside_metric:missing' cannot be imported"),
+        ("error", "eval.metrics: error is not allowed where rows are classified"),
+    ):
+        with pytest.raises(UserError) as info:
+            scores(mesh_of(1), [name])
+        assert str(info.value).startswith(message)
+    assert set(scores(mesh_of(1), ["accuracy"])[0]) == {"accuracy", "top5", "accuracy_in_task", "confusion"}

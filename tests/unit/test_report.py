@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxcl import metrics, report
+from jaxcl import report, summaries
 from jaxcl.errors import UserError
 
 SOURCES = {
@@ -31,7 +31,7 @@ def _result(strategy="er", seed=0, matrix=None, capacity=200, **changes):
         "model": "mlp",
         "tasks": [[2 * t, 2 * t + 1] for t in range(len(matrix))],
         "accuracy_matrix": matrix,
-        **metrics.summarize(matrix),
+        **summaries.summarize(matrix),
         "seconds": 10.0,
         "images_per_second": 1234.0,
         "seconds_by_phase": {"load": 1.0, "train": 6.0, "evaluate": 2.0, "compile": 1.0},

@@ -1,5 +1,6 @@
 """The training step: its gradients against a plain one-device oracle, on any number of devices, invalid rows or none."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -118,12 +119,21 @@ def test_one_trace_serves_all_steps_and_tasks(name, mesh_of):
     assert int(state.step) == 3
 
 
+def test_a_prepared_step_is_the_program_compiled(mesh_of):
+    rig, batch = Rig(mesh_of(2), make_strategy("er")), make_batch(0)
+    step = rig.train_step.prepare(rig.state(), rig.rows(batch), contextlib.nullcontext)
+    found, expected = (run(rig.state(), rig.rows(batch)) for run in (step, rig.step))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(expected))
+    with pytest.raises(TypeError, match="compiled"):  # rather than compile again without a word
+        step(rig.state(), rig.rows(make_batch(0, n=2 * BATCH)))
+
+
 def test_the_buffer_is_updated_in_place(mesh_of):
     """No temporary grows with the capacity, and the output state takes the input's memory."""
 
     def memory(capacity):
         rig = Rig(mesh_of(2), make_strategy("er"), capacity=capacity)
-        analysis = rig.step.lower(rig.state(), rig.rows(make_batch(0))).compile().memory_analysis()
+        analysis = rig.train_step.lower(rig.state(), rig.rows(make_batch(0)))[0].compile().memory_analysis()
         return analysis.temp_size_in_bytes, analysis.alias_size_in_bytes, rig.buffer.num_bytes
 
     (temp, _, _), (more_temp, aliased, num_bytes) = memory(1_000), memory(100_000)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from scipy import optimize
 
 from jaxcl import mesh as mesh_lib
@@ -469,9 +470,10 @@ def test_defaults_make_a_strategy(name):
 
 def test_mistakes():
     for name, options, message in (
-        ("err", {}, "strategy: 'err' is unknown, choose one of "),
-        ("der", {"beta": 1.0}, "strategies.der.beta: no such option; choose one of alpha"),
-        ("er", {"alpha": 1.0}, "strategies.er.alpha: no such option; it has none"),
+        ("err", {}, "strategy: 'err' is unknown, did you mean er?"),
+        ("plain", {}, "strategy: 'plain' is unknown, choose one of "),
+        ("der", {"beta": 1.0}, "strategy: der has no option 'beta'; choose one of alpha"),
+        ("er", {"alpha": 1.0}, "strategy: er has no option 'alpha'; it has none"),
         ("mir", {"replayed": 0}, "strategies.mir.replayed: 0 is not allowed, give a positive number"),
         ("bic", {"held_out": 1.0}, "strategies.bic.held_out: 1.0 is not allowed, give a share between 0 and 1"),
         ("gdumb", {"epochs": 0}, "strategies.gdumb.epochs: 0 is not allowed, give a positive number"),
@@ -479,6 +481,26 @@ def test_mistakes():
         with pytest.raises(UserError) as info:
             make_strategy(name, options)
         assert str(info.value).startswith(message)
+
+
+def test_mir_cannot_replay_more_rows_than_a_step_draws():
+    config = ConfigDict({"buffer": {"representatives": 64}})
+    make_strategy("mir", {"replayed": 64}).check(config)
+    with pytest.raises(UserError) as info:
+        make_strategy("mir", {"replayed": 99}).check(config)
+    assert str(info.value) == ("strategies.mir.replayed: 99 is not allowed, give at most buffer.representatives = 64")
+
+
+def test_a_strategy_from_outside(tmp_path, monkeypatch):
+    (tmp_path / "outside_strategy.py").write_text(
+        "from jaxcl.strategies import Strategy\n\n\ndef twice(draws: int = 2) -> Strategy:\n    return Strategy(draws=draws)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert make_strategy("outside_strategy:twice").draws == 2
+    assert make_strategy("outside_strategy:twice", {"draws": 3}).draws == 3
+    assert default_options("outside_strategy:twice") == {"draws": 2}
+    with pytest.raises(UserError, match="strategy: 'outside_strategy:thrice' cannot be imported"):
+        make_strategy("outside_strategy:thrice")
 
 
 def test_a_record_of_outputs_that_are_not_there_is_one_clear_line():

@@ -4,7 +4,7 @@ A run leaves a T x T matrix A of accuracies in [0, 1]: row i after training task
 All columns are filled; those above the diagonal (tasks not trained yet) enter no summary but `forward_transfer`.
 With one task nothing can be forgotten or transferred: those summaries are 0.0.
 
-The identities that tie the variants together, tested in tests/test_metrics.py:
+The identities that tie the variants together, tested in tests/unit/test_summaries.py:
   backward_transfer_gem == -forgetting_avalanche
   forgetting_avalanche <= forgetting_chaudhry <= forgetting_mammoth, and forgetting_mammoth >= 0
 """

@@ -1,0 +1,17 @@
+"""How well a row is learnt; one file a metric, which evaluation averages over the test rows of each task.
+
+A file NAME.py has a function `NAME(rows) -> [b]`, a score of each row: bool or float32, of what `EvalRows` says of the rows.
+One from outside the package is named `module.path:NAME` in `config.eval.metrics`. Summaries of the matrix that the scores of
+all tasks make are in `jaxcl.summaries`.
+"""
+
+from collections.abc import Callable
+
+import jax
+
+from jaxcl.metrics.base import EvalRows
+from jaxcl.registry import Registry
+
+__all__ = ["METRICS", "EvalRows"]
+
+METRICS: Registry[Callable[[EvalRows], jax.Array]] = Registry("eval.metrics", "jaxcl.metrics")

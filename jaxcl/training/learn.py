@@ -1,0 +1,210 @@
+"""What a step learns: new rows and representatives, augmented together, to gradients over all devices, to the optimiser."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from jaxcl import losses
+from jaxcl.buffer import Buffer, Rows, Staged
+from jaxcl.buffer import threefry as random
+from jaxcl.data.augment import Augment
+from jaxcl.mesh import AXIS
+from jaxcl.models import Model
+from jaxcl.strategies import Context, Descent, Part, Strategy
+from jaxcl.strategies.base import Outputs
+from jaxcl.training.state import Clock, TrainState
+from jaxcl.types import Batch, PyTree
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """What the steps of a run are bound to.
+
+    Attributes:
+      buffer: into which a step inserts and from which it draws; None without.
+      optimizer: gradients to the direction of descent, before the learning rate is applied.
+      schedule: the learning rate as a function of the epoch within a task.
+      augment: `(key, positions, images uint8) -> images float32`, see `jaxcl.data.make_augment`.
+      classes: bool `[T, K]`, the classes of each task.
+      loss_classes: the classes among which rows are classified: "all" of the data set, those "seen" so far, or those of
+        the "task" in which a row's class appears (one head a task).
+      learn: False leaves the weights alone: a step then only fills the buffer and draws from it.
+      frozen: names of the model's parts, as its parameters are named, whose weights and statistics stay as they are.
+      tuning: see `Context.tuning`.
+    """
+
+    model: Model
+    strategy: Strategy
+    buffer: Buffer | None
+    optimizer: optax.GradientTransformation
+    schedule: Callable[[jax.Array], jax.Array]
+    augment: Augment
+    classes: np.ndarray
+    loss_classes: str = "all"
+    learn: bool = True
+    frozen: Sequence[str] = ()
+    tuning: bool = False
+
+
+def learn(bound: Bound, key: jax.Array, state: TrainState, batch: Batch) -> tuple[TrainState, Outputs, Metrics]:
+    """Trains on this device's new rows and on the draws in `state.staged`; inside `shard_map`.
+
+    `key` is for the augmentation of this step, see `step_keys`.
+
+    Returns:
+      The state after the step but for the buffer and the draws; the model's outputs of the new rows, {} where nothing is
+      learnt; the metrics, see `make_train_step`.
+    """
+    learning_rate = jnp.asarray(bound.schedule(state.task_step / state.steps_per_epoch), jnp.float32)
+    metrics = {"learning_rate": learning_rate}
+    after = dataclasses.replace(state, step=state.step + 1, task_step=state.task_step + 1)
+    if not bound.learn:
+        return after, {}, metrics
+    context = make_context(bound.model, state.strategy_state, state.task, bound.classes, learning_rate)
+    own_key = jax.random.fold_in(key, np.uint32(2**32 - 1))  # no row has this number
+    context = dataclasses.replace(context, key=own_key, tuning=bound.tuning)
+
+    parts = augmented(bound, key, parts_of(bound, batch, state.staged if bound.buffer is not None else (), context))
+    one_pass = functools.partial(descend, bound, context)
+    found = bound.strategy.gradients(one_pass, state.params, state.batch_stats, parts, context)
+    params, opt_state = optimise(bound, state, found.grads, context)
+
+    kept = {name: x for name, x in state.batch_stats.items() if name in bound.frozen}
+    after = dataclasses.replace(after, params=params, batch_stats=found.batch_stats | kept, opt_state=opt_state)
+    return after, found.parts[0].outputs, metrics | {"loss": found.loss, **scores(found.parts)}
+
+
+def parts_of(bound: Bound, batch: Batch, draws: Staged, context: Context) -> list[Part]:
+    """The new rows, then those of each draw; their images as they were stored."""
+    new = Part(batch["image"], batch["label"], batch["valid"], batch["id"], target=batch.get("target", {}))
+    drawn = [
+        Part(d.record["image"], d.label, d.valid, d.id, d.record, target=d.record.get("target", {})) for d in draws
+    ]
+    return [dataclasses.replace(x, allowed=allowed_classes(bound, x.label, context)) for x in (new, *drawn)]
+
+
+def allowed_classes(bound: Bound, label: jax.Array, context: Context) -> jax.Array | None:
+    """The classes among which rows `[b]` are classified, bool `[b, K]`; None for all."""
+    if bound.loss_classes == "all":
+        return None
+    classes = bound.classes
+    same_task = np.any(classes[:, :, None] & classes[:, None, :], axis=0)  # [K, K]
+    allowed = context.seen[None, :] if bound.loss_classes == "seen" else jnp.asarray(same_task)[label]
+    return jnp.broadcast_to(allowed, (len(label), classes.shape[1]))
+
+
+def augmented(bound: Bound, key: jax.Array, parts: Sequence[Part]) -> tuple[Part, ...]:
+    """All parts' images, concatenated and augmented together."""
+    sizes = [len(part.label) for part in parts]
+    images = bound.augment(key, positions(sizes), jnp.concatenate([part.image for part in parts]))
+    split = jnp.split(images, np.cumsum(sizes)[:-1])
+    return tuple(dataclasses.replace(part, image=image) for part, image in zip(parts, split, strict=True))
+
+
+def positions(sizes: Sequence[int]) -> jax.Array:
+    """Numbers of this device's rows in the global batch, part after part; they seed the rows' augmentation."""
+    me, devices = lax.axis_index(AXIS), lax.axis_size(AXIS)
+    begins = np.cumsum([0, *sizes[:-1]])
+    parts = [devices * int(begin) + me * size + jnp.arange(size) for begin, size in zip(begins, sizes, strict=True)]
+    return jnp.concatenate(parts).astype(jnp.int32)
+
+
+def descend(bound: Bound, context: Context, params: PyTree, batch_stats: PyTree, parts: tuple[Part, ...]) -> Descent:
+    """A forward and a backward pass over the rows of all devices."""
+    images, valid = (jnp.concatenate(x) for x in ([p.image for p in parts], [p.valid for p in parts]))
+    borders = np.cumsum([len(part.label) for part in parts])[:-1]
+
+    def objective(params: PyTree) -> tuple[jax.Array, tuple]:
+        outputs, new_stats = bound.model.apply(params, batch_stats, images, train=True, mask=valid)
+        pieces = {name: jnp.split(x, borders) for name, x in outputs.items()}
+        done = tuple(
+            dataclasses.replace(part, outputs={name: x[i] for name, x in pieces.items()})
+            for i, part in enumerate(parts)
+        )
+        share = bound.strategy.loss(params, done, context)
+        return share.value, (share.weight, new_stats, done)
+
+    (value, (weight, new_stats, done)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+    grads, loss, weight = lax.psum((grads, value, weight), AXIS)
+    if weight is not None:  # the exact mean, however the valid rows are spread over the devices
+        total = jnp.maximum(weight, 1.0)
+        grads, loss = jax.tree.map(lambda x: x / total, (grads, loss))
+    return Descent(grads, loss, lax.pmean(new_stats, AXIS), done)
+
+
+def optimise(bound: Bound, state: TrainState, grads: PyTree, context: Context) -> tuple[PyTree, PyTree]:
+    """The new parameters and the optimiser's new state."""
+    still = still_weights(bound, state.params, context)
+    if still is not None:
+        grads = jax.tree.map(lambda f, g: jnp.where(f, 0.0, g), still, grads)
+    direction, opt_state = bound.optimizer.update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, d: p - context.learning_rate * d, state.params, direction)
+    if still is not None:  # momentum and decay would move them
+        params = jax.tree.map(jnp.where, still, state.params, params)
+    return params, opt_state
+
+
+def still_weights(bound: Bound, params: PyTree, context: Context) -> PyTree | None:
+    """What a step leaves as it is: bools like the parameters, None for nothing."""
+    if bound.strategy.frozen is None and not bound.frozen:
+        return None
+    none = jax.tree.map(lambda w: jnp.bool_(False), params)
+    still = none if bound.strategy.frozen is None else bound.strategy.frozen(params, context)
+    return still | {name: jax.tree.map(lambda w: jnp.bool_(True), params[name]) for name in bound.frozen}
+
+
+def candidates(bound: Bound, clock: Clock, batch: Batch, outputs: Outputs) -> Rows:
+    """What a step offers to the buffer: the new rows as they arrived, with what the strategy stores of the outputs."""
+    assert bound.buffer is not None
+    streams = not bound.strategy.selection  # else rows enter at the task's end
+    first_epoch = clock.task_step < clock.steps_per_epoch
+    offered = batch["valid"] & streams & (first_epoch | (bound.buffer.repeats != "first_epoch"))
+    record = bound.strategy.stored(batch["image"], outputs, batch.get("target", {}))
+    return Rows(record, batch["label"], batch["id"], offered)
+
+
+def step_keys(key: jax.Array, step: jax.Array, draws: int) -> jax.Array:
+    """The keys of a step, `[2 + draws]`, of the run's: for its augmentation, its insert and each of its draws."""
+    return random.split(random.fold_in(key, step), 2 + draws)
+
+
+def make_context(
+    model: Model, state: PyTree, task: jax.Array, classes: np.ndarray, learning_rate: jax.Array | float = 0.0
+) -> Context:
+    """What a strategy's functions are told beside the rows."""
+
+    def predict(params: PyTree, batch_stats: PyTree, images: jax.Array) -> Outputs:
+        return model.apply(params, batch_stats, images, train=False)[0]
+
+    return Context(predict, state, task, classes, jnp.asarray(learning_rate, jnp.float32))
+
+
+def scores(parts: Sequence[Part]) -> Metrics:
+    """Counts and mean scores of new and replayed rows over all devices."""
+    name = "error" if parts[0].target else "accuracy"
+    scored = [jnp.where(part.valid, score(part), 0) for part in parts]
+    counts = [[jnp.sum(x, dtype=jnp.float32) for x in (p.valid, s)] for p, s in zip(parts, scored, strict=True)]
+    new, *replays = lax.psum(counts, AXIS)
+    rows, new_score = new
+    replayed, replay_score = (sum(x, jnp.float32(0)) for x in zip(*replays, strict=True)) if replays else (0.0, 0.0)
+    return {
+        name: new_score / jnp.maximum(rows, 1.0),
+        f"replay_{name}": jnp.asarray(replay_score / jnp.maximum(replayed, 1.0)),
+        "rows": rows,
+        "replayed": jnp.asarray(replayed),
+    }
+
+
+def score(part: Part) -> jax.Array:
+    """Of each row `[b]`: its reconstruction's error, or whether it is classified correctly."""
+    if part.target:
+        return losses.reconstruction_error(part.outputs, part.target)
+    return losses.topk_correct(part.logits, part.label, class_mask=part.allowed)

@@ -1,0 +1,204 @@
+"""The training step with the buffer in host memory: what it adds to that of the device tier.
+
+Insert and draw are a program of their own, dispatched before the one that trains: what a program hands over can be read when
+it has ended, and so the host stores and gathers while the devices train. A record that holds the model's outputs (DER) has to
+wait for them; then the step is one program, as in the device tier.
+
+A step begins by waiting for the rows that it replays, which the store gathered meanwhile.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jaxcl.buffer import Shard, Staged
+from jaxcl.buffer.host import Handover, Store
+from jaxcl.mesh import ROWS, WHOLE, on_mesh
+from jaxcl.strategies.base import Outputs
+from jaxcl.training.learn import Bound, Metrics, candidates, learn, step_keys
+from jaxcl.training.state import Clock, TrainState, specs
+from jaxcl.types import Batch, PyTree
+
+Phase = Callable[[str], contextlib.AbstractContextManager]
+Handed = Handover | tuple[()]  # () where rows are handed over by callback
+
+
+class Call(NamedTuple):
+    """A jitted program with its arguments."""
+
+    program: Any
+    args: tuple[PyTree, ...]
+
+
+def make_host_step(mesh: Mesh, bound: Bound, seed: int) -> "HostStep":
+    """The `TrainStep` of a buffer in host memory."""
+    assert bound.buffer is not None and bound.buffer.host is not None
+    store = bound.buffer.host
+    if bound.learn and bound.strategy.stores_outputs:
+        step = functools.partial(train_and_turn, bound, seed)
+        return HostStep(store, on_mesh(mesh, step, (specs(), ROWS, ROWS), (specs(), WHOLE, ROWS), donate=0))
+    turn_ahead, train_behind = functools.partial(ahead, bound, seed), functools.partial(train, bound, seed)
+    programs = InTwo(
+        on_mesh(mesh, turn_ahead, (ROWS, WHOLE, ROWS), (ROWS, WHOLE, ROWS, ROWS), donate=0),
+        on_mesh(mesh, train_behind, (specs(), WHOLE, ROWS, ROWS, ROWS), (specs(), WHOLE), donate=0),
+    )
+    return HostStepInTwo(store, programs)
+
+
+# --- the programs, on a device's part of everything ------------------------------------------------------------------
+
+
+def turn(
+    bound: Bound, seed: int, shard: Shard, clock: Clock, batch: Batch, outputs: Outputs
+) -> tuple[Shard, Staged, Handed]:
+    """Insert, then draw; the rows are handed over to the host."""
+    assert bound.buffer is not None
+    _, insert_key, *draw_keys = step_keys(jax.random.key(seed), clock.step, bound.strategy.draws)
+    rows = candidates(bound, clock, batch, outputs)
+    return bound.buffer.local.turn(shard, rows, insert_key, draw_keys, clock.step)
+
+
+def train_on(
+    bound: Bound, seed: int, state: TrainState, batch: Batch, arrived: jax.Array | None
+) -> tuple[TrainState, Outputs, Metrics]:
+    """`learn` on the new rows and on the draws, whose rows have `arrived` from the host: exchange, then training."""
+    assert bound.buffer is not None
+    staged = bound.buffer.local.receive(state.staged, arrived)
+    augment_key = step_keys(jax.random.key(seed), state.step, bound.strategy.draws)[0]
+    return learn(bound, augment_key, dataclasses.replace(state, staged=staged), batch)
+
+
+def train_and_turn(
+    bound: Bound, seed: int, state: TrainState, batch: Batch, arrived: jax.Array | None
+) -> tuple[TrainState, Metrics, Handed]:
+    """A whole step as one program."""
+    assert state.buffer is not None
+    after, outputs, metrics = train_on(bound, seed, state, batch, arrived)
+    shard, staged, handed = turn(bound, seed, state.buffer, state.clock, batch, outputs)
+    return dataclasses.replace(after, buffer=shard, staged=staged), metrics, handed
+
+
+def ahead(bound: Bound, seed: int, shard: Shard, clock: Clock, batch: Batch) -> tuple[Shard, Clock, Staged, Handed]:
+    """The first of two programs. It hands the clock on, so that on every device the second one starts behind it."""
+    shard, staged, handed = turn(bound, seed, shard, clock, batch, {})
+    return shard, clock, staged, handed
+
+
+def train(
+    bound: Bound, seed: int, rest: TrainState, clock: Clock, staged: Staged, batch: Batch, arrived: jax.Array | None
+) -> tuple[TrainState, Metrics]:
+    """The second of two programs, which needs nothing of the first: `rest` is the state without buffer and draws."""
+    state = dataclasses.replace(rest, **clock._asdict(), staged=staged)
+    after, _, metrics = train_on(bound, seed, state, batch, arrived)
+    return dataclasses.replace(after, staged=()), metrics
+
+
+# --- on the host -----------------------------------------------------------------------------------------------------
+
+
+class InTwo(NamedTuple):
+    """The programs of a step.
+
+    Attributes:
+      ahead: jitted `(shard, clock, batch) -> (shard, clock, staged, handover)`, donating the shard.
+      train: jitted `(rest, clock, staged, batch, arrived) -> (rest, metrics)`, donating `rest`; `staged` of the step before.
+    """
+
+    ahead: Any
+    train: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class HostStep:
+    """A `TrainStep` in one program.
+
+    Attributes:
+      store: of the rows.
+      program: jitted `(state, batch, arrived) -> (state, metrics, handover)`, donating the state.
+    """
+
+    store: Store
+    program: Any
+
+    def prepare(self, state: PyTree, batch: PyTree, phase: Phase) -> "Fed":
+        """See `TrainStep`. Raises what the writer of the store has met with."""
+        return Fed(self, state, batch, phase)
+
+    def lower(self, state: PyTree, batch: PyTree) -> list[jax.stages.Lowered]:
+        return [call.program.lower(*call.args) for call in self.calls(state, batch, self.store.take())]
+
+    def calls(self, state: PyTree, batch: PyTree, arrived: jax.Array | None) -> list[Call]:
+        """What a step is made of, for the shapes."""
+        return [Call(self.program, (state, batch, arrived))]
+
+    def take(self, fed: "Fed", state: PyTree, batch: PyTree, arrived: jax.Array | None) -> tuple[PyTree, PyTree]:
+        """Takes a step; gives the state and the metrics."""
+        with fed.phase("train"):
+            state, metrics, handed = fed.run(self.program, state, batch, arrived)
+        with fed.phase("accumulate"):
+            self.store.passed(handed)
+        return state, metrics
+
+
+class HostStepInTwo(HostStep):
+    """A `TrainStep` in two programs, `InTwo`."""
+
+    def calls(self, state: TrainState, batch: Batch, arrived: jax.Array | None) -> list[Call]:
+        rest, clock = dataclasses.replace(state, buffer=None, staged=()), state.clock
+        return [
+            Call(self.program.ahead, (state.buffer, clock, batch)),
+            Call(self.program.train, (rest, clock, state.staged, batch, arrived)),
+        ]
+
+    def take(
+        self, fed: "Fed", state: TrainState, batch: Batch, arrived: jax.Array | None
+    ) -> tuple[TrainState, Metrics]:
+        rest = dataclasses.replace(state, buffer=None, staged=())
+        with fed.phase("accumulate"):
+            shard, clock, drawn, handed = fed.run(self.program.ahead, state.buffer, state.clock, batch)
+            self.store.passed(handed)
+        with fed.phase("train"):
+            rest, metrics = fed.run(self.program.train, rest, clock, state.staged, batch, arrived)
+        return dataclasses.replace(rest, buffer=shard, staged=drawn), metrics
+
+
+class Fed:
+    """A step of the host tier that is compiled: called like one of the device tier.
+
+    It is compiled for as many rows as have arrived for its first step; for the other number (`Handover.wide`) when it comes.
+    """
+
+    def __init__(self, step: HostStep, state: PyTree, batch: PyTree, phase: Phase):
+        self.phase, self._step = phase, step
+        self._compiled: dict[Any, Any] = {}
+        self._metrics: PyTree = None
+        for program, args in step.calls(state, batch, step.store.take(self._finished)):
+            self._made(program, *args)
+
+    def __call__(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+        with self.phase("wait"):  # first: if the writer has failed, the state is still there to be saved
+            arrived = self._step.store.take(self._finished)
+        state, self._metrics = self._step.take(self, state, batch, arrived)
+        return state, self._metrics
+
+    def run(self, program: Any, *args: PyTree) -> Any:
+        """Calls the program, compiled for these arguments."""
+        return self._made(program, *args)(*args)
+
+    def _made(self, program: Any, *args: PyTree) -> Any:
+        arrived = args[-1].shape if isinstance(args[-1], jax.Array) else ()
+        if (program, arrived) not in self._compiled:
+            self._compiled[program, arrived] = program.lower(*args).compile()
+        return self._compiled[program, arrived]
+
+    def _finished(self) -> bool:
+        """Whether the step before has ended."""
+        if not all(x.is_ready() for x in jax.tree.leaves(self._metrics)):
+            return False
+        jax.block_until_ready(self._metrics)  # raises what the step itself met with
+        return True
