@@ -160,7 +160,7 @@ class Contender:
       seconds: of a step, one for every turn of `in_turn`.
     """
 
-    step: Callable[[Any, Any], tuple[Any, Any]]
+    step: Any
     state: Any
     batch: Any = None
     blocking: bool = False

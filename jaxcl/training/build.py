@@ -114,7 +114,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
         )
     if buffer is not None and config.buffer.replay != "draw":  # the memory's rows come among the task's own
         strategy = strategy._replace(draws=0)
-    train_step = functools.partial(
+    train_step: Callable[..., TrainStep] = functools.partial(
         make_train_step,
         mesh,
         model,
@@ -125,7 +125,11 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
         loss_classes=d.loss_classes,
     )
     schedule = make_schedule(config.optimizer, strategy.rehearse or config.epochs)
-    replayed = {"strategy": strategy, "buffer": buffer if strategy.draws else None, "schedule": schedule}
+    replayed: dict[str, Any] = {
+        "strategy": strategy,
+        "buffer": buffer if strategy.draws else None,
+        "schedule": schedule,
+    }
     return Parts(
         mesh=mesh,
         strategy=strategy,
@@ -146,6 +150,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
             strategy.scores,
             seeds=seeds is not None,
             reconstructs=bool(train.targets),
+            metrics=tuple(config.eval.metrics),
         ),
     )
 

@@ -15,6 +15,7 @@ from jaxcl.training.build import Parts
 from jaxcl.training.state import TrainState
 
 MEASURES = ("accuracy", "error")  # of classification, of reconstruction
+NAMED = ("accuracy", "top5", "error")  # scores that have summaries of their own
 ONLY_LAST = ("accuracy_in_task", "confusion")  # scores that are told of the last weights alone
 
 
@@ -53,6 +54,7 @@ def summarize(
         "tasks": [list(task.classes) for task in parts.scenario.tasks],
         "evaluated_on": "validation" if config.data.validation else "test",
         **(_errors(at, untrained) if parts.train.targets else _accuracies(parts, at, scores, untrained)),
+        **{f"{name}_matrix": rows for name, rows in at.scores.items() if name not in NAMED},
         "steps": at.step,
         "images": at.images,
         "buffer": _buffer_report(parts.buffer, state),

@@ -35,6 +35,7 @@ from jaxcl.types import Batch, PyTree
 Scores = dict[str, np.ndarray]
 Weights = tuple[PyTree, PyTree, PyTree]  # params, batch_stats, opt_state
 Loaders = list[data.Loader]  # one a lane; none where there are no batches
+SHARES = ("accuracy", "top5")  # scores shown in per cent
 SELECTING = np.uint32(2**32 - 1)  # folded into a run's key for its selections: no step has this number
 
 
@@ -153,7 +154,7 @@ def evaluate(course: Course, state: TrainState, task: int) -> list[Scores]:
         background = course.host.seconds if course.host else {}
         session.log.write_seconds(lanes.at.step, session.phases.seconds, background)
         so_far = {name: float(np.mean(row[: task + 1])) for name, row in rows.items()}
-        shown = {name: f"{x:.4f}" if name == "error" else f"{100 * x:.1f} %" for name, x in so_far.items()}
+        shown = {name: f"{100 * x:.1f} %" if name in SHARES else f"{x:.4f}" for name, x in so_far.items()}
         course.bar.set_postfix(shown)
     return scores
 

@@ -11,7 +11,7 @@ REPO = pathlib.Path(__file__).resolve().parents[2]
 FLOORS = {
     **dict.fromkeys(("errors", "types"), 0),
     **dict.fromkeys(("check", "registry", "mesh"), 1),
-    **dict.fromkeys(("losses", "optimizer", "metrics"), 2),
+    **dict.fromkeys(("losses", "optimizer", "metrics", "summaries"), 2),
     **dict.fromkeys(("buffer", "data", "models", "report"), 3),
     "strategies": 4,
     "runs": 5,
