@@ -72,11 +72,11 @@ def each(rule: Rule) -> Rule:
 
 
 def between(low: float, high: float) -> Rule:
-    return Rule(lambda x: is_number(x) and low <= x <= high, f"a number from {low:g} to {high:g}")
+    return Rule(lambda x: is_number(x) and low <= x <= high, f"a number from {low} to {high}")
 
 
 def at_least(low: float) -> Rule:
-    return Rule(lambda x: is_number(x) and x >= low, f"at least {low:g}")
+    return Rule(lambda x: is_number(x) and x >= low, f"at least {low}")
 
 
 POSITIVE = Rule(lambda x: is_number(x) and x > 0, "a positive number")

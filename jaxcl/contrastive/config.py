@@ -4,7 +4,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from jaxcl.check import FRACTION, NAME, NOT_NEGATIVE, POSITIVE, SEED, Rule, at_least, each, is_number, one_of, refused
+from jaxcl.check import FRACTION, NAME, NOT_NEGATIVE, POSITIVE, SEED, Rule, between, each, is_number, one_of, refused
 from jaxcl.contrastive.step import NEGATIVES, PAIRS
 from jaxcl.contrastive.storage import STORAGES
 from jaxcl.errors import UserError
@@ -51,8 +51,8 @@ def fields() -> Fields:
             ),
             "held_out": Field(0.2, "share of the pairs, of sources without a test split", BETWEEN),
             "split_seed": Field(0, "of the pairs held out", NOT_NEGATIVE),
-            "length": Field(48, "tokens of a text", POSITIVE),
-            "vocabulary": Field(4096, "buckets that words and parts of words are hashed to", at_least(2)),
+            "length": Field(48, "tokens of a text", between(1, 2**16)),
+            "vocabulary": Field(4096, "buckets that words and parts of words are hashed to", between(2, 2**28)),
             "augment": Field((), "crop, flip and others: on device", each(NAME)),
             **IMAGES,
         },

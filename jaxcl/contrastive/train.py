@@ -4,6 +4,7 @@ The session, the log, the checkpoints and the stepping are those of `jaxcl.train
 """
 
 import dataclasses
+import math
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from jaxcl.models.towers import make_towers
 from jaxcl.runs import checkpoint
 from jaxcl.runs.lanes import Lanes
 from jaxcl.runs.session import Session
+from jaxcl.training import sizes
 from jaxcl.training.loop import train_steps
 from jaxcl.training.optimizer import make_optimizer, make_schedule
 from jaxcl.training.result import conditions, record
@@ -109,6 +111,13 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Co
             momentum=config.negatives == "momentum",
         )
 
+    state, row = jax.eval_shape(new_state), 2 * sizes.PIXEL * math.prod(train.image_shape)
+    held = {
+        "batch_size": (config.batch_size, config.batch_size // mesh.size * row),
+        "model": (m.to_dict(), sizes.bytes_of((state.params, state.opt_state, state.keys))),
+        "bank.capacity": (config.bank.capacity, sizes.bytes_of(state.bank) // mesh.size),
+    }
+    sizes.check_on_devices(held, mesh)
     step = make_step(
         mesh,
         towers,

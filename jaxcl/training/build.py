@@ -23,6 +23,7 @@ from jaxcl.training.evaluate import make_evaluate
 from jaxcl.training.exemplars import Selection, make_store_exemplars
 from jaxcl.training.optimizer import make_optimizer, make_schedule
 from jaxcl.training.replay import choices, finetune_batches, memory_rows
+from jaxcl.training.sizes import check_sizes, check_tasks
 from jaxcl.training.state import TrainState, make_weights
 from jaxcl.training.step import make_train_step
 
@@ -68,6 +69,7 @@ def make_tasks(config: ConfigDict) -> tuple[data.Scenario, data.Source, data.Sou
     """
     d = config.data
     train, test = data.open_source(d.source, d.data_dir, image_size=d.image_size)
+    check_tasks(d.tasks, (len(train) + len(test)) * (d.scenario in ("permuted", "rotated")))
     if d.validation:
         train, test = data.hold_out(train, d.validation, d.scenario_seed)
     return data.make_scenario(
@@ -108,12 +110,17 @@ def build(
         classes=scenario.class_table,
     )
     _check_objective(config, strategy, model, train)
+    optimizer = make_optimizer(config.optimizer)
+    new_weights = make_weights(mesh, model, optimizer, train.image_shape)
+    record = _record(model, strategy, train) if strategy.draws else None
+    capacity = capacity_of(config.buffer, scenario)
+    sizes: Any = {"record": record, "capacity": capacity, "draws": strategy.draws, "seeds": len(seeds or [0])}
+    check_sizes(config, mesh, new_weights, train.image_shape, **sizes)
     buffer = None
     if strategy.draws:
-        record = _record(model, strategy, train)
         buffer = make_buffer(
             record,
-            capacity=capacity_of(config.buffer, scenario),
+            capacity=capacity,
             representatives=config.buffer.representatives,
             policy=policy_of(config, strategy),
             num_classes=train.num_classes,
@@ -129,9 +136,7 @@ def build(
             handover=config.buffer.handover,
             queue=config.buffer.queue,
         )
-    optimizer = make_optimizer(config.optimizer)
     schedule = make_schedule(config.optimizer, strategy.rehearse or config.epochs)
-    new_weights = make_weights(mesh, model, optimizer, train.image_shape)
     if buffer is not None and config.buffer.replay != "draw":
         strategy = strategy._replace(draws=0)
 
