@@ -27,10 +27,10 @@ from jaxcl.training import config as training
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file, e.g. configs/digits.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
-OUT = flags.DEFINE_string("out", None, "file or folder to write, as the command's text says")
 JSON = flags.DEFINE_string(
     "json", None, "of a benchmark: file to write, and beside it a picture if it draws one; default: print only"
 )
+OUT = flags.DEFINE_string("out", None, "file or folder to write, as the command's text says")
 DEVICES = flags.DEFINE_integer("devices", None, "fake CPU devices of this process; default: the devices JAX finds")
 SEEDS = flags.DEFINE_integer(
     "seeds", None, "runs of each kind, with seeds from config.seed upwards; default: as the command's text says"
@@ -198,7 +198,7 @@ def run(main: Callable[..., None], *, positional: bool = False, fields: fields_l
                 )
                 _end(_say(error))
             _end(1)
-        signal.signal(signal.SIGINT, _interrupt_at_once)
+        _leave_quietly()
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # of ASCII, say: a table with ± is printed with ? instead
@@ -252,7 +252,13 @@ def _say_interrupted() -> None:
     os.write(2, b"error: interrupted; start again to continue from the last checkpoint\n")
 
 
+def _leave_quietly() -> None:
+    if signal.getsignal(signal.SIGINT) is _interrupt:
+        signal.signal(signal.SIGINT, _interrupt_at_once)
+
+
 def _end(status: int) -> NoReturn:
+    _leave_quietly()
     if jax.distributed.is_initialized():  # its shutdown, at exit, waits for all processes
         sys.stdout.flush()
         sys.stderr.flush()
