@@ -58,7 +58,7 @@ MOST_DEVICES = 512  # a step of 1,000 takes a minute to start or aborts in XLA's
 
 def _is_address(text: Any) -> bool:
     found = re.fullmatch(r"(\[[\da-fA-F:.]+\]|[^\s:/]+):(\d{1,5})", text)
-    return bool(found) and 0 < int(found[2]) < 2**16
+    return found is not None and 0 < int(found[2]) < 2**16
 
 
 RULES = (

@@ -51,7 +51,7 @@ def near(name: str, allowed: Collection[str]) -> str:
 
 def is_number(x: Any) -> bool:
     """Whether it is a finite number; True and False are none."""
-    return isinstance(x, numbers.Real) and not isinstance(x, bool) and -math.inf < x < math.inf
+    return not isinstance(x, bool) and isinstance(x, numbers.Real) and -math.inf < x < math.inf  # type: ignore[operator]
 
 
 def one_of(names: Collection[Any]) -> Rule:

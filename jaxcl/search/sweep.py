@@ -13,7 +13,7 @@ import math
 import pathlib
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -85,8 +85,8 @@ class Sweep:
         Raises:
           UserError: a field of the sweep is not allowed.
         """
-        for name, field in _ALLOWED.items():
-            field.check(f"sweep.{name}", getattr(self, name))
+        for name, allowed in _ALLOWED.items():
+            allowed.check(f"sweep.{name}", getattr(self, name))
         a_dict = Rule(
             lambda x: isinstance(x, Mapping) and len(x) > 0, "at least one config field and its values, as a dict"
         )
@@ -178,7 +178,7 @@ def run_sweep(
     """
     settings = sweep.settings()
     _check_all(config, sweep, settings, together, devices)
-    measure = functools.partial(
+    measure: Callable[..., dict[str, Any]] = functools.partial(
         _measure, config, sweep, pathlib.Path(workdir), together=together, devices=devices, **options
     )
     rows = []

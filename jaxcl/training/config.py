@@ -98,7 +98,7 @@ SELECTION = {
     "quota": Field("adaptive", "adaptive: capacity / classes seen; fixed: capacity / all classes", one_of(QUOTAS)),
     "ways": Field(1, "independent choices that share a sharded memory", POSITIVE),
 }
-BUFFER = {
+BUFFER: Fields = {
     "capacity": Field(200, "rows in the union of all devices' shards", POSITIVE),
     "share": Field(None, "of all tasks' training rows: gives the capacity instead", SHARE, float),
     "policy": Field(
@@ -128,15 +128,19 @@ FINETUNE = {
 }
 
 
-def fields() -> Fields:
+def fields(outside: Fields | None = None) -> Fields:
     """All fields of a run. Sizes are global: they count rows over all devices, so that a config is the same experiment on any
-    number of them."""
+    number of them.
+
+    Args:
+      outside: the options of strategies from outside the package.
+    """
     options = {name: options_of(make, f"see jaxcl/strategies/{name}.py") for name, make in STRATEGIES.items()}
     return {
         "name": Field("run", "a title for reports"),
         "seed": Field(0, "of weights, order of rows, augmentation, buffer", SEED),
         "strategy": Field("er", "the method of continual learning", found_in(STRATEGIES)),
-        "strategies": {name: found for name, found in options.items() if found},
+        "strategies": {name: found for name, found in options.items() if found} | dict(outside or {}),
         "batch_size": Field(64, "new rows a step", POSITIVE),
         "epochs": Field(1, "passes over a task's data", POSITIVE),
         "log_every": Field(50, "steps between lines in metrics.jsonl", POSITIVE),
@@ -168,7 +172,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
     Raises:
       UserError: a field is unknown, missing or of another type, or a value is not allowed on `devices` devices.
     """
-    check_fields(config, _with_outside(config))
+    check_fields(config, fields(_outside(config)))
     check_optimizer(config)
     sizes = ["batch_size", "eval.batch_size"]
     strategy = make_strategy(config.strategy, config.strategies.get(short(config.strategy), {}))
@@ -181,21 +185,16 @@ def check_config(config: ConfigDict, devices: int) -> None:
         own(config)
 
 
-def _with_outside(config: ConfigDict) -> Fields:
-    """All fields, and under its short name the options of a strategy from outside that the config gives."""
-    allowed, name = fields(), config.get("strategy")
-    groups = config.get("strategies")
+def _outside(config: ConfigDict) -> Fields:
+    """The options that the config gives a strategy from outside, under its short name."""
+    name, groups = config.get("strategy"), config.get("strategies")
     if not isinstance(name, str) or ":" not in name or not isinstance(groups, ConfigDict) or short(name) not in groups:
-        return allowed
+        return {}
     options = options_of(STRATEGIES[name], "")
-    given = groups[short(name)]
-    for option in given:
+    for option in groups[short(name)]:
         if option not in options:
             raise unknown_field(f"strategies.{short(name)}.{option}", list(options))
-    return {
-        **allowed,
-        "strategies": {**allowed["strategies"], short(name): {option: options[option] for option in given}},
-    }
+    return {short(name): {option: options[option] for option in groups[short(name)]}}
 
 
 def check_optimizer(config: ConfigDict) -> None:

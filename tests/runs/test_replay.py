@@ -16,7 +16,7 @@ from jaxcl.training.build import build, selection_of
 from jaxcl.training.loop import train_and_evaluate
 from jaxcl.training.replay import at_one_place, draws_per_epoch, finetune_batches, memory_rows
 from tests.rig import SHAPE, K, Rig, make_batch
-from tests.test_seeds import assert_close_runs
+from tests.runs.test_seeds import assert_close_runs
 from tests.whole import assert_same_run, last, small, stop_at
 
 LABELS = np.arange(60, dtype=np.int32) % 6
@@ -175,11 +175,11 @@ def test_mistakes_cost_one_line():
         ),
         ({"strategy": "der", "buffer__replay": "draw"}, r"finetune\.epochs: 2 is not allowed with der"),
         ({"buffer__selection__by": None}, r"buffer\.replay: append_part needs a memory .* give buffer\.selection\.by"),
-        ({"buffer__replay": "add"}, r"buffer\.replay: 'add' is unknown"),
-        ({"buffer__selection__by": "nearest"}, r"buffer\.selection\.by: 'nearest' is unknown, choose one of random"),
+        ({"buffer__replay": "add"}, r"buffer\.replay: 'add' is not allowed, give one of draw"),
+        ({"buffer__selection__by": "nearest"}, r"buffer\.selection\.by: 'nearest' is not allowed, give one of random"),
         (
             {"buffer__selection__random_keys": "own"},
-            r"buffer\.selection\.random_keys: 'own' is unknown, choose one of shared",
+            r"buffer\.selection\.random_keys: 'own' is not allowed, give one of shared",
         ),
         ({"buffer__memory": "independent"}, r"buffer\.selection\.ways: 2 is not allowed with .*independent"),
         ({"buffer__tier": "host"}, r"buffer\.tier: host is not allowed with rows selected"),

@@ -34,10 +34,11 @@ def parsed(*arguments):
     """What a command says of these arguments: several in one process, since each start costs seconds."""
     program = """
 import sys
-from absl import flags, logging
+import logging
+from absl import flags
 from experiments import cli
 from jaxcl.errors import UserError
-logging.set_verbosity(logging.FATAL)
+logging.disable(logging.WARNING)  # as cli.run does it
 for line in sys.argv[1:]:
     cli.flags.FLAGS.unparse_flags()
     for name in [name for name in flags.FLAGS if name.startswith("config.")]:
