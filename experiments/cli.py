@@ -1,7 +1,5 @@
 """What the commands share: the flags of a run, the start of JAX, and one line instead of a traceback for a mistake."""
 
-import importlib.util
-import inspect
 import io
 import logging
 import os
@@ -10,7 +8,6 @@ import shutil
 import signal
 import sys
 import traceback
-import types
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -19,9 +16,11 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from experiments.config_file import brief, explain
+from experiments.config_file import from_config_file as from_config_file
 from jaxcl import fields as fields_lib
 from jaxcl import mesh
-from jaxcl.check import NOT_NEGATIVE, POSITIVE, Rule, at_least, between, check, near
+from jaxcl.check import NOT_NEGATIVE, POSITIVE, Rule, at_least, between, check
 from jaxcl.errors import PeerLost, RunError, UserError
 from jaxcl.training import config as training
 
@@ -101,69 +100,6 @@ def seeds(default: int, least: int = 1) -> int:
 def config_path() -> str:
     """What was given to --config: a file, and behind a colon the argument of its functions, if there is one."""
     return config_flags.get_config_filename(flags.FLAGS["config"])
-
-
-def from_config_file(path: str, function: str) -> Any:
-    """What a function of a config file returns, called with the argument of get_config if there is one; None where the file
-    has no such function. A file that --config has loaded is not run again.
-
-    Args:
-      path: as given to --config.
-
-    Raises:
-      UserError: the file cannot be loaded, or the function fails or takes no such argument.
-    """
-    file, colon, argument = path.partition(":")
-    arguments = [argument] if colon else []
-    try:
-        call = getattr(_module(file), function, None)
-        if call is None:
-            return None
-        _check_arguments(call, arguments)
-        return call(*arguments)
-    except UserError as error:
-        raise error if str(error).startswith("--config") else UserError(f"--config: {file}: {error}") from None
-    except Exception as error:
-        raise UserError(f"--config: {file}:{_line(error, file)}: {type(error).__name__}: {_brief(error)}") from None
-
-
-def _module(file: str) -> types.ModuleType:
-    loaded = sys.modules.get("config_config")  # where ml_collections puts the file of a flag called config
-    if loaded is not None and loaded.__file__ == file:
-        return loaded
-    spec = importlib.util.spec_from_file_location("config_file", file)
-    if spec is None or spec.loader is None:
-        raise UserError("no Python file; its name must end with .py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _check_arguments(call: Callable[..., Any], arguments: list[str]) -> None:
-    try:
-        inspect.signature(call).bind(*arguments)
-    except TypeError as error:
-        given = f"takes no argument {arguments[0]!r}" if arguments else "needs an argument, as FILE:ARGUMENT"
-        raise UserError(f"{call.__name__}() {given}: {error}") from None
-
-
-def _line(error: Exception, file: str) -> int:
-    """Where in the file it happened: the last line of it that was running; 0 if none was."""
-    if isinstance(error, SyntaxError) and _same(error.filename, file):
-        return error.lineno or 0
-    return next(
-        (x.lineno or 0 for x in reversed(traceback.extract_tb(error.__traceback__)) if _same(x.filename, file)), 0
-    )
-
-
-def _same(one: str | None, other: str) -> bool:
-    return one is not None and os.path.abspath(one) == os.path.abspath(other)
-
-
-def _brief(error: Exception) -> str:
-    """The message alone, on one line."""
-    text = error.msg if isinstance(error, SyntaxError) else error.args[0] if isinstance(error, KeyError) else error
-    return " ".join(str(text).split())
 
 
 def run(main: Callable[..., None], *, positional: bool = False, fields: fields_lib.Fields | None = None) -> None:
@@ -280,14 +216,14 @@ def _parse(argv: list[str]) -> list[str]:
             raise UserError(f"--config: there is no file {path}")
         rest = flags.FLAGS(argv)
         if path is not None and not isinstance(CONFIG.value, ConfigDict):
-            _explain_config(path, argv)
+            explain(path, argv)
         return rest
     except UserError as error:
         sys.exit(_say(error))
     except Exception as error:
         try:
             if path is not None:
-                _explain_config(path, argv)
+                explain(path, argv)
         except UserError as better:
             sys.exit(_say(better))
         sys.exit(_say(error))
@@ -302,27 +238,7 @@ def _given_config(argv: list[str]) -> str | None:
     return None
 
 
-def _explain_config(path: str, argv: list[str]) -> None:
-    """Loads the config of a command line that could not be parsed once more, as absl's errors do not tell where they are from.
-
-    Raises:
-      UserError: the file fails or returns no config, or a field that a flag names does not exist.
-    """
-    config = from_config_file(path, "get_config")
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"--config: {path} has no get_config() that returns a ConfigDict")
-    for argument in argv[1:]:
-        if not re.match(r"--?config\.", argument):
-            continue
-        group, name = config, argument.partition("=")[0].partition(".")[2]
-        for part in name.split("."):
-            allowed = list(group) if isinstance(group, ConfigDict) else []
-            if part not in allowed:
-                raise UserError(f"--config.{name}: no such field; {near(part, allowed)}")
-            group = group[part]
-
-
 def _say(error: Exception) -> int:
     """Prints one line and returns the exit status."""
-    print(f"error: {_brief(error)}", file=sys.stderr)
+    print(f"error: {brief(error)}", file=sys.stderr)
     return getattr(error, "status", 2)
