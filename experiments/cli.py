@@ -1,30 +1,40 @@
-"""What the mains share: the flags of a run, the start of JAX, and one line instead of a traceback for a mistake."""
+"""What the commands share: the flags of a run, the start of JAX, and one line instead of a traceback for a mistake."""
 
-import importlib.util
+import io
 import logging
 import os
+import re
+import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
+from experiments.config_file import brief, explain
+from experiments.config_file import from_config_file as from_config_file
+from jaxcl import fields as fields_lib
 from jaxcl import mesh
+from jaxcl.check import NOT_NEGATIVE, POSITIVE, Rule, at_least, between, check
 from jaxcl.errors import PeerLost, RunError, UserError
+from jaxcl.training import config as training
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file, e.g. configs/digits.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
 JSON = flags.DEFINE_string(
     "json", None, "of a benchmark: file to write, and beside it a picture if it draws one; default: print only"
 )
+OUT = flags.DEFINE_string("out", None, "file or folder to write, as the command's text says")
 DEVICES = flags.DEFINE_integer("devices", None, "fake CPU devices of this process; default: the devices JAX finds")
 SEEDS = flags.DEFINE_integer(
     "seeds", None, "runs of each kind, with seeds from config.seed upwards; default: as the command's text says"
 )
+VMAP = flags.DEFINE_bool("vmap", False, "train seeds that differ in nothing else together, as one program")
 OVERWRITE = flags.DEFINE_bool(
     "overwrite", False, "remove what an earlier run left in the workdir, instead of continuing it"
 )
@@ -40,6 +50,24 @@ HEARTBEAT = flags.DEFINE_integer(
 STALL = flags.DEFINE_float(
     "stall_seconds", 600.0, "one of several processes: end when no step was finished for so long; 0: never"
 )
+HELP_CONFIG = flags.DEFINE_bool("help_config", False, "print every field of the config and end")
+
+MOST_DEVICES = 512  # a step of 1,000 takes a minute to start or aborts in XLA's CPU runtime, 100,000 never start
+
+
+def _is_address(text: Any) -> bool:
+    found = re.fullmatch(r"(\[[\da-fA-F:.]+\]|[^\s:/]+):(\d{1,5})", text)
+    return found is not None and 0 < int(found[2]) < 2**16
+
+
+RULES = (
+    (DEVICES, between(1, MOST_DEVICES)),
+    (STALL, NOT_NEGATIVE),
+    (HEARTBEAT, POSITIVE),
+    (NUM_PROCESSES, POSITIVE),
+    (PROCESS_ID, NOT_NEGATIVE),
+    (COORDINATOR, Rule(_is_address, "HOST:PORT with a port from 1 to 65535")),
+)
 
 
 def required(flag: flags.FlagHolder) -> Any:
@@ -53,6 +81,11 @@ def required(flag: flags.FlagHolder) -> Any:
     return flag.value
 
 
+def run_options() -> dict[str, Any]:
+    """Of `train_and_evaluate`: what the flags say beside config and workdir."""
+    return {"overwrite": OVERWRITE.value, "stall_seconds": STALL.value}
+
+
 def seeds(default: int, least: int = 1) -> int:
     """--seeds, or the command's default. The flag is defined here for all, so that commands can be imported together.
 
@@ -60,68 +93,71 @@ def seeds(default: int, least: int = 1) -> int:
       UserError: fewer than `least`.
     """
     asked = default if SEEDS.value is None else SEEDS.value
-    if asked < least:
-        raise UserError(f"--seeds: {asked} is not allowed, give at least {least}")
+    check("--seeds", asked, at_least(least))
     return asked
 
 
-def from_config_file(path: str, function: str) -> Any:
-    """What another function of a config file returns, called with the argument of get_config if there is one; None where the
-    file has no such function. `path` as given to --config.
-
-    Raises:
-      UserError: the function takes no such argument.
-    """
-    file, colon, argument = path.partition(":")
-    spec = importlib.util.spec_from_file_location("config_file", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, function):
-        return None
-    try:
-        return getattr(module, function)(*([argument] if colon else []))
-    except TypeError as error:
-        raise UserError(f"--config: {file}: {error}") from None
+def config_path() -> str:
+    """What was given to --config: a file, and behind a colon the argument of its functions, if there is one."""
+    return config_flags.get_config_filename(flags.FLAGS["config"])
 
 
-def run(main: Callable[..., None], *, positional: bool = False) -> None:
+def run(main: Callable[..., None], *, positional: bool = False, fields: fields_lib.Fields | None = None) -> None:
     """Parses the flags, starts JAX on the devices asked for and calls `main`, with the positional arguments if it takes any.
 
     A mistake or a failed run ends the program with one line on standard error and the status of its exception. One process
     of several ends at once, whatever went wrong: it does not wait for the others, which may be waiting for it.
+
+    Args:
+      fields: of the command's config, for --help_config; None: those of `jaxcl.training.config`.
     """
 
     def start(argv: list[str]) -> None:
         try:
-            if len(argv) > 1 and not positional:
-                raise UserError(f"argument {argv[1]!r} is not understood; flags have the form --name=value")
-            if DEVICES.value is not None:
-                mesh.use_fake_devices(DEVICES.value)
-            explicit = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-            if DISTRIBUTED.value or any(value is not None for value in explicit):
-                mesh.join_processes(*explicit, heartbeat_seconds=HEARTBEAT.value)
-            _log_lines()
+            if HELP_CONFIG.value:
+                print(fields_lib.text(fields or training.fields(), shutil.get_terminal_size((120, 0)).columns))
+                return
+            _begin(argv, positional)
             main(argv[1:]) if positional else main()
         except (UserError, RunError) as error:
             _end(_say(error))
         except KeyboardInterrupt:
-            _end(_say(RuntimeError("interrupted; start again to continue from the last checkpoint"), 130))
+            _end(130)  # the handler has said it
         except Exception as error:
-            if jax.distributed.is_initialized():
-                traceback.print_exc()
-                if isinstance(error, jax.errors.JaxRuntimeError):
-                    cause = " ".join(str(error).split())[:300]
-                    error = PeerLost(
-                        f"another process has died, or the computation itself failed: {cause}; start again to continue"
-                    )
-                    _end(_say(error))
-                _end(1)
-            raise
+            if not jax.distributed.is_initialized():
+                raise
+            traceback.print_exc()
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                cause = " ".join(str(error).split())[:300]
+                error = PeerLost(
+                    f"another process has died, or the computation itself failed: {cause}; start again to continue"
+                )
+                _end(_say(error))
+            _end(1)
+        _leave_quietly()
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # of ASCII, say: a table with ± is printed with ? instead
+            stream.reconfigure(errors="replace")
+    signal.signal(signal.SIGINT, _interrupt)
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs, with tracebacks, what it also raises
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     app.run(start, flags_parser=_parse)
+
+
+def _begin(argv: list[str], positional: bool) -> None:
+    """Checks the flags that every command has, and starts JAX as they say."""
+    if len(argv) > 1 and not positional:
+        raise UserError(f"argument {argv[1]!r} is not understood; flags have the form --name=value")
+    for flag, rule in RULES:
+        if flag.value is not None:
+            check(f"--{flag.name}", flag.value, rule)
+    if DEVICES.value is not None:
+        mesh.use_fake_devices(DEVICES.value)
+    explicit = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    if DISTRIBUTED.value or any(value is not None for value in explicit):
+        mesh.join_processes(*explicit, heartbeat_seconds=HEARTBEAT.value)
+    _log_lines()
 
 
 def _log_lines() -> None:
@@ -135,7 +171,30 @@ def _log_lines() -> None:
     log.propagate = False
 
 
-def _end(status: int) -> None:
+def _interrupt(signum: int, frame: Any) -> NoReturn:
+    """Ctrl-C: what is being done may close its files; a second one does not wait for that."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    _say_interrupted()
+    raise KeyboardInterrupt
+
+
+def _interrupt_at_once(signum: int, frame: Any) -> NoReturn:
+    """Ctrl-C when the command is done and the interpreter is ending, where an exception would be printed as a trace."""
+    _say_interrupted()
+    os._exit(130)
+
+
+def _say_interrupted() -> None:
+    os.write(2, b"error: interrupted; start again to continue from the last checkpoint\n")
+
+
+def _leave_quietly() -> None:
+    if signal.getsignal(signal.SIGINT) is _interrupt:
+        signal.signal(signal.SIGINT, _interrupt_at_once)
+
+
+def _end(status: int) -> NoReturn:
+    _leave_quietly()
     if jax.distributed.is_initialized():  # its shutdown, at exit, waits for all processes
         sys.stdout.flush()
         sys.stderr.flush()
@@ -144,19 +203,42 @@ def _end(status: int) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """absl's parser; a flag or a config field that does not exist, and a config file that is not there, cost one line."""
-    for argument in argv:
-        name, _, path = argument.partition("=")
-        if name.lstrip("-") == "config" and not os.path.isfile(path.partition(":")[0]):
-            sys.exit(_say(UserError(f"--config: there is no file {path}")))
+    """absl's parser. A flag or a config field that does not exist, and a config file that is not there or fails, cost one
+    line; --help prints the command's text and its flags, and is no failure."""
+    if {"-h", "-help", "--help", "--helpshort", "--helpfull"} & set(argv[1:]):
+        text = (sys.modules["__main__"].__doc__ or "").strip()
+        parts = [text, flags.FLAGS.main_module_help().strip(), flags.FLAGS.module_help(__name__).strip()]
+        print("\n\n".join(part for part in parts if part))
+        sys.exit(0)
+    path = _given_config(argv)
     try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, ValueError) as error:
+        if path is not None and not os.path.isfile(path.partition(":")[0]):
+            raise UserError(f"--config: there is no file {path}")
+        rest = flags.FLAGS(argv)
+        if path is not None and not isinstance(CONFIG.value, ConfigDict):
+            explain(path, argv)
+        return rest
+    except UserError as error:
+        sys.exit(_say(error))
+    except Exception as error:
+        try:
+            if path is not None:
+                explain(path, argv)
+        except UserError as better:
+            sys.exit(_say(better))
         sys.exit(_say(error))
 
 
-def _say(error: Exception, status: int | None = None) -> int:
+def _given_config(argv: list[str]) -> str | None:
+    """The value of --config, before the flags are parsed."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name in ("-config", "--config"):
+            return value if equals else following
+    return None
+
+
+def _say(error: Exception) -> int:
     """Prints one line and returns the exit status."""
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    print("error: " + " ".join(str(text).split()), file=sys.stderr)
-    return getattr(error, "status", 2) if status is None else status
+    print(f"error: {brief(error)}", file=sys.stderr)
+    return getattr(error, "status", 2)

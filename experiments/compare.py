@@ -8,35 +8,36 @@ Each run has its own folder, DIR/STRATEGY/SEED; those that are finished are not 
 """
 
 import pathlib
-from typing import Any
 
 import jax
 from absl import flags
 
 from experiments import cli
 from jaxcl import report
+from jaxcl.check import Rule, check
+from jaxcl.registry import short
 from jaxcl.search.seeds import check_together, train_seeds
-from jaxcl.strategies import make_strategy
+from jaxcl.training.config import check_config
 
 STRATEGIES = flags.DEFINE_list("strategies", ["from_scratch", "incremental", "er"], "strategies to compare")
-VMAP = flags.DEFINE_bool("vmap", False, "train the seeds of a strategy together, as one program")
 
 
 def main() -> None:
     config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
-    count = cli.seeds(default=1)
+    count, names = cli.seeds(default=1), STRATEGIES.value
+    check("--strategies", names, Rule(lambda x: x and len({short(name) for name in x}) == len(x), "each strategy once"))
     runs = []
-    for strategy in STRATEGIES.value:
-        make_strategy(strategy)
+    for strategy in names:
         one = config.copy_and_resolve_references()
-        one.strategy = strategy
-        if VMAP.value:
+        with one.unlocked():  # a config of another kind is refused by the check
+            one.strategy = strategy
+        check_config(one, len(jax.devices()))
+        if cli.VMAP.value:
             check_together(one)
         seeds = range(config.seed, config.seed + count)
-        runs.append((one, {seed: workdir / strategy / f"seed_{seed}" for seed in seeds}))
-    options: Any = {"overwrite": cli.OVERWRITE.value, "stall_seconds": cli.STALL.value}
+        runs.append((one, {seed: workdir / short(strategy) / f"seed_{seed}" for seed in seeds}))
     for one, folders in runs:
-        train_seeds(one, folders, together=VMAP.value, **options)
+        train_seeds(one, folders, together=cli.VMAP.value, **cli.run_options())
     if jax.process_index() > 0:
         return
     found = report.load_runs([folder for _, folders in runs for folder in folders.values()])

@@ -2,6 +2,7 @@
 
 python -m experiments.pairs --config=configs/memory_bank_emoji.py --config.data.source=emoji:FILE --workdir=DIR
     [--config.negatives=momentum ...] [--devices=8]
+python -m experiments.pairs --help_config
 
 An unfinished run in DIR is continued from its last checkpoint, on any number of devices; several processes as in
 experiments.train. What the kinds of negatives are worth is measured by experiments.studies.memory_bank.
@@ -12,12 +13,13 @@ import pathlib
 import jax
 
 from experiments import cli
+from jaxcl.contrastive import config as contrastive
 from jaxcl.contrastive.train import train_and_evaluate
 
 
 def main() -> None:
     config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
-    result = train_and_evaluate(config, workdir, overwrite=cli.OVERWRITE.value, stall_seconds=cli.STALL.value)
+    result = train_and_evaluate(config, workdir, **cli.run_options())
     if jax.process_index() == 0:
         for scores in result["evaluations"]:
             recall = "  ".join(f"{name} {100 * x:.1f} %" for name, x in scores.items() if "@" in name)
@@ -25,4 +27,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, fields=contrastive.fields())

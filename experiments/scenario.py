@@ -14,19 +14,18 @@ from ml_collections import ConfigDict
 
 from experiments import cli
 from jaxcl import report
+from jaxcl.check import Rule, check
 from jaxcl.data import SCENARIOS
 from jaxcl.errors import UserError
 from jaxcl.training.build import make_tasks
 from jaxcl.training.config import check_config
 
-OUT = flags.DEFINE_string("out", None, "PNG file to write")
 KINDS = flags.DEFINE_list("scenarios", [], f"of {', '.join(SCENARIOS)}; default: that of the config")
 
 
 def main() -> None:
-    config, out = cli.required(cli.CONFIG), cli.required(OUT)
-    if not out.endswith(".png"):
-        raise UserError(f"--out: {out} is not allowed, give a name that ends with .png")
+    config, out = cli.required(cli.CONFIG), cli.required(cli.OUT)
+    check("--out", out, Rule(lambda x: x.endswith(".png"), "a name that ends with .png"))
     configs = {}
     for kind in KINDS.value or [config.data.scenario]:
         one = config.copy_and_resolve_references()

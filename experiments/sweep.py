@@ -10,25 +10,19 @@ Leaves DIR/sweep.json and DIR/report.html.
 """
 
 import pathlib
-from typing import Any
 
 import jax
-from absl import flags
-from ml_collections import config_flags
 
 from experiments import cli
 from jaxcl import report
 from jaxcl.errors import UserError
 from jaxcl.search.sweep import Sweep, rows, run_sweep
 
-VMAP = flags.DEFINE_bool("vmap", False, "train the seeds of a setting together, as one program")
-
 
 def main() -> None:
     config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
-    sweep = load_sweep(config_flags.get_config_filename(flags.FLAGS["config"]))
-    options: Any = {"overwrite": cli.OVERWRITE.value, "stall_seconds": cli.STALL.value}
-    found = run_sweep(config, sweep, workdir, together=VMAP.value, **options)
+    sweep = load_sweep(cli.config_path())
+    found = run_sweep(config, sweep, workdir, together=cli.VMAP.value, **cli.run_options())
     if jax.process_index() > 0:
         return
     print(report.text_table(rows(found)))

@@ -1,6 +1,7 @@
 """Trains one strategy over a sequence of tasks.
 
 python -m experiments.train --config=configs/digits.py --workdir=DIR [--devices=8] [--config.buffer.capacity=400 ...]
+python -m experiments.train --help_config
 
 An unfinished run in DIR is continued from its last checkpoint, on any number of devices. Several processes, on one host or
 many: the same command for each, with --distributed or with --coordinator=HOST:PORT --num_processes=N --process_id=I; see
@@ -18,7 +19,7 @@ from jaxcl.training.loop import train_and_evaluate
 
 def main() -> None:
     config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
-    train_and_evaluate(config, workdir, overwrite=cli.OVERWRITE.value, stall_seconds=cli.STALL.value)
+    train_and_evaluate(config, workdir, **cli.run_options())
     if jax.process_index() == 0:
         print(report.table(report.load_runs([workdir])))
 

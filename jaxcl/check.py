@@ -6,6 +6,7 @@ check("buffer.memory", value, one_of(MEMORIES))
 
 import difflib
 import math
+import numbers
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ class Rule(NamedTuple):
     """What a value must be.
 
     Attributes:
-      ok: whether it is.
+      ok: whether it is; takes a value of any type.
       allowed: the same in words, as they follow "give".
     """
 
@@ -37,23 +38,50 @@ def refused(field: str, value: Any, allowed: str) -> UserError:
     return UserError(f"{field}: {value!r} is not allowed, give {allowed}")
 
 
-def one_of(names: Collection[Any]) -> Rule:
-    return Rule(lambda x: x in names, "one of " + ", ".join(str(name) for name in names))
+def unknown_field(field: str, allowed: Collection[str]) -> UserError:
+    """The error for a field, named with its dots, that does not exist among `allowed` of its group."""
+    return UserError(f"{field}: no such field; {near(field.rpartition('.')[2], allowed)}")
 
 
 def near(name: str, allowed: Collection[str]) -> str:
     """A hint for a name that does not exist: the nearest one that does, or all of them."""
     close = difflib.get_close_matches(name, allowed, n=1)
-    return f"did you mean {close[0]}?" if close else f"allowed are {', '.join(sorted(allowed))}"
+    return f"did you mean {close[0]}?" if close else f"allowed are {', '.join(sorted(allowed)) or 'none'}"
+
+
+def is_number(x: Any) -> bool:
+    """Whether it is a finite number; True and False are none."""
+    return not isinstance(x, bool) and isinstance(x, numbers.Real) and -math.inf < x < math.inf  # type: ignore[operator]
+
+
+def one_of(names: Collection[Any]) -> Rule:
+    return Rule(lambda x: x in names, "one of " + ", ".join(str(name) for name in names))
+
+
+def found_in(registry: Collection[str]) -> Rule:
+    """A name of the registry, or `module.path:name`, which is imported where it is used."""
+    names = ", ".join(registry)
+    return Rule(
+        lambda x: isinstance(x, str) and (x in registry or (NAME.ok(x) and ":" in x)), f"one of {names}, or module:name"
+    )
+
+
+def each(rule: Rule) -> Rule:
+    """A list of which every item keeps the rule."""
+    return Rule(lambda x: isinstance(x, list | tuple) and all(map(rule.ok, x)), f"a list with each item {rule.allowed}")
 
 
 def between(low: float, high: float) -> Rule:
-    return Rule(lambda x: low <= x <= high, f"a number from {low:g} to {high:g}")
+    return Rule(lambda x: is_number(x) and low <= x <= high, f"a number from {low} to {high}")
 
 
 def at_least(low: float) -> Rule:
-    return Rule(lambda x: low <= x < math.inf, f"at least {low:g}")
+    return Rule(lambda x: is_number(x) and x >= low, f"at least {low}")
 
 
-POSITIVE = Rule(lambda x: 0 < x < math.inf, "a positive number")
-NOT_NEGATIVE = Rule(lambda x: 0 <= x < math.inf, "0 or more")
+POSITIVE = Rule(lambda x: is_number(x) and x > 0, "a positive number")
+NOT_NEGATIVE = Rule(lambda x: is_number(x) and x >= 0, "0 or more")
+SHARE = Rule(lambda x: is_number(x) and 0 < x <= 1, "a number above 0 and at most 1")
+FRACTION = Rule(lambda x: is_number(x) and 0 <= x < 1, "a number from 0 to less than 1")
+SEED = Rule(lambda x: is_number(x) and 0 <= x < 2**31, "a whole number from 0 to 2^31 - 1")
+NAME = Rule(lambda x: isinstance(x, str) and all(x.split(":")) and x.count(":") < 2, "a name, or module:name")

@@ -4,6 +4,7 @@ The session, the log, the checkpoints and the stepping are those of `jaxcl.runs`
 """
 
 import dataclasses
+import math
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from jaxcl.runs.frame import conditions, in_sessions
 from jaxcl.runs.lanes import Lanes
 from jaxcl.runs.session import Session
 from jaxcl.runs.steps import reading, take_steps
+from jaxcl.training import sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,13 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
             momentum=config.negatives == "momentum",
         )
 
+    state, row = jax.eval_shape(new_state), 2 * sizes.PIXEL * math.prod(train.image_shape)
+    held = {
+        "batch_size": (config.batch_size, config.batch_size // mesh.size * row),
+        "model": (m.to_dict(), sizes.bytes_of((state.params, state.opt_state, state.keys))),
+        "bank.capacity": (config.bank.capacity, sizes.bytes_of(state.bank) // mesh.size),
+    }
+    sizes.check_on_devices(held, mesh)
     step = make_step(
         mesh,
         towers,

@@ -6,13 +6,14 @@ only one of a sweep that has seen it. Random search: Bergstra & Bengio 2012.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import pathlib
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxcl import summaries
+from jaxcl.check import NOT_NEGATIVE, POSITIVE, Rule, between, check, is_number, one_of, refused
 from jaxcl.errors import Diverged, UserError
+from jaxcl.fields import Field
 from jaxcl.runs import files
 from jaxcl.search.seeds import check_together, train_seeds
 from jaxcl.training.build import build
@@ -28,7 +31,16 @@ from jaxcl.training.config import check_config
 
 Setting = dict[str, Any]  # config field, with dots -> value
 SEARCHES, METRICS = ("grid", "random"), ("average_accuracy", "average_incremental_accuracy")
+MOST = 10_000  # settings of a sweep
 _OURS = ("seed", "data.validation")  # fields that the sweep itself sets
+_ALLOWED = {
+    "search": Field("", "", one_of(SEARCHES)),
+    "trials": Field(0, "", between(1, MOST)),
+    "trials_seed": Field(0, "", NOT_NEGATIVE),
+    "seeds": Field(0, "", POSITIVE),
+    "validation": Field(0.0, "", Rule(lambda x: 0 < x < 1, "a share between 0 and 1")),
+    "metric": Field("", "", one_of(METRICS)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,20 +85,18 @@ class Sweep:
         Raises:
           UserError: a field of the sweep is not allowed.
         """
-        for name, value, allowed in (("search", self.search, SEARCHES), ("metric", self.metric, METRICS)):
-            if value not in allowed:
-                raise UserError(f"sweep.{name}: {value!r} is unknown, choose one of {', '.join(allowed)}")
-        for name, number in (("trials", self.trials), ("seeds", self.seeds)):
-            if number < 1:
-                raise UserError(f"sweep.{name}: {number} is not allowed, give at least 1")
-        if not 0 < self.validation < 1:
-            raise UserError(f"sweep.validation: {self.validation} is not allowed, give a share between 0 and 1")
-        if not self.fields:
-            raise UserError("sweep.fields: {} is not allowed, give at least one config field and its values")
+        for name, allowed in _ALLOWED.items():
+            allowed.check(f"sweep.{name}", getattr(self, name))
+        a_dict = Rule(
+            lambda x: isinstance(x, Mapping) and len(x) > 0, "at least one config field and its values, as a dict"
+        )
+        check("sweep.fields", self.fields, a_dict)
         for field, values in self.fields.items():
             _check_values(field, values, self.search)
         if self.search == "grid":
             lists: Any = self.fields.values()
+            if (count := math.prod(map(len, lists))) > MOST:
+                raise UserError(f"sweep.fields: a grid of {count} settings is not allowed, give at most {MOST}")
             return [dict(zip(self.fields, values, strict=True)) for values in itertools.product(*lists)]
         found: list[Setting] = []
         for trial in range(self.trials):
@@ -96,7 +106,9 @@ class Sweep:
         return found
 
 
-def _check_values(field: str, values: Sequence[Any] | Range, search: str) -> None:
+def _check_values(field: Any, values: Any, search: str) -> None:
+    if not isinstance(field, str):
+        raise refused("sweep.fields", field, "names of config fields")
     if field in _OURS:
         raise UserError(f"sweep.fields: {field} is not allowed, the sweep sets it")
     if isinstance(values, Range):
@@ -104,9 +116,10 @@ def _check_values(field: str, values: Sequence[Any] | Range, search: str) -> Non
             raise UserError(
                 f"sweep.fields: {field} has a Range, which is not allowed with search = grid; list its values"
             )
-        if not values.low < values.high or (values.log and values.low <= 0):
+        wide = is_number(values.low) and is_number(values.high) and values.low < values.high
+        if not wide or (values.log and values.low <= 0):
             raise UserError(f"sweep.fields: {field} = {values} is not allowed, give low < high, with log both above 0")
-    elif isinstance(values, str) or not isinstance(values, Sequence) or not values:
+    elif isinstance(values, str | bytes) or not isinstance(values, Sequence) or not values:
         raise UserError(f"sweep.fields: {field} = {values!r} is not allowed, give a list of values or a Range")
 
 
@@ -163,31 +176,15 @@ def run_sweep(
       UserError: before anything runs, if the sweep or the config of any setting is wrong.
       Diverged: every setting did, or the one chosen, on all train rows.
     """
-    settings, folder = sweep.settings(), pathlib.Path(workdir)
-    seeds = range(config.seed, config.seed + sweep.seeds)
-    count = len(jax.devices() if devices is None else devices)
-    for validation in (sweep.validation, 0.0):
-        for setting in settings:
-            one = configure(config, setting, config.seed, validation)
-            check_config(one, count)
-            if together:
-                check_together(one)
-    for setting in settings:
-        build(configure(config, setting, config.seed, sweep.validation), devices)
-
-    def values(setting: Setting, kind: str, validation: float) -> dict[str, Any]:
-        place = pathlib.Path(kind, folder_name(setting))
-        folders = {seed: folder / place / f"seed_{seed}" for seed in seeds}
-        one = configure(config, setting, config.seed, validation)
-        found = train_seeds(one, folders, together=together, devices=devices, **options)
-        each = [result[sweep.metric] for result in found]
-        mean, deviation = summaries.mean_and_deviation(each)
-        return {"fields": setting, "folder": str(place), "values": each, "mean": mean, "deviation": deviation}
-
+    settings = sweep.settings()
+    _check_all(config, sweep, settings, together, devices)
+    measure: Callable[..., dict[str, Any]] = functools.partial(
+        _measure, config, sweep, pathlib.Path(workdir), together=together, devices=devices, **options
+    )
     rows = []
     for setting in settings:
         try:
-            rows.append(values(setting, "validation", sweep.validation))
+            rows.append(measure(setting, "validation", sweep.validation))
         except Diverged as error:
             rows.append({"fields": setting, "diverged": str(error)})
     best = max((row for row in rows if "mean" in row), key=lambda row: row["mean"], default=None)
@@ -198,30 +195,70 @@ def run_sweep(
         "strategy": config.strategy,
         "search": sweep.search,
         "metric": sweep.metric,
-        "seeds": list(seeds),
+        "seeds": list(_seeds(config, sweep)),
         "validation": sweep.validation,
         "settings": rows,
         "chosen": best["fields"],
-        "test": values(best["fields"], "test", 0.0),
+        "test": measure(best["fields"], "test", 0.0),
     }
     result = json.loads(json.dumps(result))
     if jax.process_index() == 0:
-        files.write_json(folder / "sweep.json", result)
+        files.write_json(pathlib.Path(workdir) / "sweep.json", result)
     return result
+
+
+def _seeds(config: ConfigDict, sweep: Sweep) -> range:
+    return range(config.seed, config.seed + sweep.seeds)
+
+
+def _check_all(
+    config: ConfigDict, sweep: Sweep, settings: list[Setting], together: bool, devices: Sequence[jax.Device] | None
+) -> None:
+    """Checks the config of every run, without data, and then that of every setting with them.
+
+    Raises:
+      UserError: one is wrong.
+    """
+    count = len(jax.devices() if devices is None else devices)
+    for validation, setting, seed in itertools.product((sweep.validation, 0.0), settings, _seeds(config, sweep)[-1:]):
+        one = configure(config, setting, seed, validation)
+        check_config(one, count)
+        if together:
+            check_together(one)
+    for setting in settings:
+        build(configure(config, setting, config.seed, sweep.validation), devices)
+
+
+def _measure(
+    config: ConfigDict,
+    sweep: Sweep,
+    folder: pathlib.Path,
+    setting: Setting,
+    kind: str,
+    validation: float,
+    **options: Any,
+) -> dict[str, Any]:
+    """The metric of a setting's runs, one a seed, in `folder/KIND/SETTING/seed_S`."""
+    place = pathlib.Path(kind, folder_name(setting))
+    folders = {seed: folder / place / f"seed_{seed}" for seed in _seeds(config, sweep)}
+    found = train_seeds(configure(config, setting, config.seed, validation), folders, **options)
+    each = [result[sweep.metric] for result in found]
+    mean, deviation = summaries.mean_and_deviation(each)
+    return {"fields": setting, "folder": str(place), "values": each, "mean": mean, "deviation": deviation}
 
 
 def rows(found: dict[str, Any]) -> list[list[str]]:
     """What `run_sweep` returns as a table: the header, a row a setting, and last the one of the test set."""
-
-    def cells(row: dict[str, Any], data: str) -> list[str]:
-        fields = [str(value) for value in row["fields"].values()]
-        if "diverged" in row:
-            return [*fields, data, str(len(found["seeds"])), "diverged", ""]
-        spread = f" ± {100 * row['deviation']:.2f}" if len(row["values"]) > 1 else ""
-        mark = "chosen" if row["fields"] == found["chosen"] else ""
-        return [*fields, data, str(len(row["values"])), f"{100 * row['mean']:.2f}{spread}", mark]
-
     header = [*found["chosen"], "evaluated on", "seeds", f"{found['metric'].replace('_', ' ')} %", ""]
     share = f"validation ({100 * found['validation']:g} % of train)"
-    last = cells(found["test"], "test, trained on all train rows")
-    return [header, *(cells(row, share) for row in found["settings"]), last]
+    last = _cells(found, found["test"], "test, trained on all train rows")
+    return [header, *(_cells(found, row, share) for row in found["settings"]), last]
+
+
+def _cells(found: dict[str, Any], row: dict[str, Any], data: str) -> list[str]:
+    fields = [str(value) for value in row["fields"].values()]
+    if "diverged" in row:
+        return [*fields, data, str(len(found["seeds"])), "diverged", ""]
+    spread = f" ± {100 * row['deviation']:.2f}" if len(row["values"]) > 1 else ""
+    mark = "chosen" if row["fields"] == found["chosen"] else ""
+    return [*fields, data, str(len(row["values"])), f"{100 * row['mean']:.2f}{spread}", mark]

@@ -23,6 +23,7 @@ from jaxcl.training.config import check_config
 from jaxcl.training.end_task import make_end_task
 from jaxcl.training.evaluate import make_evaluate
 from jaxcl.training.exemplars import Selection, make_store_exemplars
+from jaxcl.training.sizes import check_sizes, check_tasks
 from jaxcl.training.state import make_weights
 from jaxcl.training.step import TrainStep, make_train_step
 from jaxcl.types import PyTree
@@ -95,9 +96,13 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
         classes=scenario.class_table,
     )
     _check_objective(config, strategy, model, train)
-    buffer = _make_buffer(config, mesh, model, strategy, scenario, train) if strategy.draws else None
     optimizer = make_optimizer(config.optimizer)
     new_weights = make_weights(mesh, model, optimizer, train.image_shape)
+    row = _stored_row(model, strategy, train) if strategy.draws else None
+    capacity = capacity_of(config.buffer, scenario)
+    sizes: Any = {"record": row, "capacity": capacity, "draws": strategy.draws, "seeds": len(seeds or [0])}
+    check_sizes(config, mesh, new_weights, train.image_shape, **sizes)
+    buffer = _make_buffer(config, mesh, strategy, row, capacity, train) if strategy.draws else None
     store_exemplars = None
     if buffer is not None and strategy.selection:
         store_exemplars = make_store_exemplars(
@@ -163,6 +168,7 @@ def make_tasks(config: ConfigDict) -> tuple[data.Scenario, data.Source, data.Sou
     """
     d = config.data
     train, test = data.open_source(d.source, d.data_dir, image_size=d.image_size)
+    check_tasks(d.tasks, (len(train) + len(test)) * (d.scenario in ("permuted", "rotated")))
     if d.validation:
         train, test = data.hold_out(train, d.validation, d.scenario_seed)
     return data.make_scenario(
@@ -212,16 +218,16 @@ def selection_of(config: ConfigDict, strategy: Strategy, buffer: Buffer) -> Sele
 def _make_buffer(
     config: ConfigDict,
     mesh: jax.sharding.Mesh,
-    model: Model,
     strategy: Strategy,
-    scenario: data.Scenario,
+    row: PyTree,
+    capacity: int,
     train: data.Source,
 ) -> Buffer:
     b = config.buffer
     as_named = ("representatives", "memory", "exchange", "sampling", "repeats", "tier", "path", "handover", "queue")
     return make_buffer(
-        _stored_row(model, strategy, train),
-        capacity=capacity_of(b, scenario),
+        row,
+        capacity=capacity,
         policy=policy_of(config, strategy),
         num_classes=train.num_classes,
         accept=b.candidates / config.batch_size,

@@ -1,111 +1,171 @@
-"""The configuration of a run: every field with its default, and the checks that need no data and no device."""
+"""The configuration of a run: every field, and the checks that need no data and no device."""
 
-import difflib
+import math
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from jaxcl.buffer import DRAWS, EXCHANGES, HANDOVERS, MEMORIES, POLICIES, REPEATS, TIERS
 from jaxcl.buffer.selection import FEATURES, KEYS, QUOTAS, SELECTIONS
+from jaxcl.check import (
+    FRACTION,
+    NAME,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    Rule,
+    between,
+    check,
+    each,
+    found_in,
+    one_of,
+    refused,
+    unknown_field,
+)
 from jaxcl.data import SCENARIOS
 from jaxcl.errors import UserError
+from jaxcl.fields import Field, Fields, check_fields, default_of, options_of
 from jaxcl.registry import short
-from jaxcl.strategies import STRATEGIES, Strategy, default_options, make_strategy
+from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
 
-REPLAYS = ("draw", "append", "append_part")
+REPLAYS = ("draw", "append", "append_part")  # see jaxcl/training/batches.py
 ORDERS = ("shuffled", "sequential")
+
+THREADS = between(1, 256)
+NUMBERS = Rule(each(between(-math.inf, math.inf)).ok, "a list of numbers")
+
+
+def _lists_tasks(x: Any) -> bool:
+    if isinstance(x, list | tuple):
+        return bool(x) and all(isinstance(task, list | tuple) and task and each(NOT_NEGATIVE).ok(task) for task in x)
+    return POSITIVE.ok(x)
+
+
+TASKS = Rule(_lists_tasks, "a positive number, or the classes of each task, such as ((0, 1), (2, 3))")
+
+OPTIMIZER = {
+    "name": Field("sgd", "the optimiser", one_of(("sgd", "adamw"))),
+    "learning_rate": Field(0.1, "at its peak", POSITIVE),
+    "momentum": Field(0.0, "of sgd", FRACTION),
+    "nesterov": Field(False, "of sgd: Nesterov's momentum"),
+    "weight_decay": Field(0.0, "of sgd: L2 in the gradient; of adamw: decoupled", NOT_NEGATIVE),
+    "clip_norm": Field(None, "the gradient is scaled down to this global norm; None: it is not", POSITIVE, float),
+    "schedule": Field(
+        "constant", "of the learning rate; every task begins it anew", one_of(("constant", "cosine", "steps"))
+    ),
+    "warmup_epochs": Field(0.0, "of every task, in which the learning rate rises linearly", NOT_NEGATIVE),
+    "warmup_from": Field(0.0, "the share of the learning rate with which the warm-up begins", between(0, 1)),
+    "decay_epochs": Field((), "of schedule = steps: from these epochs on, ascending", each(NOT_NEGATIVE)),
+    "decay_factors": Field((), "one for each of decay_epochs: what the learning rate is multiplied by", each(POSITIVE)),
+}
+CHECKPOINT = {
+    "every_steps": Field(0, "checkpoints beside those at the end of every task; 0: not by steps", NOT_NEGATIVE),
+    "every_seconds": Field(600.0, "the same by the clock; 0: not by the clock", NOT_NEGATIVE),
+    "keep": Field(2, "how many, the newest", POSITIVE),
+}
+IMAGES = {
+    "mean": Field(None, "of each channel of images in 0..1, taken off; None: not normalised", NUMBERS, tuple),
+    "std": Field(None, "of each channel, which the rest is divided by", each(POSITIVE), tuple),
+    "image_size": Field(None, "of TFDS: images are cut to this side, at random in training", POSITIVE, int),
+    "threads": Field(2, "that read ahead", THREADS),
+}
+DATA = {
+    "source": Field("digits", "digits, tfds:NAME, npz:FILE, ptychography:SIDE"),
+    "data_dir": Field(None, "of TFDS; None: its own default", kind=str),
+    "scenario": Field("class", "how the rows are divided into tasks", found_in(SCENARIOS)),
+    "tasks": Field(5, "how many, or the classes of each", TASKS, (int, tuple)),
+    "class_order_seed": Field(None, "shuffles the classes; None: their natural order", NOT_NEGATIVE, int),
+    "scenario_seed": Field(0, "of permutations, angles, scattered rows, validation rows", NOT_NEGATIVE),
+    "scattered": Field(0.1, "of blurry and si_blurry: the share of rows that come with another task", between(0, 1)),
+    "disjoint": Field(0.5, "of si_blurry: the share of classes that come with one task only", between(0, 1)),
+    "validation": Field(
+        0.0, "the share of each class's train rows that stands in for the test set; 0: the test set", FRACTION
+    ),
+    "loss_classes": Field(
+        "all", "among which classes a row is classified in training", one_of(("all", "seen", "task"))
+    ),
+    "placement": Field(
+        "shuffled", "by_class: every batch is handed to the devices sorted by class", one_of(("shuffled", "by_class"))
+    ),
+    "augment": Field((), "crop, flip and others: on device, afresh at every replay", each(NAME)),
+    **IMAGES,
+}
+SELECTION = {
+    "by": Field(
+        None, "how a task's rows are chosen at its end; None: rows enter as they arrive", one_of(SELECTIONS), str
+    ),
+    "features": Field("clean", "of what images features are taken", one_of(FEATURES)),
+    "random_keys": Field("shared", "whether an independent memory's choices are all the same", one_of(KEYS)),
+    "quota": Field("adaptive", "adaptive: capacity / classes seen; fixed: capacity / all classes", one_of(QUOTAS)),
+    "ways": Field(1, "independent choices that share a sharded memory", POSITIVE),
+}
+BUFFER: Fields = {
+    "capacity": Field(200, "rows in the union of all devices' shards", POSITIVE),
+    "share": Field(None, "of all tasks' training rows: gives the capacity instead", SHARE, float),
+    "policy": Field(
+        "class_random", "which slot a row takes as it arrives; selected rows have herding", found_in(POLICIES)
+    ),
+    "representatives": Field(64, "rows drawn a step", POSITIVE),
+    "candidates": Field(16, "of a batch: expected rows stored once a class is full (class_random)", POSITIVE),
+    "memory": Field(
+        "sharded", "one memory divided among the devices, a copy each, or one of its own each", one_of(MEMORIES)
+    ),
+    "exchange": Field("mix", "which drawn rows move between devices", found_in(EXCHANGES)),
+    "sampling": Field("uniform", "how rows are drawn", one_of(DRAWS)),
+    "replay": Field("draw", "how the memory takes part in a task: see jaxcl/training/replay.py", one_of(REPLAYS)),
+    "repeats": Field("all", "what happens to a row that comes by again", one_of(REPEATS)),
+    "tier": Field("device", "where records lie", one_of(TIERS)),
+    "path": Field(None, "of the host tier: a folder for memory-mapped files", kind=str),
+    "handover": Field("outputs", "of the host tier: how rows leave the step", one_of(HANDOVERS)),
+    "queue": Field(4, "of the host tier: steps that may wait to be stored", POSITIVE),
+    "selection": SELECTION,
+}
+FINETUNE = {
+    "epochs": Field(0, "passes over the memory alone at a task's end; 0: none", NOT_NEGATIVE),
+    "learning_rate": Field(None, "constant; None: that of the optimizer", POSITIVE, float),
+    "frozen": Field((), "parts of the model that it leaves alone, as its parameters are named", each(NAME)),
+    "order": Field("shuffled", "sequential: class by class, all ranks at the same place", one_of(ORDERS)),
+    "ranks": Field(None, "of sequential; None: the devices", POSITIVE, int),
+}
+
+
+def fields(outside: Fields | None = None) -> Fields:
+    """All fields of a run. Sizes are global: they count rows over all devices, so that a config is the same experiment on any
+    number of them.
+
+    Args:
+      outside: the options of strategies from outside the package.
+    """
+    options = {name: options_of(make, f"see jaxcl/strategies/{name}.py") for name, make in STRATEGIES.items()}
+    return {
+        "name": Field("run", "a title for reports"),
+        "seed": Field(0, "of weights, order of rows, augmentation, buffer", SEED),
+        "strategy": Field("er", "the method of continual learning", found_in(STRATEGIES)),
+        "strategies": {name: found for name, found in options.items() if found} | dict(outside or {}),
+        "batch_size": Field(64, "new rows a step", POSITIVE),
+        "epochs": Field(1, "passes over a task's data", POSITIVE),
+        "log_every": Field(50, "steps between lines in metrics.jsonl", POSITIVE),
+        "data": DATA,
+        "model": {
+            "name": Field("mlp", "the network", NAME),
+            "dtype": Field("float32", "of the computation", one_of(("float32", "bfloat16"))),
+            "options": Field({}, "of the network: see its file in jaxcl/models"),
+        },
+        "optimizer": OPTIMIZER,
+        "buffer": BUFFER,
+        "finetune": FINETUNE,
+        "eval": {
+            "batch_size": Field(256, "rows of an evaluation's step", POSITIVE),
+            "metrics": Field((), "further metrics of every evaluation", each(NAME)),
+        },
+        "checkpoint": CHECKPOINT,
+    }
 
 
 def default_config() -> ConfigDict:
-    """All fields of a run; a config file changes what it needs and `--config.FIELD=VALUE` overrides it.
-
-    Sizes are global: they count rows over all devices, so that a config is the same experiment on any number of them.
-    """
-    return ConfigDict(
-        {
-            "name": "run",  # a title for reports
-            "seed": 0,  # of weights, order of rows, augmentation, buffer
-            "strategy": "er",
-            "strategies": {name: options for name in STRATEGIES if (options := default_options(name))},
-            "batch_size": 64,  # new rows a step
-            "epochs": 1,  # passes over a task's data
-            "log_every": 50,  # steps between lines in metrics.jsonl
-            "data": {
-                "source": "digits",  # digits | tfds:NAME | npz:FILE | ptychography:SIDE
-                "data_dir": config_dict.placeholder(str),  # of TFDS; its own default where not given
-                "scenario": "class",  # class | domain | instance | permuted | rotated | blurry | si_blurry
-                "tasks": 5,  # a number of tasks, or the classes of each: ((0, 1), (2, 3))
-                "class_order_seed": config_dict.placeholder(int),  # shuffles the classes; natural order where not given
-                "scenario_seed": 0,  # of permutations, angles, scattered rows, validation rows
-                "scattered": 0.1,  # of blurry and si_blurry: the share of rows that come with another task
-                "disjoint": 0.5,  # of si_blurry: the share of classes that come with one task only
-                "validation": 0.0,  # share of each class's train rows that stands in for the test set; 0: the test set
-                "loss_classes": "all",  # all | seen | task: among which a row is classified in training
-                "placement": "shuffled",  # by_class: every batch is handed to the devices sorted by class
-                "augment": (),  # crop, flip: on device, afresh at every replay
-                "mean": config_dict.placeholder(tuple),  # per channel of images in 0..1
-                "std": config_dict.placeholder(tuple),
-                "image_size": config_dict.placeholder(int),  # of TFDS: cut images to this side, at random in training
-                "threads": 2,  # that read ahead
-            },
-            "model": {
-                "name": "mlp",
-                "dtype": "float32",  # of the computation: float32 | bfloat16
-                "options": {},  # see jaxcl.models.make_model
-            },
-            "optimizer": {
-                "name": "sgd",  # sgd | adamw
-                "learning_rate": 0.1,
-                "momentum": 0.0,  # of sgd
-                "nesterov": False,  # of sgd
-                "weight_decay": 0.0,  # of sgd: L2 in the gradient; of adamw: decoupled
-                "clip_norm": config_dict.placeholder(float),  # of the global gradient
-                "schedule": "constant",  # constant | cosine | steps; each task begins anew
-                "warmup_epochs": 0.0,  # of every task; the learning rate rises linearly
-                "warmup_from": 0.0,  # the share of the learning rate with which it begins
-                "decay_epochs": (),  # of schedule = steps: from these epochs on
-                "decay_factors": (),  # the learning rate is multiplied by these
-            },
-            "buffer": {
-                "capacity": 200,  # rows in the union of all devices' shards
-                "share": config_dict.placeholder(float),  # of all tasks' training rows: gives the capacity instead
-                "policy": "class_random",  # of rows that enter as they arrive; those that are selected have "herding"
-                "representatives": 64,  # rows drawn a step
-                "candidates": 16,  # of a batch: expected rows stored once a class is full (class_random)
-                "memory": "sharded",  # sharded | replicated | independent
-                "exchange": "mix",  # mix | balance | local
-                "sampling": "uniform",  # uniform | class_balanced
-                "replay": "draw",  # draw | append | append_part: see jaxcl/training/replay.py
-                "repeats": "all",  # all | first_epoch | distinct: what happens to a row that comes by again
-                "tier": "device",  # device | host: where records lie
-                "path": config_dict.placeholder(str),  # of the host tier: a folder for memory-mapped files
-                "handover": "outputs",  # of the host tier: outputs | callback, how rows leave the step
-                "queue": 4,  # of the host tier: steps that may wait to be stored
-                "selection": {  # of a task's rows, at its end
-                    "by": config_dict.placeholder(
-                        str
-                    ),  # random | closest | furthest | icarl; else rows enter as they arrive
-                    "features": "clean",  # clean | augmented: of what images
-                    "random_keys": "shared",  # shared | per_shard: whether an independent memory's choices are all the same
-                    "quota": "adaptive",  # adaptive: capacity / classes seen; fixed: capacity // all classes
-                    "ways": 1,  # independent choices that share a sharded memory
-                },
-            },
-            "finetune": {  # at a task's end, on the memory alone
-                "epochs": 0,  # 0: none
-                "learning_rate": config_dict.placeholder(float),  # constant; that of the optimizer where not given
-                "frozen": (),  # parts of the model that it leaves alone, as its parameters are named
-                "order": "shuffled",  # shuffled | sequential: class by class, all ranks at the same place
-                "ranks": config_dict.placeholder(int),  # of sequential; the devices where not given
-            },
-            "eval": {"batch_size": 256},
-            "checkpoint": {  # beside those at the end of every task
-                "every_steps": 0,  # 0: not by steps
-                "every_seconds": 600.0,  # 0: not by the clock
-                "keep": 2,  # the newest
-            },
-        }
-    )
+    """All fields with their defaults; a config file changes what it needs and `--config.FIELD=VALUE` overrides it."""
+    return default_of(fields())
 
 
 def check_config(config: ConfigDict, devices: int) -> None:
@@ -114,90 +174,84 @@ def check_config(config: ConfigDict, devices: int) -> None:
     Raises:
       UserError: a field is unknown, missing or of another type, or a value is not allowed on `devices` devices.
     """
-    check_fields(config, default_config(), "config")
-    _one_of("strategy", config.strategy, tuple(STRATEGIES))
-    _one_of("data.placement", config.data.placement, ("shuffled", "by_class"))
-    _one_of("data.scenario", config.data.scenario, SCENARIOS)
-    _one_of("data.loss_classes", config.data.loss_classes, ("all", "seen", "task"))
-    allowed = {"policy": POLICIES, "memory": MEMORIES, "exchange": EXCHANGES, "sampling": DRAWS, "repeats": REPEATS}
-    allowed |= {"tier": TIERS, "handover": HANDOVERS}
-    for field, names in allowed.items():
-        _one_of(f"buffer.{field}", config.buffer[field], names)
-    _one_of("optimizer.name", config.optimizer.name, ("sgd", "adamw"))
-    _one_of("optimizer.schedule", config.optimizer.schedule, ("constant", "cosine", "steps"))
-    for field in ("batch_size", "epochs", "log_every", "eval.batch_size", "data.threads", "checkpoint.keep"):
-        _positive(field, _get(config, field))
-    _positive("optimizer.learning_rate", config.optimizer.learning_rate)
-    not_negative = (
-        "seed",
-        "finetune.epochs",
-        "optimizer.warmup_epochs",
-        "optimizer.weight_decay",
-        "optimizer.momentum",
-    )
-    for field in (*not_negative, "checkpoint.every_steps", "checkpoint.every_seconds"):
-        if _get(config, field) < 0:
-            raise UserError(f"{field}: {_get(config, field)} is not allowed, give 0 or more")
-    if not 0 <= config.data.validation < 1:
-        raise UserError(f"data.validation: {config.data.validation} is not allowed, give a share from 0 to less than 1")
-    chosen = config.buffer.selection
-    if chosen.by is not None:
-        _one_of("buffer.selection.by", chosen.by, SELECTIONS)
-    for field, names in {"features": FEATURES, "random_keys": KEYS, "quota": QUOTAS}.items():
-        _one_of(f"buffer.selection.{field}", chosen[field], names)
-    _positive("buffer.selection.ways", chosen.ways)
-    if chosen.ways > 1 and config.buffer.memory != "sharded":
-        raise UserError(
-            f"buffer.selection.ways: {chosen.ways} is not allowed with buffer.memory = {config.buffer.memory}, "
-            "give 1 or memory = sharded"
-        )
-    _one_of("buffer.replay", config.buffer.replay, REPLAYS)
-    _one_of("finetune.order", config.finetune.order, ORDERS)
+    check_fields(config, fields(_outside(config)))
+    check_optimizer(config)
     sizes = ["batch_size", "eval.batch_size"]
     strategy = make_strategy(config.strategy, config.strategies.get(short(config.strategy), {}))
     if strategy.draws:
-        for field in ("buffer.capacity", "buffer.representatives", "buffer.candidates", "buffer.queue"):
-            _positive(field, _get(config, field))
-        share = config.buffer.share
-        if share is not None and not 0 < share <= 1:
-            raise UserError(f"buffer.share: {share} is not allowed, give a number above 0 and at most 1")
-        if config.buffer.tier == "host" and strategy.visit is not None and strategy.visits == "buffer":
-            raise UserError(
-                f"buffer.tier: host is not allowed with {config.strategy}, which reads the memory on the devices"
-            )
-        if config.buffer.tier == "host" and (chosen.by or strategy.selection):
-            raise UserError("buffer.tier: host is not allowed with rows selected at a task's end, give device")
-        _check_replay(config, strategy, devices)
-        if config.buffer.candidates > config.batch_size:
-            raise UserError(
-                f"buffer.candidates: {config.buffer.candidates} is more than a batch holds, "
-                f"give at most batch_size = {config.batch_size}"
-            )
         sizes.append("buffer.representatives")
-        if config.strategy == "mir" and config.strategies.mir.replayed > config.buffer.representatives:
-            raise UserError(
-                f"strategies.mir.replayed: {config.strategies.mir.replayed} is more than a step draws, "
-                f"give at most buffer.representatives = {config.buffer.representatives}"
-            )
-    for field in sizes:
-        if _get(config, field) % devices:
-            raise UserError(
-                f"{field}: {_get(config, field)} rows cannot be shared evenly, give a multiple of {devices} devices"
-            )
+        _check_buffer(config, strategy)
+        _check_replay(config, strategy, devices)
+    check_evenly(config, sizes, devices)
+    if (own := getattr(strategy, "check", None)) is not None:
+        own(config)
+
+
+def _outside(config: ConfigDict) -> Fields:
+    """The options that the config gives a strategy from outside, under its short name."""
+    name, groups = config.get("strategy"), config.get("strategies")
+    if not isinstance(name, str) or ":" not in name or not isinstance(groups, ConfigDict) or short(name) not in groups:
+        return {}
+    options = options_of(STRATEGIES[name], "")
+    for option in groups[short(name)]:
+        if option not in options:
+            raise unknown_field(f"strategies.{short(name)}.{option}", list(options))
+    return {short(name): {option: options[option] for option in groups[short(name)]}}
+
+
+def check_optimizer(config: ConfigDict) -> None:
+    """What relates the fields of the optimiser to each other and to the epochs.
+
+    Raises:
+      UserError: they do not go together.
+    """
     o = config.optimizer
     if len(o.decay_epochs) != len(o.decay_factors):
-        raise UserError(
-            f"optimizer.decay_factors: {len(o.decay_factors)} values for {len(o.decay_epochs)} decay_epochs, "
-            "give one for each"
+        raise refused(
+            "optimizer.decay_factors", o.decay_factors, f"one for each of the {len(o.decay_epochs)} decay_epochs"
         )
     if list(o.decay_epochs) != sorted(o.decay_epochs):
-        raise UserError(f"optimizer.decay_epochs: {tuple(o.decay_epochs)} must ascend")
+        raise refused("optimizer.decay_epochs", o.decay_epochs, "epochs that ascend")
     if o.schedule == "steps" and not o.decay_epochs:
-        raise UserError("optimizer.decay_epochs: () is not allowed with schedule = steps, give the epochs of the decay")
-    if not 0 <= o.warmup_from <= 1:
-        raise UserError(f"optimizer.warmup_from: {o.warmup_from} is not allowed, give a number from 0 to 1")
-    if not o.warmup_epochs < config.epochs and o.warmup_epochs > 0:
-        raise UserError(f"optimizer.warmup_epochs: {o.warmup_epochs} must be less than epochs = {config.epochs}")
+        raise refused("optimizer.decay_epochs", o.decay_epochs, "the epochs of the decay that schedule = steps needs")
+    if o.warmup_epochs >= config.epochs:
+        raise refused("optimizer.warmup_epochs", o.warmup_epochs, f"less than epochs = {config.epochs}")
+
+
+def check_evenly(config: ConfigDict, sizes: list[str], devices: int) -> None:
+    """Whether every device gets as many rows.
+
+    Raises:
+      UserError: one of these fields is no multiple of the devices.
+    """
+    for field in sizes:
+        allowed = f"a multiple of {devices} devices"
+        check(field, _get(config, field), Rule(lambda rows: rows % devices == 0, allowed))
+
+
+def _check_buffer(config: ConfigDict, strategy: Strategy) -> None:
+    """Whether the sizes of the buffer go together, and its place with what the strategy needs."""
+    buffer, chosen = config.buffer, config.buffer.selection
+    if buffer.tier == "host" and strategy.visit is not None and strategy.visits == "buffer":
+        raise UserError(
+            f"buffer.tier: host is not allowed with {config.strategy}, which reads the memory on the devices"
+        )
+    if buffer.tier == "host" and (chosen.by or strategy.selection):
+        raise UserError("buffer.tier: host is not allowed with rows selected at a task's end, give device")
+    if chosen.ways > 1 and buffer.memory != "sharded":
+        raise UserError(
+            f"buffer.selection.ways: {chosen.ways} is not allowed with buffer.memory = {buffer.memory}, "
+            "give 1 or memory = sharded"
+        )
+    if buffer.candidates > config.batch_size:
+        raise refused("buffer.candidates", buffer.candidates, f"at most batch_size = {config.batch_size}")
+    if buffer.share is not None:
+        return
+    held = f"at most buffer.capacity = {buffer.capacity}"
+    if chosen.ways > buffer.capacity:
+        raise refused("buffer.selection.ways", chosen.ways, held)
+    if buffer.representatives > buffer.capacity and buffer.memory != "independent" and buffer.replay == "draw":
+        raise refused("buffer.representatives", buffer.representatives, held)
 
 
 def _check_replay(config: ConfigDict, strategy: Strategy, devices: int) -> None:
@@ -215,60 +269,12 @@ def _check_replay(config: ConfigDict, strategy: Strategy, devices: int) -> None:
             raise UserError(
                 f"{field}: {_get(config, field)} needs a memory that is filled at a task's end, give buffer.selection.by"
             )
-    if finetune.learning_rate is not None:
-        _positive("finetune.learning_rate", finetune.learning_rate)
     ranks = devices if finetune.ranks is None else finetune.ranks
-    if finetune.epochs and finetune.order == "sequential" and (ranks < 1 or config.batch_size % ranks):
-        raise UserError(f"finetune.ranks: {ranks} is not allowed, give a divisor of batch_size = {config.batch_size}")
-
-
-def unknown_field(name: str, parent: str, allowed: list[str]) -> UserError:
-    """The error for a field that does not exist, with the nearest one that does."""
-    near = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(sorted(allowed))}"
-    return UserError(f"{parent}.{name}: no such field; {hint}")
-
-
-def check_fields(config: ConfigDict, default: ConfigDict, path: str) -> None:
-    """Whether `config` has the fields of `default`, with values of their types.
-
-    Raises:
-      UserError: it has not.
-    """
-    for name in config:
-        if name not in default:
-            raise unknown_field(name, path, list(default))
-    for name in default:
-        field = f"{path}.{name}"
-        if name not in config:
-            raise UserError(f"{field}: missing; start the config from jaxcl.training.config.default_config()")
-        if isinstance(default[name], ConfigDict):
-            if not isinstance(config[name], ConfigDict):
-                raise UserError(f"{field}: {config[name]!r} is not a group of fields")
-            if field != "config.model.options":
-                check_fields(config[name], default[name], field)
-        elif field == "config.data.tasks" or config[name] is None:
-            continue
-        elif not isinstance(config[name], (want := _type(default, name))):
-            raise UserError(f"{field}: {config[name]!r} is not allowed, give a value of type {want[-1].__name__}")
-
-
-def _type(default: ConfigDict, name: str) -> tuple[type, ...]:
-    want = default.get_type(name)
-    return {float: (int, float), tuple: (list, tuple), int: (int,)}.get(want, (want,))
+    if finetune.epochs and finetune.order == "sequential" and config.batch_size % ranks:
+        raise refused("finetune.ranks", ranks, f"a divisor of batch_size = {config.batch_size}")
 
 
 def _get(config: ConfigDict, path: str) -> Any:
     for name in path.split("."):
         config = config[name]
     return config
-
-
-def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{field}: {value!r} is unknown, choose one of {', '.join(allowed)}")
-
-
-def _positive(field: str, value: float) -> None:
-    if not value > 0:
-        raise UserError(f"{field}: {value} is not allowed, give a positive number")

@@ -1,0 +1,106 @@
+"""Whether the arrays of a run can be held, told from their shapes before any of them is made.
+
+What is counted is what a run cannot do without: its weights, batches and stored rows, but no activations. A run that is
+refused could not begin; one that is not may still need more than there is.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jaxcl.buffer.host import free_memory
+from jaxcl.check import refused
+from jaxcl.types import PyTree
+
+PIXEL = 5  # bytes of one as it arrives, uint8, and as the model reads it, float32
+
+
+def check_tasks(tasks: Any, rows: int = 0) -> None:
+    """Whether so many tasks can be kept track of.
+
+    Args:
+      tasks: `data.tasks`; a list of their classes always can.
+      rows: of the train and test data, where every task has all of them.
+
+    Raises:
+      UserError: they cannot.
+    """
+    if isinstance(tasks, int):  # the accuracy matrix; labels and numbers of the rows
+        check_memory({"data.tasks": (tasks, 8 * tasks * tasks + 16 * tasks * rows)}, free_memory())
+
+
+def check_sizes(
+    config: ConfigDict,
+    mesh: Mesh,
+    new_weights: Callable[[jax.Array], PyTree],
+    image_shape: tuple[int, ...],
+    *,
+    record: PyTree = None,
+    capacity: int = 0,
+    draws: int = 0,
+    seeds: int = 1,
+) -> None:
+    """Whether the devices can hold the weights, the batches and the buffer of a run.
+
+    Args:
+      new_weights: see `make_weights`.
+      record: shapes and dtypes of one stored row; None without a buffer.
+      capacity: rows of the buffer, as `config.buffer` counts them.
+      draws: of a step.
+      seeds: runs that are trained together.
+
+    Raises:
+      UserError: they cannot; names the field that asks for most.
+    """
+    buffer, devices = config.buffer, mesh.size
+    row, stored = PIXEL * math.prod(image_shape), bytes_of(record)
+    each = {
+        "model.options": (config.model.options.to_dict(), bytes_of(jax.eval_shape(new_weights, jax.random.key(0)))),
+        "batch_size": (config.batch_size, config.batch_size // devices * row),
+        "eval.batch_size": (config.eval.batch_size, config.eval.batch_size // devices * row),
+        "buffer.representatives": (buffer.representatives, draws * buffer.representatives // devices * (stored + row)),
+    }
+    if buffer.tier == "device":
+        field, asked = ("capacity", capacity) if buffer.share is None else ("share", buffer.share)
+        rows = capacity // devices if buffer.memory == "sharded" else capacity
+        each[f"buffer.{field}"] = (asked, rows * stored)
+    check_on_devices({name: (value, seeds * need) for name, (value, need) in each.items()}, mesh)
+
+
+def check_on_devices(parts: Mapping[str, tuple[Any, int]], mesh: Mesh) -> None:
+    """As `check_memory`, of bytes that each device has to hold; CPU devices share the memory of their process."""
+    device = mesh.local_devices[0]
+    if device.platform == "cpu":
+        there = free_memory() // len(mesh.local_devices)
+    else:
+        there = (device.memory_stats() or {}).get("bytes_limit", 2**63)
+    check_memory(parts, there, " on each device")
+
+
+def check_memory(parts: Mapping[str, tuple[Any, int]], there: int, where: str = "") -> None:
+    """Whether arrays fit.
+
+    Args:
+      parts: config field -> its value and the bytes that it asks for.
+      there: bytes that are free.
+      where: of the message.
+
+    Raises:
+      UserError: they do not; names the field that asks for most.
+    """
+    need = sum(size for _, size in parts.values())
+    if need > there:
+        field = max(parts, key=lambda name: parts[name][1])
+        raise refused(
+            field, parts[field][0], f"less: {need / 1e9:.4g} GB are needed and {there / 1e9:.4g} GB are free{where}"
+        )
+
+
+def bytes_of(tree: PyTree) -> int:
+    """Of all arrays, or their shapes."""
+    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))

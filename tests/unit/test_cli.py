@@ -1,0 +1,104 @@
+"""The command line: commands imported together, one line for every mistake. tests/runs/test_commands.py has whole commands."""
+
+import importlib
+import subprocess
+import sys
+
+from tests.whole import REPO
+
+COMMANDS = ("train", "compare", "sweep", "report", "pairs", "scenario")
+DIGITS = "--config=configs/digits.py"
+
+
+def parsed(*arguments):
+    """What a command says of these arguments: several in one process, since each start costs seconds."""
+    program = """
+import sys
+import logging
+from absl import flags
+from experiments import cli
+from jaxcl.errors import UserError
+logging.disable(logging.WARNING)  # as cli.run does it
+for line in sys.argv[1:]:
+    cli.flags.FLAGS.unparse_flags()
+    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+        delattr(flags.FLAGS, name)
+    sys.modules.pop("config_config", None)
+    argv = sys.argv = ["command", *line.split(" ")]
+    try:
+        cli._begin(cli._parse(argv), positional=False)
+    except UserError as error:
+        cli._say(error)
+    except SystemExit as end:
+        assert end.code == 2, end.code
+    else:
+        print("passed", file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)], cwd=REPO, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr.splitlines()
+
+
+def test_all_commands_are_imported_together():
+    for name in COMMANDS:
+        assert callable(importlib.import_module(f"experiments.{name}").main)
+
+
+FILES = {
+    "syntax": ("import os\n\ndef get_config(:\n    pass\n", ":3: SyntaxError: invalid syntax"),
+    "zero": ("def get_config():\n    x = 0\n    return 1 / x\n", ":3: ZeroDivisionError: division by zero"),
+    "type": (
+        "from configs import digits\ndef get_config():\n    config = digits.get_config()\n    config.batch_size = 'a'\n",
+        ":4: TypeError: Could not override field 'batch_size' (reference). a is of original type <class 'str'>",
+    ),
+    "key": ("def get_config():\n    return {}['a']\n", ":2: KeyError: a"),
+    "os": ("def get_config():\n    return open('/nowhere/x')\n", ":2: FileNotFoundError: "),
+    "import": ("import nothing_there\n", ":1: ModuleNotFoundError: No module named 'nothing_there'"),
+    "none": ("def get_config():\n    return None\n", " has no get_config() that returns a ConfigDict"),
+    "no function": ("x = 1\n", " has no get_config() that returns a ConfigDict"),
+}
+
+
+def test_a_config_file_that_fails_costs_one_line(tmp_path):
+    """The file, the line and the message."""
+    paths = {name: tmp_path / f"{name.replace(' ', '_')}.py" for name in FILES}
+    for name, (text, _) in FILES.items():
+        paths[name].write_text(text)
+    lines = parsed(*(f"--config={path}" for path in paths.values()), f"--config={paths['os']} --config.batch_size=3")
+    wanted = [f"error: --config: {path}{FILES[name][1]}" for name, path in paths.items()]
+    wanted.append(wanted[list(paths).index("os")])
+    assert [line[: len(want)] for line, want in zip(lines, wanted, strict=True)] == wanted
+
+
+MISTAKES = {
+    f"{DIGITS}:foo": "--config: configs/digits.py: get_config() takes no argument 'foo'",
+    "--config configs/digits.py:foo": "--config: configs/digits.py: get_config() takes no argument 'foo'",
+    "--config=configs/split_cifar10.py:foo": "--config=configs/split_cifar10.py:foo: no such size",
+    "--config=configs/nowhere.py": "--config: there is no file configs/nowhere.py",
+    f"{DIGITS} --config.model.options.foo=3": "--config.model.options.foo: no such field; allowed are hidden",
+    f"{DIGITS} --config.bufer.capacity=3": "--config.bufer.capacity: no such field; did you mean buffer?",
+    f"{DIGITS} --config.seed.a=3": "--config.seed.a: no such field",
+    f"{DIGITS} --config.batch_size=many": "flag --config.batch_size=many: invalid literal",
+    "--stall_seconds=nan": "--stall_seconds: nan is not allowed, give 0 or more",
+    "--stall_seconds=-1": "--stall_seconds: -1.0 is not allowed",
+    "--heartbeat_seconds=0": "--heartbeat_seconds: 0 is not allowed",
+    "--devices=0": "--devices: 0 is not allowed, give a number from 1 to 512",
+    "--devices=1000": "--devices: 1000 is not allowed, give a number from 1 to 512",
+    "--devices=100000": "--devices: 100000 is not allowed",
+    "--coordinator=here": "--coordinator: 'here' is not allowed, give HOST:PORT with a port from 1 to 65535",
+    "--coordinator=here:0": "--coordinator: 'here:0' is not allowed",
+    "--coordinator=here:70000": "--coordinator: 'here:70000' is not allowed",
+    "--coordinator=:80": "--coordinator: ':80' is not allowed",
+    "--coordinator=here:80": "--num_processes: missing",  # the address itself is right
+    "--coordinator=[::1]:80": "--num_processes: missing",
+    "er": "argument 'er' is not understood",
+}
+
+
+def test_a_mistake_costs_one_line():
+    lines = parsed(*MISTAKES)
+    wanted = [f"error: {message}" for message in MISTAKES.values()]
+    assert [line[: len(want)] for line, want in zip(lines, wanted, strict=True)] == wanted
+    assert parsed(f"{DIGITS} --config.buffer.capacity=300 --stall_seconds=0") == ["passed"]
