@@ -4,17 +4,14 @@
 
 Trains with rehearsal, every batch handed to the devices sorted by class, so that shards differ in classes and in rows as much
 as they can. After every step it counts the rows drawn by shard and by class, and adds up what is expected of the stored rows
-as they stand: under the uniform law a row of M is drawn with probability n / M; under the rule of the reference system, read
+as they stand. Under the uniform law a row of M is drawn with probability n / M. Under the rule of the reference system, read
 from its code, first a shard is chosen, then one of its classes, then a row, each uniformly. (The reference also draws with
 repetition and never its row 0, which is left out here.) The deviation is given in standard deviations z of the hypergeometric
 law. With --json also a picture beside it.
 """
 
 import dataclasses
-import json
-import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +19,9 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from experiments import cli
-from experiments.bench.environment import environment
+from experiments.pages import page
+from experiments.studies import grid
+from experiments.studies.grid import Json
 from jaxcl import data
 from jaxcl import mesh as mesh_lib
 from jaxcl.training.build import build
@@ -67,7 +66,7 @@ class Tally:
         return {name: x.tolist() for name, x in found.items()}
 
 
-def measure(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> dict[str, Any]:
+def measure(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Json:
     """Trains `config` with rehearsal and tallies its draws."""
     config.strategy, config.data.placement = "er", "by_class"
     run = build(config, devices)
@@ -112,7 +111,7 @@ def _count(shard: np.ndarray, label: np.ndarray, shards: int, classes: int) -> n
     return np.bincount(shard * classes + label, minlength=shards * classes).reshape(shards, classes)
 
 
-def picture(found: dict[str, Any]) -> Figure:
+def picture(found: Json) -> Figure:
     """Rows drawn over rows expected, by shard and by class: measured, and by the reference's rule on the same fills."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, axis in zip(figure.subplots(1, 2), ("shard", "class"), strict=True):
@@ -127,40 +126,32 @@ def picture(found: dict[str, Any]) -> Figure:
     return figure
 
 
-def lines(found: dict[str, Any]) -> str:
+def table(found: Json) -> str:
     """By shard and by class: the largest deviation, and the range of rows drawn over rows expected."""
-
-    def of(axis: str) -> str:
+    rows = []
+    for axis in ("shard", "class"):
         x = found[axis]
-        drawn, ratio = ([r for r, e in zip(x[key], x["expected"], strict=True) if e] for key in RATIOS)
-        return (
-            f"by {axis:5s}  measured: largest |z| {np.abs(x['z']).max():.2f}"
-            f"   drawn / expected {min(drawn):.3f}..{max(drawn):.3f}"
-            f"   the reference's rule {min(ratio):.3f}..{max(ratio):.3f}"
+        ratios = ([r for r, e in zip(x[key], x["expected"], strict=True) if e] for key in RATIOS)
+        rows.append(
+            (axis, f"{np.abs(x['z']).max():.2f}", *(f"{min(ratio):.3f} to {max(ratio):.3f}" for ratio in ratios))
         )
+    return page.table(("by", "largest deviation, z", "drawn / expected", "the reference's rule / expected"), rows)
 
-    return "\n".join(of(axis) for axis in ("shard", "class"))
 
-
-def paragraph(found: dict[str, Any]) -> str:
-    """What figure 6 says, for docs/paper.md."""
+def markdown(found: Json) -> str:
+    """What figure 6 of docs/paper.md shows."""
     shards = found["rows_per_shard"]
     return (
-        f"{found['name']}: the draws of a running experiment whose shards differ in classes and rows, against what the stored"
-        f" rows let expect, and the reference's rule on the same fills. {found['draws']} draws,"
-        f" {sum(found['shard']['drawn']):,.0f} rows, {len(shards)} shards of {min(shards)} to {max(shards)} rows,"
-        f" {sum(x > 0 for x in found['class']['expected'])} classes:\n\n```\n{lines(found)}\n```"
+        f"{found['name']}; {found['draws']} draws, {sum(found['shard']['drawn']):,.0f} rows, {len(shards)} shards of"
+        f" {min(shards)} to {max(shards)} rows, {sum(x > 0 for x in found['class']['expected'])} classes:\n\n{table(found)}"
     )
 
 
 def main() -> None:
     found = measure(cli.required(cli.CONFIG))
-    print(lines(found))
+    print(markdown(found))
     if cli.JSON.value:
-        path = pathlib.Path(cli.JSON.value)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found | environment(), indent=1) + "\n")
-        picture(found).savefig(path.with_suffix(".png"), dpi=150)
+        grid.write(cli.JSON.value, found, picture)
 
 
 if __name__ == "__main__":
