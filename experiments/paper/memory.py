@@ -4,31 +4,32 @@ The budget is capacity x bytes of a row (record, label and id). Nothing is train
 array by array, and the compiled step tells its temporaries, which may not grow with the capacity.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from matplotlib.figure import Figure
 
-from experiments.pages.performance import table
+from experiments.pages.page import table
 from experiments.paper.draw import panels
-from experiments.paper.study import Json, Study
+from experiments.paper.study import Study
+from experiments.studies.grid import Json
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer.host import InTwo
 from jaxcl.training.build import Experiment, build, train_batches
 from jaxcl.training.state import initial_state
 
+TITLE = "5. Memory against the budget"
 TIERS = ("device", "host")
 
 
 def measure(study: Study) -> Json:
-    model = next(iter(study.models))
     rows = []
     for tier in TIERS:
         for share in study.figures.shares:
-            config = study.configured(model, "er", {"buffer.share": share, "buffer.tier": tier})
+            config = study.configured(study.model, "er", {"buffer.share": share, "buffer.tier": tier})
             rows.append({"tier": tier, "share": share, **of(build(config, study.devices), config)})
-    return {"name": study.config.name, "model": model, "rows": rows}
+    return {"name": study.config.name, "model": study.model, "rows": rows}
 
 
 def of(run: Experiment, config: Any) -> Json:
@@ -58,7 +59,7 @@ def of(run: Experiment, config: Any) -> Json:
     }
 
 
-def in_two(step: InTwo, state: Any, batch: Any, arrived: Any) -> Iterable[Any]:
+def in_two(step: InTwo, state: Any, batch: Any, arrived: Any) -> Iterator[Any]:
     shard, clock, staged, rest = step.apart(state)
     yield step.ahead.lower(shard, clock, batch)
     yield step.train.lower(rest, clock, staged, batch, arrived)
@@ -83,17 +84,9 @@ def picture(found: Json) -> Figure:
     return figure
 
 
-def paragraph(found: Json) -> str:
-    head = (
-        "tier",
-        "share",
-        "rows",
-        "budget, bytes",
-        "on the devices",
-        "on the host",
-        "over budget",
-        "temporaries a device",
-    )
+def markdown(found: Json) -> str:
+    places = ("budget, bytes", "on the devices", "on the host")
+    head = ("tier", "share", "rows", *places, "over budget", "temporaries a device")
     rows = [
         (
             x["tier"],
@@ -105,8 +98,6 @@ def paragraph(found: Json) -> str:
         )
         for x in found["rows"]
     ]
-    text = (
-        f"{found['name']}, {found['model']}: what a new buffer allocates over all devices, the budget being rows x"
-        f" {found['rows'][0]['row_bytes']:,} bytes (record, label and id), and the temporaries of the compiled step."
+    return (
+        f"{found['name']}, {found['model']}; a row is {found['rows'][0]['row_bytes']:,} bytes.\n\n{table(head, rows)}"
     )
-    return f"{text}\n\n{table(head, rows)}"

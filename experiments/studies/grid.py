@@ -148,10 +148,15 @@ def write(path: str | pathlib.Path, found: Json, picture: Callable[[Json], Figur
     """Writes a result file, what was found and where, and a picture of it beside it. Makes their folder."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(as_json(found | environment()))
+    path.write_text(as_json(stamped(found)))
     if picture is not None:
         path.with_suffix(".png").write_bytes(report.png(functools.partial(picture, found)))
     print(f"wrote {path}")
+
+
+def stamped(found: Json) -> Json:
+    """What was found, and where: devices, machine, versions, command."""
+    return {**found, **environment()}
 
 
 def as_json(found: Json) -> str:

@@ -31,7 +31,6 @@ from ml_collections import ConfigDict
 
 from experiments import cli
 from experiments.bench import bank as bank_cost
-from experiments.bench.environment import environment
 from experiments.studies import grid
 from experiments.studies.grid import Fields, Grid, Json, Setting
 from jaxcl import report
@@ -183,7 +182,7 @@ def main() -> None:
         whole = json.loads(path.read_text()) if path.exists() else {}
         about = {"name": config.name, "batch_size": config.batch_size, "epochs": config.epochs}
         about |= {"bank_start": config.bank.start, "seeds": 1 if part == "staleness" else study.seeds}
-        whole[part] = {**about, "settings": found, **environment()}
+        whole[part] = grid.stamped({**about, "settings": found})
         path.write_text(grid.as_json(whole))
 
 

@@ -1,32 +1,28 @@
-"""Figure 6 of docs/paper.md: whether a running experiment draws every stored row alike, and whether the reference would.
-
-    python -m experiments.studies.uniformity --config=configs/digits.py --devices=8 --json=runs/uniformity.json
+"""Figure 6: whether a running experiment draws every stored row alike, and whether the reference would.
 
 Trains with rehearsal, every batch handed to the devices sorted by class, so that shards differ in classes and in rows as much
 as they can. After every step it counts the rows drawn by shard and by class, and adds up what is expected of the stored rows
 as they stand. Under the uniform law a row of M is drawn with probability n / M. Under the rule of the reference system, read
 from its code, first a shard is chosen, then one of its classes, then a row, each uniformly. (The reference also draws with
 repetition and never its row 0, which is left out here.) The deviation is given in standard deviations z of the hypergeometric
-law. With --json also a picture beside it.
+law.
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from ml_collections import ConfigDict
 
-from experiments import cli
 from experiments.pages import page
-from experiments.studies import grid
-from experiments.studies.grid import Json
+from experiments.paper.study import Study
+from experiments.studies.grid import Json, changed
 from jaxcl import data
 from jaxcl import mesh as mesh_lib
 from jaxcl.training.build import build
 from jaxcl.training.state import initial_state
 
+TITLE = "6. Uniformity of the draw"
 RATIOS = ("drawn_over_expected", "reference_over_expected")
 
 
@@ -66,10 +62,10 @@ class Tally:
         return {name: x.tolist() for name, x in found.items()}
 
 
-def measure(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Json:
-    """Trains `config` with rehearsal and tallies its draws."""
-    config.strategy, config.data.placement = "er", "by_class"
-    run = build(config, devices)
+def measure(study: Study) -> Json:
+    """Trains the config with rehearsal and tallies its draws."""
+    config = changed(study.config, {"strategy": "er", "data.placement": "by_class"})
+    run = build(config, study.devices)
     assert run.buffer is not None
     shards, classes = run.mesh.size, run.train.num_classes
     tally, draws = Tally(shards, classes), 0
@@ -139,20 +135,8 @@ def table(found: Json) -> str:
 
 
 def markdown(found: Json) -> str:
-    """What figure 6 of docs/paper.md shows."""
     shards = found["rows_per_shard"]
     return (
         f"{found['name']}; {found['draws']} draws, {sum(found['shard']['drawn']):,.0f} rows, {len(shards)} shards of"
         f" {min(shards)} to {max(shards)} rows, {sum(x > 0 for x in found['class']['expected'])} classes:\n\n{table(found)}"
     )
-
-
-def main() -> None:
-    found = measure(cli.required(cli.CONFIG))
-    print(markdown(found))
-    if cli.JSON.value:
-        grid.write(cli.JSON.value, found, picture)
-
-
-if __name__ == "__main__":
-    cli.run(main)
