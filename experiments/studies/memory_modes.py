@@ -27,6 +27,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import cli
+from experiments.pages import page
 from experiments.studies import grid
 from experiments.studies.grid import Json, Setting
 from jaxcl import report
@@ -38,6 +39,7 @@ COUNTS = flags.DEFINE_list("counts", ["1", "2", "4", "8"], "numbers of devices")
 SELECT = flags.DEFINE_list("selections", list(SELECTIONS), "selections of the grid; the last is taken apart")
 
 COLORS = {"sharded": "#0072B2", "replicated": "#E69F00", "independent": "#D55E00", "n_times": "#999999"}
+PAGE = page.ROOT / "docs" / "memory_modes.md"
 MEASURES = ("average_accuracy", "average_incremental_accuracy")
 
 
@@ -212,6 +214,16 @@ def _lines(axes: Axes, found: list[Json], name: str, scale: float) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(n) for n in counts])
     axes.grid(alpha=0.3)
+
+
+def sections(found: Json) -> dict[str, str]:
+    """What docs/memory_modes.md shows behind each mark."""
+    tables = {"grid": grid_table(found["grid"]), "effects": effect_table(found["effects"])}
+    return {mark: f"```\n{table}\n```" for mark, table in tables.items()}
+
+
+def write() -> None:
+    page.fill(PAGE, sections(page.load("memory_modes")))
 
 
 def main() -> None:
