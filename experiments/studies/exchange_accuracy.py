@@ -28,8 +28,8 @@ MODELS: dict[str, Json] = {
 }
 
 
-def settings() -> Iterator[Setting]:
-    for model in grid.MODELS.value or MODELS:
+def settings(models: list[str]) -> Iterator[Setting]:
+    for model in models or MODELS:
         check("--models", model, one_of(MODELS))
         for exchange in EXCHANGES:
             fields = {"strategy": "er", "data.placement": "by_class", "buffer.exchange": exchange}
@@ -56,7 +56,7 @@ def said(record: Json) -> str:
 
 
 def main() -> None:
-    found = grid.from_flags(seeds=3).records(settings(), summary, said)
+    found = grid.from_flags(seeds=3).records(settings(grid.MODELS.value), summary, said)
     if cli.JSON.value:
         grid.write(cli.JSON.value, {"settings": found})
 
