@@ -63,32 +63,23 @@ def about(part: Json) -> str:
     return f"{part['seeds']} seed(s). {where(part)}"
 
 
+def short(settings: list[Json]) -> str:
+    names = ("devices", "negatives_of_an_anchor", "steps")
+    found = ((one["negatives"], option(one), *(one[name] for name in names), recall(one)) for one in settings)
+    return table(("negatives", "option", "devices", "negatives of an anchor", "steps", "image to text @10"), found)
+
+
 def equal(part: Json) -> str:
     """One device's batch alone, and the settings with as many negatives as the most devices gather."""
     plain = [one for one in part["settings"] if "data.augment" not in one]
     most = max(one["negatives_of_an_anchor"] for one in plain if one["negatives"] == "gathered")
-    some = [plain[0], *(one for one in plain if one["negatives_of_an_anchor"] == most)]
-    names = ("devices", "negatives_of_an_anchor", "steps")
-    found = ((one["negatives"], option(one), *(one[name] for name in names), recall(one)) for one in some)
-    return table(("negatives", "option", "devices", "negatives of an anchor", "steps", "image to text @10"), found)
+    return short([plain[0], *(one for one in plain if one["negatives_of_an_anchor"] == most)])
 
 
 def crops(part: Json) -> str:
-    """The largest banks, with images as they are and cropped at random in training."""
+    """The batch alone and the largest banks, with images as they are and cropped."""
     settings = part["settings"]
-    large = [one for one in settings if stored(one) == MORE]
-    alone = [next(one for one in settings if one["negatives"] == name) for name in ("gathered", "in_batch")]
-    plain = {_kind(one): one for one in (alone[0], *large) if "data.augment" not in one}
-    cropped = {_kind(one): one for one in (alone[1], *large) if "data.augment" in one}
-    found = ((*kind, recall(one), recall(cropped[kind])) for kind, one in plain.items())
-    return table(("negatives", "option", "as they are", "cropped"), found)
-
-
-def _kind(one: Json) -> tuple[str, str]:
-    """Kind of bank and its option; one device that gathers has the negatives of its batch."""
-    if stored(one) == "-":
-        return "in_batch", ""
-    return one["negatives"], f"λ {one.get('bank.proximal', 0):g}" if one["negatives"] == "full_bank" else ""
+    return short([settings[0], *(one for one in settings if stored(one) == MORE or "data.augment" in one)])
 
 
 def accuracy(part: Json) -> str:

@@ -78,15 +78,14 @@ def storage_settings(config: ConfigDict) -> Iterator[Changes]:
 def pairs_settings(config: ConfigDict) -> Iterator[Changes]:
     rows = 7 * config.batch_size
     for pairs in ("styles", "views"):
-        common = {"data.pairs": pairs} | ({"data.augment": ("crop", "flip")} if pairs == "views" else {})
+        common: Json = {"data.pairs": pairs}
+        alone: Json = {}
         if pairs == "views":  # two crops of one image, SimCLR's loss where nothing is stored
-            yield 1, common | {"negatives": "in_batch", "same_side": True}
-            yield 8, common | {"negatives": "gathered", "same_side": True, "batch_size": 8 * config.batch_size}
-        else:
-            yield 1, common | {"negatives": "in_batch"}
-            yield 8, common | {"negatives": "gathered", "batch_size": 8 * config.batch_size}
-        yield 1, common | {"negatives": "fifo", "bank.capacity": rows}
-        yield 1, common | {"negatives": "momentum", "bank.capacity": rows}
+            common["data.augment"], alone["same_side"] = ("crop", "flip"), True
+        yield 1, common | {"negatives": "in_batch"} | alone
+        yield 8, common | {"negatives": "gathered", "batch_size": 8 * config.batch_size} | alone
+        for negatives in ("fifo", "momentum"):
+            yield 1, common | {"negatives": negatives, "bank.capacity": rows}
         yield 1, common | {"negatives": "full_bank", "bank.drawn": rows}
 
 

@@ -27,12 +27,8 @@ def rows_of(groups: Sequence[Group]) -> list[list[str]]:
     """The header, then a row a group."""
     top5 = any("average_top5" in result for group in groups for result in group.results)
     m = common_measure(groups)
-    header = [
-        "strategy",
-        "seeds",
-        *(f"{x}{m.unit}" for x in (m.name, "incremental", "forgetting", "backward transfer")),
-    ]
-    rows = [[*header, *(["top-5 %"] if top5 else []), "seconds", "images/s", "buffer"]]
+    measured = [f"{x}{m.unit}" for x in (m.name, "incremental", "forgetting", "backward transfer")]
+    rows = [["strategy", "seeds", *measured, *(["top-5 %"] if top5 else []), "seconds", "images/s", "buffer"]]
     for g in groups:
         row = [g.label, str(len(g.results))]
         keys: list[tuple[str, ...]] = [(f"average_{m.name}",), (f"average_incremental_{m.name}",)]
