@@ -99,37 +99,40 @@ def mean(values: list[float], scale: float = 100) -> str:
     return spread(values, scale, digits=1)
 
 
-def markdown(found: Json) -> str:
-    s, models = found["sizes"], found["models"]
-    accuracies = [
+RATIOS = ("top-5 over from scratch", "run time over incremental", "run time over from scratch")
+
+
+def ratios(found: Json, digits: int) -> list[tuple[str, ...]]:
+    """A row a model; `digits` of the percentage."""
+    return [
         (
             model,
-            label,
-            len(x[strategy]["seconds_of_steps"]),
+            f"{100 * x['top5_over_from_scratch']:.{digits}f} %",
+            *(f"{x[name]:.2f}" for name in ("time_over_incremental", "time_over_from_scratch")),
+        )
+        for model, x in found["models"].items()
+    ]
+
+
+def markdown(found: Json) -> str:
+    s, goal = found["sizes"], f"{found['goal']:.2f}"
+    accuracies = [
+        (
+            *(model, label, len(x[strategy]["seconds_of_steps"])),
             *(mean(last(x[strategy][key])) for key in ("top5_so_far", "top1_so_far")),
             mean(x[strategy]["seconds_of_steps"], 1),
         )
-        for model, x in models.items()
+        for model, x in found["models"].items()
         for strategy, label in STRATEGIES.items()
     ]
-    ratios = [
-        (
-            model,
-            f"{100 * x['top5_over_from_scratch']:.1f} %",
-            f"{x['time_over_incremental']:.2f}",
-            f"{found['goal']:.2f}",
-            f"{x['time_over_from_scratch']:.2f}",
-        )
-        for model, x in models.items()
-    ]
-    head = ("model", "top-5 over from scratch", "run time over incremental", "goal", "run time over from scratch")
+    paper = ("the paper, ResNet-50", f"{100 * PAPER:.1f} %", "", "", "")
     return "\n\n".join(
         [
             f"{found['name']}: {found['tasks']} tasks, {found['classes']} classes, {s['epochs']} epochs a task;"
             f" {s['batch_size']} new rows a step, {s['candidates']} offered to the memory, {s['representatives']} replayed;"
             f" a memory of {found['capacity']:,} rows.",
             table(("model", "", "seeds", "top-5, %", "top-1, %", "run time, s"), accuracies),
-            table(head, [*ratios, ("the paper, ResNet-50", f"{100 * PAPER:.1f} %", "", "", "")]),
+            table(("model", *RATIOS, "goal over incremental"), [*((*row, goal) for row in ratios(found, 1)), paper]),
         ]
     )
 
@@ -137,25 +140,15 @@ def markdown(found: Json) -> str:
 def front(found: Json, swept: Json | None = None) -> str:
     """For the README: the ratios, and the accuracy with the most representatives that figure 2 replayed."""
     b, r, devices = found["sizes"]["batch_size"], found["sizes"]["representatives"], found["devices"]
-    rows = [
-        (
-            model,
-            f"{b} + {r}",
-            f"{100 * x['top5_over_from_scratch']:.0f} %",
-            f"{x['time_over_incremental']:.2f}",
-            f"{x['time_over_from_scratch']:.2f}",
-        )
-        for model, x in found["models"].items()
-    ]
+    rows = [(model, f"{b} + {r}", *row) for model, *row in ratios(found, 0)]
     if swept is not None:
         most = max(swept["swept"]["buffer.representatives"], key=lambda x: x["value"])
         scratch = np.mean(last(swept["bounds"]["from_scratch"]["top5_so_far"]))
-        share = np.mean(last(most["top5_so_far"])) / scratch
-        rows.append((swept["model"], f"{b} + {most['value']}", f"{100 * share:.0f} %", "", ""))
+        share = f"{100 * np.mean(last(most['top5_so_far'])) / scratch:.0f} %"
+        rows.append((swept["model"], f"{b} + {most['value']}", share, "", ""))
     rows.append(("the paper: ResNet-50, ImageNet-1k", "56 + 7 a device", f"{100 * PAPER:.1f} %", "", ""))
-    head = ("", "new + replayed rows a step", "top-5 accuracy over from scratch", "run time over incremental")
     kind = "fake CPU" if devices["platform"] == "cpu" else devices["kind"]
     return (
-        f"{table((*head, 'run time over from scratch'), rows)}\n\n{found['name']}; {devices['count']} {kind} devices of"
-        f" {found['machine']['cores']} cores."
+        f"{table(('', 'new + replayed rows a step', *RATIOS), rows)}\n\n{found['name']}; {devices['count']} {kind} devices"
+        f" of {found['machine']['cores']} cores."
     )

@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 
 from experiments.pages.page import table
 from experiments.paper.draw import panels
-from experiments.paper.study import Study
+from experiments.paper.study import Study, begun
 from experiments.studies.grid import Json
-from jaxcl import mesh as mesh_lib
 from jaxcl.buffer.host import InTwo
-from jaxcl.training.build import Experiment, build, train_batches
-from jaxcl.training.state import initial_state
+from jaxcl.training.build import Experiment
+from jaxcl.training.state import TrainState
+from jaxcl.types import Batch
 
 TITLE = "5. Memory against the budget"
 TIERS = ("device", "host")
@@ -28,18 +28,14 @@ def measure(study: Study) -> Json:
     for tier in TIERS:
         for share in study.figures.shares:
             config = study.configured(study.model, "er", {"buffer.share": share, "buffer.tier": tier})
-            rows.append({"tier": tier, "share": share, **of(build(config, study.devices), config)})
+            rows.append({"tier": tier, "share": share, **of(*begun(config, study.devices))})
     return {"name": study.config.name, "model": study.model, "rows": rows}
 
 
-def of(run: Experiment, config: Any) -> Json:
+def of(run: Experiment, state: TrainState, batch: Batch) -> Json:
     """Bytes over all devices; temporaries of one device's program."""
     buffer = run.buffer
     assert buffer is not None
-    loader = train_batches(config, run, 0)
-    assert loader is not None
-    state = initial_state(run.mesh, run.new_weights(jax.random.key(0)), buffer, run.strategy)
-    batch = mesh_lib.shard_rows(run.mesh, loader[0])
     on_device = sum(x.nbytes for x in jax.tree.leaves(state.buffer))
     on_host = 0
     if buffer.host is None:

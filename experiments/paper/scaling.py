@@ -1,12 +1,12 @@
 """Figure 3: run time against the number of devices, measured on those of this machine and modelled up to 1,024.
 
-Measured are steps of a plain and of a rehearsing run in turn, at the paper's b new and r drawn rows a device, for 1, 2, 4, ...
-devices; training from scratch takes plain steps, (tasks + 1) / 2 times as many. All is given as seconds for a million new rows.
+Steps of a plain and of a rehearsing run are measured in turn, at the paper's b new and r drawn rows a device, on 1, 2, 4, ...
+devices. Training from scratch takes plain steps, (tasks + 1) / 2 times as many. All is given as seconds for a million new rows.
 
 The model is that of `experiments/paper/step_model.py`. Its costs of a row, a byte and a message are fitted to all device
-counts but one, and the one left out is predicted: the error of that says what the model is worth. Fake CPU devices share
-the cores of one machine, so that what N of them do adds up: there the loads are N times those of a device, and the shape
-says nothing of a cluster. For 1,024 devices the rate of the one device measured is joined with a stated network.
+counts but one, and the one left out is predicted. Fake CPU devices share the cores of one machine, so what N of them do adds
+up: there the loads are N times those of a device, and the shape says nothing of a cluster. For 1,024 devices the rate of the
+one device measured is joined with a stated network.
 """
 
 import dataclasses
@@ -21,12 +21,9 @@ from experiments.bench.timing import Contender, in_turn, spread
 from experiments.pages.page import table
 from experiments.paper.draw import panels
 from experiments.paper.step_model import DEVICES, Load, Machine, all_reduce, exchange, fit, run_time
-from experiments.paper.study import STRATEGIES, Study
+from experiments.paper.study import STRATEGIES, Study, begun
 from experiments.studies.grid import Json
-from jaxcl import mesh as mesh_lib
 from jaxcl.report import color_of
-from jaxcl.training.build import build, train_batches
-from jaxcl.training.state import initial_state
 
 TITLE = "3. Run time against the number of devices"
 RUNS, STEPS = 15, 2  # of each kind and number of devices
@@ -72,13 +69,8 @@ def steps_on(study: Study, devices: int) -> tuple[Json, Json]:
     }
     contenders = {}
     for kind in KINDS:
-        config = study.configured(study.model, kind, fields)
-        run = build(config, some)
-        loader = train_batches(config, run, 0)
-        assert loader is not None
-        state = initial_state(run.mesh, run.new_weights(jax.random.key(0)), run.buffer, run.strategy)
+        run, state, batch = begun(study.configured(study.model, kind, fields), some)
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
-        batch = mesh_lib.shard_rows(run.mesh, loader[0])
         contenders[kind] = Contender(run.train_step.lower(state, batch).compile(), state, batch)
         contenders[kind].run(WARM_UP)
     in_turn(list(contenders.values()), RUNS, STEPS)
@@ -99,26 +91,15 @@ def step_load(kind: str, devices: int, sizes: Json, shared: bool) -> Load:
 
 def check(measured: list[Json], sizes: Json, shared: bool) -> list[Json]:
     """Each number of devices predicted from all the others; none with fewer than three."""
+    steps = [(x["devices"], kind, x["step_ms"][kind]["median"]) for x in measured for kind in KINDS]
+    loads = {(n, kind): step_load(kind, n, sizes, shared) for n, kind, _ in steps}
     found: list[Json] = []
-    for left_out in measured if len(measured) > 2 else []:
-        loads = {(kind, x["devices"]): step_load(kind, x["devices"], sizes, shared) for x in measured for kind in KINDS}
-        others = [(kind, x) for x in measured for kind in KINDS if x is not left_out]
-        costs = fit(
-            [loads[kind, x["devices"]] for kind, x in others],
-            [x["step_ms"][kind]["median"] for kind, x in others],
-        )
-        for kind in KINDS:
-            predicted = float(np.array(loads[kind, left_out["devices"]]) @ costs)
-            actual = left_out["step_ms"][kind]["median"]
-            found.append(
-                {
-                    "devices": left_out["devices"],
-                    "kind": kind,
-                    "measured_ms": actual,
-                    "predicted_ms": predicted,
-                    "error": predicted / actual - 1,
-                }
-            )
+    for n, kind, ms in steps if len(measured) > 2 else []:
+        others = [step for step in steps if step[0] != n]
+        costs = fit([loads[m, other] for m, other, _ in others], [ms for *_, ms in others])
+        predicted = float(np.array(loads[n, kind]) @ costs)
+        error = predicted / ms - 1
+        found.append({"devices": n, "kind": kind, "measured_ms": ms, "predicted_ms": predicted, "error": error})
     return found
 
 
@@ -178,7 +159,9 @@ def markdown(found: Json) -> str:
             f"{found['name']}, {found['model']} ({s['parameters']:,} parameters), b = {s['new']} and r = {s['representatives']}"
             " rows a device; seconds for a million new rows.",
             table((*head, "plain, predicted, ms", "rehearsal, predicted, ms"), measured_rows(found)),
-            "Largest error of a prediction: " + ("none was made" if worst is None else f"{100 * worst:.0f} %") + ".",
+            "Fewer than three numbers of devices are too few to check the step model."
+            if worst is None
+            else f"Largest error of a prediction: {100 * worst:.0f} %.",
             f"The model's machine: {machine['rows_per_second']:,.0f} rows/s, {machine['bandwidth'] / 1e9:g} GB/s and"
             f" {1e6 * machine['latency']:g} us.",
             table(("devices", *labels, "rehearsal over incremental"), modelled),

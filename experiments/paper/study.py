@@ -8,10 +8,14 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments.studies.grid import Fields, Grid, Json, changed, get
+from jaxcl import mesh as mesh_lib
 from jaxcl.check import near
 from jaxcl.errors import UserError
 from jaxcl.search.sweep import folder_name
+from jaxcl.training.build import Experiment, build, train_batches
 from jaxcl.training.config import check_config
+from jaxcl.training.state import TrainState, initial_state
+from jaxcl.types import Batch
 
 STRATEGIES = {"from_scratch": "from scratch", "incremental": "incremental", "er": "rehearsal"}
 SHORT: Fields = {"epochs": 1, "optimizer.warmup_epochs": 0.0, "optimizer.schedule": "constant"}
@@ -111,3 +115,12 @@ class Study:
         for model in self.models:
             for strategy in STRATEGIES:
                 check_config(self.configured(model, strategy), len(self.devices))
+
+
+def begun(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Experiment, TrainState, Batch]:
+    """A run before its first step: its parts, its state and its first batch on the devices."""
+    run = build(config, devices)
+    loader = train_batches(config, run, 0)
+    assert loader is not None
+    state = initial_state(run.mesh, run.new_weights(jax.random.key(0)), run.buffer, run.strategy)
+    return run, state, mesh_lib.shard_rows(run.mesh, loader[0])

@@ -207,7 +207,7 @@ def _lines(axes: Axes, found: list[Json], name: str, scale: float) -> None:
     for mode, color in COLORS.items():
         some = sorted((one for one in found if one["mode"] == mode), key=lambda one: one["count"])
         if mode == "sharded":
-            axes.axhline(scale * np.mean(some[0][name]), color=color, label=mode)
+            axes.axhline(float(scale * np.mean(some[0][name])), color=color, label=mode)
             continue
         x, y = [one["count"] for one in some], scale * np.array([one[name] for one in some])
         axes.errorbar(x, y.mean(1), y.std(1, ddof=1), color=color, marker="o", capsize=2, label=mode)
