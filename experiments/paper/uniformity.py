@@ -17,9 +17,8 @@ from matplotlib.figure import Figure
 from experiments.pages import page
 from experiments.paper.study import Study
 from experiments.studies.grid import Json, changed
-from jaxcl import data
 from jaxcl import mesh as mesh_lib
-from jaxcl.training.build import build
+from jaxcl.training.build import build, train_batches
 from jaxcl.training.state import initial_state
 
 TITLE = "6. Uniformity of the draw"
@@ -70,16 +69,10 @@ def measure(study: Study) -> Json:
     shards, classes = run.mesh.size, run.train.num_classes
     tally, draws = Tally(shards, classes), 0
     state = initial_state(run.mesh, run.new_weights(jax.random.key(config.seed)), run.buffer, run.strategy)
-    for task in run.scenario.tasks:
-        loader = data.train_batches(
-            run.train,
-            task.train,
-            batch_size=config.batch_size,
-            epochs=config.epochs,
-            seed=(config.seed, task.index),
-            by_class=True,
-        )
-        begin = {"task": task.index, "task_step": 0, "steps_per_epoch": loader.steps_per_epoch}
+    for task in range(len(run.scenario.tasks)):
+        loader = train_batches(config, run, task)
+        assert loader is not None
+        begin = {"task": task, "task_step": 0, "steps_per_epoch": loader.steps_per_epoch}
         numbers = {name: mesh_lib.replicate(run.mesh, np.int32(value)) for name, value in begin.items()}
         state = dataclasses.replace(state, **numbers)
         for batch in loader:
