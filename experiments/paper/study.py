@@ -57,7 +57,8 @@ class Figures:
         found = cls(**fields)
         for name in models:
             if name not in found.models:
-                raise UserError(f"--models: {name!r} is unknown, {near(name, found.models)}")
+                allowed = near(name, found.models) if found.models else "the config names none"
+                raise UserError(f"--models: {name!r} is unknown, {allowed}")
         return dataclasses.replace(found, models={name: found.models[name] for name in models or found.models})
 
 

@@ -13,8 +13,8 @@ Every setting trains the tasks of the config with several seeds. In the grid, wi
   n_times      N choices of B rows: N times the budget, as DyTox was first published
 
 Then, for the last selection and the greatest N, one thing after another is changed between one memory and the published
-comparison. The difference that each makes is that of runs of the same seed. experiments.pages writes the tables and the picture
-of docs/memory_modes.md.
+comparison. The difference that each makes is that of runs of the same seed. The picture is written beside the JSON file;
+experiments.pages fills the tables into docs/memory_modes.md.
 """
 
 import dataclasses

@@ -190,10 +190,14 @@ def test_fields_are_replaced_as_a_whole_and_must_exist():
 
 
 def test_some_of_the_models():
-    varied = Figures(models={"a": {}, "b": {"epochs": 2}})
-    assert varied.only([]) == varied and varied.only(["b"]).models == {"b": {"epochs": 2}}
-    with pytest.raises(UserError, match="--models: 'c' is unknown, choose of a, b"):
-        varied.only(["c"])
+    fields = {"models": {"a": {}, "b": {"epochs": 2}}, "new": 3}
+    assert Figures.of(fields) == Figures(**fields) and Figures.of(fields, ["b"]).models == {"b": {"epochs": 2}}
+    with pytest.raises(UserError, match="--models: 'c' is unknown, allowed are a, b"):
+        Figures.of(fields, ["c"])
+    with pytest.raises(UserError, match=r"get_figures\(\): modles: no such field, did you mean models\?"):
+        Figures.of({"modles": {}})
+    with pytest.raises(UserError, match="--models: 'a' is unknown, the config names none"):
+        Figures.of({}, ["a"])
 
 
 def test_pages_say_what_the_result_files_say():
