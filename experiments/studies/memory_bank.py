@@ -176,6 +176,7 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", str(study.workdir / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     path = pathlib.Path(cli.JSON.value or study.workdir / "memory_bank.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     for part in PARTS.value:
         found = parts[part]()
         whole = json.loads(path.read_text()) if path.exists() else {}
