@@ -1,1 +1,1 @@
-"""The figures of docs/paper.md, each from recorded runs: see `__main__.py`."""
+"""The figures of docs/paper.md, one file each, from recorded runs: see `__main__.py`."""

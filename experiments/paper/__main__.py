@@ -11,10 +11,10 @@
     memory      5  bytes against the budget
     uniformity  6  the draws of a running experiment
 
-Runs are recorded in DIR: finished ones are read, unfinished ones continued, so that a figure can be drawn again and a study be
-extended; --overwrite trains anew, for times from a quiet machine. What is varied is said by `get_figures()` in the config file.
-Each figure leaves paper_FIGURE.json and .png in --out, or with --publish in experiments/results and docs/images, and then
-docs/paper.md and the README say what they say. Figures 3 and 4 hold times, 1 the run times of its runs.
+Runs are recorded in DIR: finished ones are read, unfinished ones are continued. So a figure can be drawn again and a study be
+extended. --overwrite trains anew, for times from a quiet machine. `get_figures()` in the config file says what is varied.
+Each figure leaves paper_FIGURE.json and .png in --out. With --publish they go to experiments/results and docs/images, and
+docs/paper.md and the README are filled from them. Figures 3 and 4 hold times, figure 1 the run times of its runs.
 """
 
 import pathlib
@@ -24,41 +24,35 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import cli
-from experiments.bench.harness import environment
+from experiments.pages.page import RESULTS
 from experiments.paper import draw, page
-from experiments.paper.figures import FIGURES
 from experiments.paper.study import Figures, Study
-from jaxcl.errors import UserError
-from jaxcl.runs import files
+from experiments.studies import grid
+from jaxcl.check import check, one_of
 
-FIGURE = flags.DEFINE_list("figure", ["all"], f"which: all, or some of {', '.join(FIGURES)}")
-OUT = flags.DEFINE_string("out", None, "folder of the figures; default WORKDIR/figures")
-MODELS = flags.DEFINE_list("models", [], "of those that get_figures() names; default all")
+FIGURE = flags.DEFINE_list("figure", ["all"], f"which: all, or some of {', '.join(page.FIGURES)}")
 NOTE = flags.DEFINE_string("note", None, "a sentence that stays with the figures, such as what else the machine did")
 PUBLISH = flags.DEFINE_bool("publish", False, "into this repository's results, pictures and pages, instead of --out")
 
 
 def main() -> None:
-    config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
-    names = list(FIGURES) if FIGURE.value == ["all"] else FIGURE.value
-    if not names or not set(names) <= set(FIGURES):
-        raise UserError(f"--figure: {','.join(names)} is not allowed, give all or some of {', '.join(FIGURES)}")
-    seeds = cli.seeds(default=1)
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
-    varied = (cli.from_config_file(path, "get_figures") or Figures()).only(MODELS.value)
-    options = {"overwrite": cli.OVERWRITE.value, "stall_seconds": cli.STALL.value}
-    study = Study(config, varied, workdir, seeds, options=options)
-    study.check()
+    names = list(page.FIGURES) if FIGURE.value in ([], ["all"]) else FIGURE.value
     for name in names:
-        found = FIGURES[name].measure(study) | environment() | ({"note": NOTE.value} if NOTE.value else {})
-        if jax.process_index() > 0:
-            continue
-        folder = pathlib.Path(OUT.value or workdir / "figures")
-        numbers, picture = page.places(name) if PUBLISH.value else page.places(name, folder, folder)
-        numbers.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(numbers, found)
-        draw.save(FIGURES[name].picture, found, picture)
-        print(f"\n{FIGURES[name].title}\n\n{FIGURES[name].paragraph(found)}\n\n{numbers}, {picture}", flush=True)
+        check("--figure", name, one_of(page.FIGURES))
+    runs = grid.from_flags(seeds=1)
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    varied = Figures.of(cli.from_config_file(path, "get_figures") or {}, grid.MODELS.value)
+    study = Study(runs, varied)
+    study.check()
+    own = pathlib.Path(cli.OUT.value or runs.workdir / "figures")
+    numbers, pictures = (RESULTS, page.IMAGES) if PUBLISH.value else (own, own)
+    for name in names:
+        figure = page.FIGURES[name]
+        found = figure.measure(study) | ({"note": NOTE.value} if NOTE.value else {})
+        if jax.process_index() == 0:
+            print(f"\n{figure.TITLE}\n\n{figure.markdown(found)}\n", flush=True)
+            grid.write(numbers / f"paper_{name}.json", found)
+            draw.save(figure.picture, found, pictures / f"paper_{name}.png")
     if PUBLISH.value and jax.process_index() == 0:
         page.write()
 

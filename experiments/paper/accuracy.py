@@ -5,19 +5,19 @@ waiting, training), without compilation, evaluation and checkpoints. A step of r
 trains on b, so its run time over the incremental one's can be (b + r) / b at best; the goal is at most 1.02 times that.
 """
 
-from typing import Any
-
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.pages.page import table
 from experiments.paper.draw import panels
-from experiments.paper.study import STRATEGIES, Json, Study
+from experiments.paper.study import STRATEGIES, Study
+from experiments.studies.grid import Json
 from jaxcl.errors import UserError
-from jaxcl.report import color_of
+from jaxcl.report import color_of, spread
 from jaxcl.runs.steps import STEPPING
 from jaxcl.summaries import accuracy_so_far
 
+TITLE = "1. Accuracy after each task"
 PAPER = 0.8055 / 0.91  # top-5 accuracy with rehearsal over that from scratch, ResNet-50, 30 %
 SLACK = 1.02
 
@@ -90,71 +90,65 @@ def picture(found: Json) -> Figure:
     return figure
 
 
-def mean(values: Any, scale: float = 100, digits: int = 1) -> str:
-    """With several seeds also their sample deviation."""
-    values = scale * np.asarray(values, np.float64)
-    spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{spread}"
+def last(values: list[list[float]]) -> list[float]:
+    """Of each seed, the value after the last task."""
+    return [row[-1] for row in values]
 
 
-def row(model: str, strategy: str, x: Json) -> tuple[str, ...]:
-    last = [[values[-1] for values in x[key]] for key in ("top5_so_far", "top1_so_far")]
-    seconds = x["seconds_of_steps"]
-    return (model, STRATEGIES[strategy], str(len(seconds)), *(mean(values) for values in last), mean(seconds, 1))
+def mean(values: list[float], scale: float = 100) -> str:
+    return spread(values, scale, digits=1)
 
 
-def paragraph(found: Json) -> str:
-    s = found["sizes"]
-    ratios = table(
-        ("model", "top-5 over from scratch", "run time over incremental", "goal", "run time over from scratch"),
+RATIOS = ("top-5 over from scratch", "run time over incremental", "run time over from scratch")
+
+
+def ratios(found: Json, digits: int) -> list[tuple[str, ...]]:
+    """A row a model; `digits` of the percentage."""
+    return [
         (
-            (
-                model,
-                f"{100 * x['top5_over_from_scratch']:.1f} %",
-                f"{x['time_over_incremental']:.2f}",
-                f"{found['goal']:.2f}",
-                f"{x['time_over_from_scratch']:.2f}",
-            )
-            for model, x in found["models"].items()
-        ),
-    )
+            model,
+            f"{100 * x['top5_over_from_scratch']:.{digits}f} %",
+            *(f"{x[name]:.2f}" for name in ("time_over_incremental", "time_over_from_scratch")),
+        )
+        for model, x in found["models"].items()
+    ]
+
+
+def markdown(found: Json) -> str:
+    s, goal = found["sizes"], f"{found['goal']:.2f}"
+    accuracies = [
+        (
+            *(model, label, len(x[strategy]["seconds_of_steps"])),
+            *(mean(last(x[strategy][key])) for key in ("top5_so_far", "top1_so_far")),
+            mean(x[strategy]["seconds_of_steps"], 1),
+        )
+        for model, x in found["models"].items()
+        for strategy, label in STRATEGIES.items()
+    ]
+    paper = ("the paper, ResNet-50", f"{100 * PAPER:.1f} %", "", "", "")
     return "\n\n".join(
         [
             f"{found['name']}: {found['tasks']} tasks, {found['classes']} classes, {s['epochs']} epochs a task;"
             f" {s['batch_size']} new rows a step, {s['candidates']} offered to the memory, {s['representatives']} replayed;"
-            f" a memory of {found['capacity']:,} rows. After the last task:",
-            table(
-                ("model", "", "seeds", "top-5, %", "top-1, %", "run time, s"),
-                (row(model, strategy, x[strategy]) for model, x in found["models"].items() for strategy in STRATEGIES),
-            ),
-            f"The two ratios of the paper, which reports a top-5 accuracy of {100 * PAPER:.1f} % of that from scratch; the goal"
-            f" of the run time is (b + r) / b x {SLACK}. The runs were made one after the other, so that what the machine did"
-            " between them is in the ratios of time; figure 4 takes its steps in turn:",
-            ratios,
+            f" a memory of {found['capacity']:,} rows.",
+            table(("model", "", "seeds", "top-5, %", "top-1, %", "run time, s"), accuracies),
+            table(("model", *RATIOS, "goal over incremental"), [*((*row, goal) for row in ratios(found, 1)), paper]),
         ]
     )
 
 
-def sentence(found: Json, swept: Json | None = None) -> str:
-    """For the front page: the two ratios, with the data and the devices on which they were found, and the most that figure 2
-    found for r."""
-    s, devices, models = found["sizes"], found["devices"], found["models"]
-
-    def each(ratio: str, scale: float = 1, digits: int = 2) -> str:
-        return " and ".join(f"{scale * x[ratio]:.{digits}f}" for x in models.values())
-
-    most = ""
+def front(found: Json, swept: Json | None = None) -> str:
+    """For the README: the ratios, and the accuracy with the most representatives that figure 2 replayed."""
+    b, r, devices = found["sizes"]["batch_size"], found["sizes"]["representatives"], found["devices"]
+    rows = [(model, f"{b} + {r}", *row) for model, *row in ratios(found, 0)]
     if swept is not None:
-        scratch = np.mean([values[-1] for values in swept["bounds"]["from_scratch"]["top5_so_far"]])
-        point = max(swept["swept"]["buffer.representatives"], key=lambda x: x["value"])
-        share = np.mean([values[-1] for values in point["top5_so_far"]]) / scratch
-        most = f" ({swept['model']} with {point['value']} replayed: {100 * share:.0f} %)"
+        most = max(swept["swept"]["buffer.representatives"], key=lambda x: x["value"])
+        scratch = np.mean(last(swept["bounds"]["from_scratch"]["top5_so_far"]))
+        share = f"{100 * np.mean(last(most['top5_so_far'])) / scratch:.0f} %"
+        rows.append((swept["model"], f"{b} + {most['value']}", share, "", ""))
+    rows.append(("the paper: ResNet-50, ImageNet-1k", "56 + 7 a device", f"{100 * PAPER:.1f} %", "", ""))
     kind = "fake CPU" if devices["platform"] == "cpu" else devices["kind"]
     return (
-        f"**The paper's figure, small**: {found['name']}, {s['batch_size']} new and {s['representatives']} replayed rows a"
-        f" step, on {devices['count']} {kind} devices of {found['machine']['cores']} cores; {' and '.join(models)}. Rehearsal"
-        f" reaches {each('top5_over_from_scratch', 100, 0)} % of the top-5 accuracy of training from scratch{most}, in"
-        f" {each('time_over_incremental')} times the run time of incremental training and"
-        f" {each('time_over_from_scratch')} times that of training from scratch. The paper, on ImageNet-1k:"
-        f" {100 * PAPER:.1f} %. [All figures](docs/paper.md)."
+        f"{table(('', 'new + replayed rows a step', *RATIOS), rows)}\n\n{found['name']}; {devices['count']} {kind} devices"
+        f" of {found['machine']['cores']} cores."
     )

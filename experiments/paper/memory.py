@@ -11,33 +11,29 @@ from matplotlib.figure import Figure
 
 from experiments.pages.page import table
 from experiments.paper.draw import panels
-from experiments.paper.study import Json, Study
-from jaxcl import mesh as mesh_lib
-from jaxcl.training.batches import train_batches
-from jaxcl.training.build import Parts, build
-from jaxcl.training.state import initial_state
+from experiments.paper.study import Study, begun
+from experiments.studies.grid import Json
+from jaxcl.training.build import Parts
+from jaxcl.training.state import TrainState
+from jaxcl.types import Batch
 
+TITLE = "5. Memory against the budget"
 TIERS = ("device", "host")
 
 
 def measure(study: Study) -> Json:
-    model = next(iter(study.models))
     rows = []
     for tier in TIERS:
         for share in study.figures.shares:
-            config = study.configured(model, "er", {"buffer.share": share, "buffer.tier": tier})
-            rows.append({"tier": tier, "share": share, **of(build(config, study.devices), config)})
-    return {"name": study.config.name, "model": model, "rows": rows}
+            config = study.configured(study.model, "er", {"buffer.share": share, "buffer.tier": tier})
+            rows.append({"tier": tier, "share": share, **of(*begun(config, study.devices))})
+    return {"name": study.config.name, "model": study.model, "rows": rows}
 
 
-def of(run: Parts, config: Any) -> Json:
+def of(run: Parts, state: TrainState, batch: Batch) -> Json:
     """Bytes over all devices; temporaries of one device's program."""
     buffer = run.buffer
     assert buffer is not None
-    loader = train_batches(config, run, 0)
-    assert loader is not None
-    state = initial_state(run.mesh, run.new_weights(jax.random.key(0)), buffer, run.strategy)
-    batch = mesh_lib.shard_rows(run.mesh, loader[0])
     on_device = sum(x.nbytes for x in jax.tree.leaves(state.buffer))
     on_host = 0
     if buffer.host is None:
@@ -76,17 +72,9 @@ def picture(found: Json) -> Figure:
     return figure
 
 
-def paragraph(found: Json) -> str:
-    head = (
-        "tier",
-        "share",
-        "rows",
-        "budget, bytes",
-        "on the devices",
-        "on the host",
-        "over budget",
-        "temporaries a device",
-    )
+def markdown(found: Json) -> str:
+    places = ("budget, bytes", "on the devices", "on the host")
+    head = ("tier", "share", "rows", *places, "over budget", "temporaries a device")
     rows = [
         (
             x["tier"],
@@ -98,8 +86,6 @@ def paragraph(found: Json) -> str:
         )
         for x in found["rows"]
     ]
-    text = (
-        f"{found['name']}, {found['model']}: what a new buffer allocates over all devices, the budget being rows x"
-        f" {found['rows'][0]['row_bytes']:,} bytes (record, label and id), and the temporaries of the compiled step."
+    return (
+        f"{found['name']}, {found['model']}; a row is {found['rows'][0]['row_bytes']:,} bytes.\n\n{table(head, rows)}"
     )
-    return f"{text}\n\n{table(head, rows)}"

@@ -1,62 +1,62 @@
-"""The parts of docs/paper.md and of the README that are written from result files, between marks; do not edit there.
+"""The parts of docs/paper.md and of the README that are filled from result files.
 
-python -m experiments.paper.page
+python -m experiments.paper.page        also draws the pictures anew
 """
 
 import json
 import pathlib
-import re
 
-from experiments.pages.page import RESULTS, ROOT, where
-from experiments.paper import accuracy, draw
-from experiments.paper.figures import FIGURES
+from experiments.pages import page
+from experiments.paper import accuracy, draw, memory, phases, scaling, sweep, uniformity
+from experiments.studies.grid import Json
 
-IMAGES = ROOT / "docs" / "images"
-PAGES = {"docs/paper.md": "images", "README.md": "docs/images"}  # page -> its pictures, from where it lies
+# Each has a TITLE, and measure(study) -> found, picture(found) and markdown(found).
+FIGURES = {
+    "accuracy": accuracy,
+    "sweep": sweep,
+    "scaling": scaling,
+    "phases": phases,
+    "memory": memory,
+    "uniformity": uniformity,
+}
+PAGE, FRONT, IMAGES = page.ROOT / "docs" / "paper.md", page.ROOT / "README.md", page.ROOT / "docs" / "images"
 
 
-def places(
-    figure: str, results: pathlib.Path = RESULTS, images: pathlib.Path = IMAGES
-) -> tuple[pathlib.Path, pathlib.Path]:
-    """Where a figure's numbers and its picture lie."""
-    return results / f"paper_{figure}.json", images / f"paper_{figure}.png"
+def read(figure: str, results: pathlib.Path = page.RESULTS) -> Json | None:
+    """A figure's numbers; None before they are measured."""
+    path = results / f"paper_{figure}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
-def section(mark: str, images: str, results: pathlib.Path = RESULTS) -> str:
-    """What stands behind a mark: a figure's picture and paragraph, or the front page's sentence."""
-    figure = "accuracy" if mark == "front" else mark
-    numbers, _ = places(figure, results)
-    if not numbers.is_file():
+def sections(results: pathlib.Path = page.RESULTS) -> dict[str, str]:
+    """Figure -> what docs/paper.md shows of it."""
+    return {name: section(name, read(name, results)) for name in FIGURES}
+
+
+def section(figure: str, found: Json | None) -> str:
+    if found is None:
         return "Not measured yet."
-    found, title = json.loads(numbers.read_text()), FIGURES[figure].title
-    picture = f"![{title}]({images}/paper_{figure}.png)"
-    if mark == "front":
-        swept, _ = places("sweep", results)
-        text = accuracy.sentence(found, json.loads(swept.read_text()) if swept.is_file() else None)
-        return f"{text} {found.get('note', '')}".rstrip() + f"\n\n{picture}"
-    return f"{picture}\n\n{FIGURES[figure].paragraph(found)}\n\n{where(found)} {found.get('note', '')}".rstrip()
+    one = FIGURES[figure]
+    picture = f"![{one.TITLE}](images/paper_{figure}.png)"
+    return f"{picture}\n\n{one.markdown(found)}\n\n{page.where(found)} {found.get('note', '')}".rstrip()
 
 
-def render(text: str, images: str, results: pathlib.Path = RESULTS) -> str:
-    """A page with what stands between `<!-- MARK -->` and `<!-- end -->` written anew."""
-    marks = "|".join(("front", *FIGURES))
-    return re.sub(
-        rf"(<!-- ({marks}) -->\n).*?(\n<!-- end -->)",
-        lambda match: f"{match[1]}{section(match[2], images, results)}{match[3]}",
-        text,
-        flags=re.DOTALL,
-    )
+def front(results: pathlib.Path = page.RESULTS) -> str:
+    """What the README shows."""
+    found = read("accuracy", results)
+    if found is None:
+        return "Not measured yet."
+    text = f"{accuracy.front(found, read('sweep', results))} {found.get('note', '')}".rstrip()
+    return f"{text}\n\n![{accuracy.TITLE}](docs/images/paper_accuracy.png)"
 
 
 def write() -> None:
-    for name, images in PAGES.items():
-        page = ROOT / name
-        page.write_text(render(page.read_text(), images))
+    page.fill(PAGE, sections())
+    page.fill(FRONT, {"front": front()})
 
 
 if __name__ == "__main__":
-    for figure in FIGURES:
-        numbers, picture = places(figure)
-        if numbers.is_file():
-            draw.save(FIGURES[figure].picture, json.loads(numbers.read_text()), picture)
+    for name, one in FIGURES.items():
+        if (found := read(name)) is not None:
+            draw.save(one.picture, found, IMAGES / f"paper_{name}.png")
     write()

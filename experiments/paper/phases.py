@@ -13,10 +13,12 @@ from matplotlib.patches import Patch
 
 from experiments.pages.page import table
 from experiments.paper.draw import panels
-from experiments.paper.study import Fields, Json, Study
+from experiments.paper.study import Study
+from experiments.studies.grid import Fields, Json
 from jaxcl.report.pictures import BACKGROUND, STEP
 from jaxcl.runs.steps import STEPPING
 
+TITLE = "4. An iteration by phase"
 REPEATS = 3  # runs of each kind, in turn; with seeds of their own
 COLORS = STEP | BACKGROUND
 
@@ -32,16 +34,14 @@ def kinds(study: Study) -> dict[str, tuple[str, Fields]]:
 
 
 def measure(study: Study) -> Json:
-    model = next(iter(study.models))
     found: dict[str, list[Json]] = {kind: [] for kind in kinds(study)}
     for seed in range(study.config.seed, study.config.seed + REPEATS):
         for kind, (strategy, fields) in kinds(study).items():
-            fields = {**study.figures.short, **fields, "seed": seed}
-            config = study.configured(model, strategy, fields)
-            found[kind] += study.train(config, f"timed/{kind.replace(' ', '_')}", seeds=1)
+            changes = study.fields(study.model, strategy, {**study.figures.short, **fields, "seed": seed})
+            found[kind] += study.grid.runs(f"timed/{kind.replace(' ', '_')}", changes, seeds=1)
     return {
         "name": study.config.name,
-        "model": model,
+        "model": study.model,
         "sizes": {"b": study.config.batch_size, "r": study.config.buffer.representatives},
         "kinds": {kind: per_step(runs) for kind, runs in found.items()},
         "repeats": REPEATS,
@@ -81,32 +81,25 @@ def picture(found: Json) -> Figure:
     return figure
 
 
-def paragraph(found: Json) -> str:
+def markdown(found: Json) -> str:
     s, kinds = found["sizes"], found["kinds"]
     step = {kind: float(np.median(x["step"])) for kind, x in kinds.items()}
-    host = kinds["rehearsal, host"]
-    work = sum(ms for name, ms in host["background"].items() if name != "copy")  # which waits for the step's end
-    shown = step["rehearsal, device"] - step["plain, b + r rows"]
-    longer = step["rehearsal, host"] - step["rehearsal, device"]
+    work = sum(ms for name, ms in kinds["rehearsal, host"]["background"].items() if name != "copy")
+    rows = [(name, *(f"{x['loop'][name]:.2f}" for x in kinds.values())) for name in STEPPING]
+    rows.append(("**the loop**", *(f"**{ms:.2f}**" for ms in step.values())))
+    for name in BACKGROUND:
+        rows.append((f"{name} (beside it)", *(f"{x['background'].get(name, 0):.2f}" for x in kinds.values())))
+    over = (("rehearsal, device", "plain, b + r rows"), ("rehearsal, host", "rehearsal, device"))
+    compared = [
+        (f"{one} over {other}", f"{step[one] - step[other]:+.2f}", f"{step[one] / step[other]:.2f}")
+        for one, other in over
+    ]
+    compared.append(("work of the thread beside the loop, but for copying", f"{work:.2f}", ""))
     return "\n\n".join(
         [
             f"{found['name']}, {found['model']}, b = {s['b']}, r = {s['r']} over all devices; milliseconds a step, medians of"
             f" {found['repeats']} runs in turn.",
-            table(
-                ("phase", *kinds),
-                [
-                    *((name, *(f"{x['loop'][name]:.2f}" for x in kinds.values())) for name in STEPPING),
-                    ("**the loop**", *(f"**{ms:.2f}**" for ms in step.values())),
-                    *(
-                        (f"{name} (beside it)", *(f"{x['background'].get(name, 0):.2f}" for x in kinds.values()))
-                        for name in BACKGROUND
-                    ),
-                ],
-            ),
-            f"On the device, a step with insert, draw and exchange takes {shown:+.2f} ms over a plain step on as many rows"
-            f" ({step['rehearsal, device'] / step['plain, b + r rows']:.2f} times as long). In host memory the thread samples,"
-            f" exchanges and populates for {work:.2f} ms a step, and the step takes {longer:+.2f} ms over that with the memory"
-            " on the device. Its copying begins when a step's rows can be seen, and the loop waits for rows while the devices"
-            " train: both phases hold the computation itself.",
+            table(("phase", *kinds), rows),
+            table(("a step", "ms", "times"), compared),
         ]
     )

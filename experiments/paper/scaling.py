@@ -1,15 +1,16 @@
 """Figure 3: run time against the number of devices, measured on those of this machine and modelled up to 1,024.
 
-Measured are steps of a plain and of a rehearsing run in turn, at the paper's b new and r drawn rows a device, for 1, 2, 4, ...
-devices; training from scratch takes plain steps, (tasks + 1) / 2 times as many. All is given as seconds for a million new rows.
+Steps of a plain and of a rehearsing run are measured in turn, at the paper's b new and r drawn rows a device, on 1, 2, 4, ...
+devices. Training from scratch takes plain steps, (tasks + 1) / 2 times as many. All is given as seconds for a million new rows.
 
 The model is that of `experiments/paper/step_model.py`. Its costs of a row, a byte and a message are fitted to all device
-counts but one, and the one left out is predicted: the error of that says what the model is worth. Fake CPU devices share
-the cores of one machine, so that what N of them do adds up: there the loads are N times those of a device, and the shape
-says nothing of a cluster. For 1,024 devices the rate of the one device measured is joined with a stated network.
+counts but one, and the one left out is predicted. Fake CPU devices share the cores of one machine, so what N of them do adds
+up: there the loads are N times those of a device, and the shape says nothing of a cluster. For 1,024 devices the rate of the
+one device measured is joined with a stated network.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,34 +21,33 @@ from experiments.bench.harness import Contender, in_turn, spread
 from experiments.pages.page import table
 from experiments.paper.draw import panels
 from experiments.paper.step_model import DEVICES, Load, Machine, all_reduce, exchange, fit, run_time
-from experiments.paper.study import STRATEGIES, Json, Study
-from jaxcl import mesh as mesh_lib
+from experiments.paper.study import STRATEGIES, Study, begun
+from experiments.studies.grid import Json
 from jaxcl.report import color_of
-from jaxcl.training.batches import train_batches
-from jaxcl.training.build import build
-from jaxcl.training.state import initial_state
 
+TITLE = "3. Run time against the number of devices"
 RUNS, STEPS = 15, 2  # of each kind and number of devices
 WARM_UP = 6  # steps that fill the memory beyond what a draw wants
 MILLION = 10**6
 KINDS = ("incremental", "er")
+SHOWN = (1, 16, 128, 1024)  # devices modelled that the page shows
 
 
 def measure(study: Study) -> Json:
-    model, figures = next(iter(study.models)), study.figures
+    figures = study.figures
     counts = [n for n in DEVICES if n <= len(study.devices)]
     shared = study.devices[0].platform == "cpu"
     measured: list[Json] = []
     facts: Json = {}
     for n in counts:
-        one, facts = steps_on(study, model, n)
+        one, facts = steps_on(study, n)
         measured.append({"devices": n, "step_ms": one})
     sizes = {"new": figures.new, "representatives": figures.drawn, **facts}
     rate = figures.new / (1e-3 * measured[0]["step_ms"]["incremental"]["median"])
     machine = Machine(rate)
     return {
         "name": study.config.name,
-        "model": model,
+        "model": study.model,
         "sizes": sizes,
         "devices_share_cores": shared,
         "measured": measured,
@@ -57,7 +57,7 @@ def measure(study: Study) -> Json:
     }
 
 
-def steps_on(study: Study, model: str, devices: int) -> tuple[Json, Json]:
+def steps_on(study: Study, devices: int) -> tuple[Json, Json]:
     """Steps of both kinds in milliseconds, in turn; and what the model is told of them."""
     figures, some = study.figures, study.devices[:devices]
     fields = {
@@ -69,13 +69,8 @@ def steps_on(study: Study, model: str, devices: int) -> tuple[Json, Json]:
     }
     contenders = {}
     for kind in KINDS:
-        config = study.configured(model, kind, fields)
-        run = build(config, some)
-        loader = train_batches(config, run, 0)
-        assert loader is not None
-        state = initial_state(run.mesh, run.new_weights(jax.random.key(0)), run.buffer, run.strategy)
+        run, state, batch = begun(study.configured(study.model, kind, fields), some)
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
-        batch = mesh_lib.shard_rows(run.mesh, loader[0])
         contenders[kind] = Contender(run.train_step.program.lower(state, batch).compile(), state, batch)
         contenders[kind].run(WARM_UP)
     in_turn(list(contenders.values()), RUNS, STEPS)
@@ -96,26 +91,15 @@ def step_load(kind: str, devices: int, sizes: Json, shared: bool) -> Load:
 
 def check(measured: list[Json], sizes: Json, shared: bool) -> list[Json]:
     """Each number of devices predicted from all the others; none with fewer than three."""
+    steps = [(x["devices"], kind, x["step_ms"][kind]["median"]) for x in measured for kind in KINDS]
+    loads = {(n, kind): step_load(kind, n, sizes, shared) for n, kind, _ in steps}
     found: list[Json] = []
-    for left_out in measured if len(measured) > 2 else []:
-        loads = {(kind, x["devices"]): step_load(kind, x["devices"], sizes, shared) for x in measured for kind in KINDS}
-        others = [(kind, x) for x in measured for kind in KINDS if x is not left_out]
-        costs = fit(
-            [loads[kind, x["devices"]] for kind, x in others],
-            [x["step_ms"][kind]["median"] for kind, x in others],
-        )
-        for kind in KINDS:
-            predicted = float(np.array(loads[kind, left_out["devices"]]) @ costs)
-            actual = left_out["step_ms"][kind]["median"]
-            found.append(
-                {
-                    "devices": left_out["devices"],
-                    "kind": kind,
-                    "measured_ms": actual,
-                    "predicted_ms": predicted,
-                    "error": predicted / actual - 1,
-                }
-            )
+    for n, kind, ms in steps if len(measured) > 2 else []:
+        others = [step for step in steps if step[0] != n]
+        costs = fit([loads[m, other] for m, other, _ in others], [ms for *_, ms in others])
+        predicted = float(np.array(loads[n, kind]) @ costs)
+        error = predicted / ms - 1
+        found.append({"devices": n, "kind": kind, "measured_ms": ms, "predicted_ms": predicted, "error": error})
     return found
 
 
@@ -156,64 +140,45 @@ def picture(found: Json) -> Figure:
     return figure
 
 
-def paragraph(found: Json) -> str:
-    s = found["sizes"]
-    guess = {(x["devices"], x["kind"]): x for x in found["checked"]}
-
-    def predicted(n: int, kind: str) -> str:
-        x = guess.get((n, kind))
-        return f"{x['predicted_ms']:.1f} ({100 * x['error']:+.0f} %)" if x else "-"
-
-    def row(x: Json) -> tuple[Any, ...]:
-        n, plain, er = x["devices"], *(x["step_ms"][kind]["median"] for kind in KINDS)
-        seconds = (
-            f"{seconds_a_million(found, strategy, n, x['step_ms'][of_kind(strategy)]['median']):,.0f}"
-            for strategy in STRATEGIES
-        )
-        return (n, *(f"{y:.1f}" for y in (plain, er)), f"{er / plain:.3f}", *seconds, *(predicted(n, k) for k in KINDS))
-
+def markdown(found: Json) -> str:
+    s, machine = found["sizes"], found["model_of"]
     worst = max((abs(x["error"]) for x in found["checked"]), default=None)
-    checked = (
-        "Fewer than three numbers of devices were measured, too few to check the step model."
-        if worst is None
-        else "Predicted is each number of devices by the step model fitted to the others; the largest error is"
-        f" {100 * worst:.0f} %."
-    )
-    modelled = [x for x in found["modelled"] if x["devices"] in (1, 16, 128, 1024)]
-    cores = (
-        " The devices are fake and share the cores of one machine: this is the shape of the work, no speed-up."
-        if found["devices_share_cores"]
-        else ""
-    )
+    labels = [f"{label}, s" for label in STRATEGIES.values()]
+    modelled = [
+        (
+            x["devices"],
+            *(f"{x[name]:,.2f}" for name in ("from_scratch", "incremental", "rehearsal")),
+            f"{x['rehearsal'] / x['incremental']:.3f}",
+        )
+        for x in found["modelled"]
+        if x["devices"] in SHOWN
+    ]
+    head = ("devices", "plain step, ms", "rehearsal step, ms", "ratio", *labels)
     return "\n\n".join(
         [
             f"{found['name']}, {found['model']} ({s['parameters']:,} parameters), b = {s['new']} and r = {s['representatives']}"
-            f" rows a device; seconds for a million new rows.{cores}",
-            table(
-                (
-                    "devices",
-                    "plain step, ms",
-                    "rehearsal step, ms",
-                    "ratio",
-                    *(f"{label}, s" for label in STRATEGIES.values()),
-                    "plain, predicted, ms",
-                    "rehearsal, predicted, ms",
-                ),
-                map(row, found["measured"]),
-            ),
-            f"{checked} By the model, with the rate of the one device measured"
-            f" ({found['model_of']['rows_per_second']:,.0f} rows/s) and a stated network"
-            f" ({found['model_of']['bandwidth'] / 1e9:g} GB/s and {1e6 * found['model_of']['latency']:g} us), not measured:",
-            table(
-                ("devices", *(f"{label}, s" for label in STRATEGIES.values()), "rehearsal over incremental"),
-                (
-                    (
-                        x["devices"],
-                        *(f"{x[name]:,.2f}" for name in ("from_scratch", "incremental", "rehearsal")),
-                        f"{x['rehearsal'] / x['incremental']:.3f}",
-                    )
-                    for x in modelled
-                ),
-            ),
+            " rows a device; seconds for a million new rows.",
+            table((*head, "plain, predicted, ms", "rehearsal, predicted, ms"), measured_rows(found)),
+            "Fewer than three numbers of devices are too few to check the step model."
+            if worst is None
+            else f"Largest error of a prediction: {100 * worst:.0f} %.",
+            f"The model's machine: {machine['rows_per_second']:,.0f} rows/s, {machine['bandwidth'] / 1e9:g} GB/s and"
+            f" {1e6 * machine['latency']:g} us.",
+            table(("devices", *labels, "rehearsal over incremental"), modelled),
         ]
     )
+
+
+def measured_rows(found: Json) -> Iterator[tuple[Any, ...]]:
+    guess = {(x["devices"], x["kind"]): x for x in found["checked"]}
+    for x in found["measured"]:
+        n, ms = x["devices"], {kind: x["step_ms"][kind]["median"] for kind in KINDS}
+        seconds = [seconds_a_million(found, strategy, n, ms[of_kind(strategy)]) for strategy in STRATEGIES]
+        guessed = [guess.get((n, kind)) for kind in KINDS]
+        yield (
+            n,
+            *(f"{y:.1f}" for y in ms.values()),
+            f"{ms['er'] / ms['incremental']:.3f}",
+            *(f"{y:,.0f}" for y in seconds),
+            *(f"{g['predicted_ms']:.1f} ({100 * g['error']:+.0f} %)" if g else "-" for g in guessed),
+        )

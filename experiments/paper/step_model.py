@@ -9,17 +9,15 @@ The step of N devices, each with b new rows and r representatives:
     all-reduce  2 (N - 1) / N * 4 bytes * parameters / bandwidth + 2 ceil(log2 N) * latency     (ring, float32 gradients)
     exchange    rows moved * row_bytes / bandwidth + hops * latency     (what `jaxcl.buffer` moves, padding included)
 
-Incremental training takes compute(b) + all-reduce; rehearsal compute(b + r) + all-reduce with the exchange hidden behind it,
-so the longer of the two ("hidden"), or their sum ("exposed"); nothing else in the step is counted: rows per second, which must
-be measured, holds the loading, the optimiser and the insert. A run is `tasks` equal tasks; from scratch trains on all rows so
-far, so its steps are (tasks + 1) / 2 times as many. The defaults are the paper's sizes for ResNet-50 and 25 GB/s and 10 us,
+Incremental training takes compute(b) + all-reduce. Rehearsal takes compute(b + r) + all-reduce, with the exchange hidden behind
+it, so the longer of the two ("hidden"), or their sum ("exposed"). Nothing else in the step is counted: rows per second, which
+must be measured, holds the loading, the optimiser and the insert. A run is `tasks` equal tasks. From scratch trains on all rows
+so far, so its steps are (tasks + 1) / 2 times as many. The defaults are the paper's sizes for ResNet-50 and 25 GB/s and 10 us,
 a network of 200 Gbit/s a device; rows_per_second has no default. `experiments.paper` fits the model to measured steps.
 """
 
 import dataclasses
-import json
 import math
-import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,9 +27,10 @@ from matplotlib.figure import Figure
 from scipy.optimize import nnls
 
 from experiments import cli
-from experiments.bench.harness import environment
+from experiments.studies import grid
+from experiments.studies.grid import Json
 from jaxcl.buffer.exchange import compact_hops
-from jaxcl.errors import UserError
+from jaxcl.check import POSITIVE, check
 
 RATE = flags.DEFINE_float(
     "rows_per_second", None, "rows a second of forward and backward pass on one device; measure it"
@@ -42,6 +41,8 @@ BANDWIDTH = flags.DEFINE_float("bandwidth", 25e9, "bytes a second out of one dev
 LATENCY = flags.DEFINE_float("latency", 1e-5, "seconds of one message")
 
 DEVICES = tuple(2**k for k in range(11))
+COLORS = {"from_scratch": "#009E73", "incremental": "#D55E00", "rehearsal": "#0072B2", "rehearsal_exposed": "#56B4E9"}
+PARTS = {"compute": "#0072B2", "all_reduce": "#E69F00", "exchange": "#CC79A7"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +60,8 @@ class Machine:
     latency: float = 1e-5
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if not getattr(self, field.name) > 0:
-                raise UserError(f"{field.name}: {getattr(self, field.name)} is not allowed, give a positive number")
+        for name, value in dataclasses.asdict(self).items():
+            check(name, value, POSITIVE)
 
 
 class Load(NamedTuple):
@@ -125,32 +125,18 @@ def fit(loads: Sequence[Load], seconds: Sequence[float]) -> np.ndarray:
     return nnls(np.array(loads) / measured[:, None], np.ones(len(measured)))[0]
 
 
-def picture(found: dict[int, dict[str, float]]) -> Figure:
+def picture(found: Json) -> Figure:
     """Hours of a run against the number of devices; the parts of a step of rehearsal."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    devices = list(found)
-    colors = {
-        "from_scratch": "#009E73",
-        "incremental": "#D55E00",
-        "rehearsal": "#0072B2",
-        "rehearsal_exposed": "#56B4E9",
-    }
-    for name, color in colors.items():
-        left.loglog(devices, [x[name] / 3600 for x in found.values()], color=color, marker="o", ms=4, label=name)
-    left.set_ylabel("hours (model)")
-    for name, color in (("compute", "#0072B2"), ("all_reduce", "#E69F00"), ("exchange", "#CC79A7")):
-        right.loglog(
-            devices,
-            [1e3 * x[f"step_{name}"] or math.nan for x in found.values()],
-            color=color,
-            marker="o",
-            ms=4,
-            label=name,
-        )
-    right.set_ylabel("ms of a step (model)")
-    for axes in (left, right):
-        axes.set_xlabel("devices")
+    devices, times = list(found["devices"]), list(found["devices"].values())
+    panels = (
+        ("hours (model)", COLORS, {name: [x[name] / 3600 for x in times] for name in COLORS}),
+        ("ms of a step (model)", PARTS, {name: [1e3 * x[f"step_{name}"] or math.nan for x in times] for name in PARTS}),
+    )
+    for axes, (label, colors, lines) in zip(figure.subplots(1, 2), panels, strict=True):
+        for name, color in colors.items():
+            axes.loglog(devices, lines[name], color=color, marker="o", ms=4, label=name)
+        axes.set(xlabel="devices", ylabel=label)
         axes.grid(color="#e4e8ec")
         axes.legend(frameon=False, fontsize=8)
     return figure
@@ -167,11 +153,8 @@ def main() -> None:
             f"({exposed:.3f} if nothing is hidden)  from scratch {x['from_scratch'] / x['incremental']:.2f} times"
         )
     if cli.JSON.value:
-        path = pathlib.Path(cli.JSON.value)
-        path.parent.mkdir(parents=True, exist_ok=True)
         stated = {"kind": "model, not measured", "machine": dataclasses.asdict(machine), "sizes": sizes}
-        path.write_text(json.dumps(stated | {"devices": found} | environment(), indent=1) + "\n")
-        picture(found).savefig(path.with_suffix(".png"), dpi=150)
+        grid.write(cli.JSON.value, stated | {"devices": found}, picture)
 
 
 if __name__ == "__main__":

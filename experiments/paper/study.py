@@ -1,29 +1,33 @@
-"""What all figures share: how they vary a config, and the folder of its recorded runs, in which each is run only once."""
+"""What all figures share: how they vary a config, and the recorded runs that they read."""
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from experiments.studies.grid import Fields, Grid, Json, changed, get
+from jaxcl import mesh as mesh_lib
+from jaxcl.check import near
 from jaxcl.errors import UserError
-from jaxcl.search.seeds import train_seeds
 from jaxcl.search.sweep import folder_name
+from jaxcl.training.batches import train_batches
+from jaxcl.training.build import Parts, build
 from jaxcl.training.config import check_config
+from jaxcl.training.state import TrainState, initial_state
+from jaxcl.types import Batch
 
-Json = dict[str, Any]
-Fields = dict[str, Any]  # config field, with dots -> value
 STRATEGIES = {"from_scratch": "from scratch", "incremental": "incremental", "er": "rehearsal"}
+SHORT: Fields = {"epochs": 1, "optimizer.warmup_epochs": 0.0, "optimizer.schedule": "constant"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """How the figures vary a config: what `get_figures()` of a config file returns, called with get_config's argument.
+    """How the figures vary a config. `get_figures()` of a config file returns some of these, as a dict.
 
     Attributes:
-      models: label -> fields changed, of figure 1; figure 2 takes the first.
+      models: label -> fields changed, of figure 1; figure 2 takes the first. Default: the config's own.
       most_seeds: label -> seeds, of models that take too long for as many as --seeds.
       shares: of figures 2 and 5, of the training rows.
       representatives, candidates: of figure 2, over all devices; (): the config's own times 1, 2, 4, 8 and a half, 1, 2.
@@ -38,74 +42,74 @@ class Figures:
     candidates: tuple[int, ...] = ()
     new: int = 56
     drawn: int = 7
-    short: Mapping[str, Any] = dataclasses.field(
-        default_factory=lambda: {"epochs": 1, "optimizer.warmup_epochs": 0.0, "optimizer.schedule": "constant"}
-    )
+    short: Fields = dataclasses.field(default_factory=lambda: SHORT)
 
-    def only(self, models: Sequence[str]) -> "Figures":
-        """The same with some of the models; all, if none is named.
+    @classmethod
+    def of(cls, fields: Mapping[str, Any], models: Sequence[str] = ()) -> "Figures":
+        """Those of a config file, with some of its models; all, if none is named.
 
         Raises:
-          UserError: there is no such model.
+          UserError: there is no such field or model.
         """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in names:
+                raise UserError(f"get_figures(): {name}: no such field, {near(name, names)}")
+        found = cls(**fields)
         for name in models:
-            if name not in self.models:
-                raise UserError(
-                    f"--models: {name!r} is unknown, choose of {', '.join(self.models) or 'none: give no --models'}"
-                )
-        return dataclasses.replace(self, models={name: self.models[name] for name in models or self.models})
+            if name not in found.models:
+                allowed = near(name, found.models) if found.models else "the config names none"
+                raise UserError(f"--models: {name!r} is unknown, {allowed}")
+        return dataclasses.replace(found, models={name: found.models[name] for name in models or found.models})
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A config, how it is varied, and where its runs are recorded.
+    """Recorded runs and how they are varied.
 
     Attributes:
-      seeds: of every run, from config.seed upwards.
-      devices: to run on; default all.
-      options: of `train_seeds`.
+      grid: its runs lie in WORKDIR/runs/MODEL/STRATEGY,FIELD=VALUE,.../seed_S.
     """
 
-    config: ConfigDict
+    grid: Grid
     figures: Figures
-    workdir: pathlib.Path
-    seeds: int = 1
-    devices: Sequence[jax.Device] = dataclasses.field(default_factory=jax.devices)
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    _found: dict[tuple[str, tuple[int, ...]], list[Json]] = dataclasses.field(default_factory=dict, init=False)
+
+    @property
+    def config(self) -> ConfigDict:
+        return self.grid.config
+
+    @property
+    def devices(self) -> Sequence[jax.Device]:
+        return self.grid.devices
 
     @property
     def models(self) -> Mapping[str, Fields]:
         return self.figures.models or {self.config.model.name: {}}
 
-    def configured(self, model: str, strategy: str, fields: Fields | None = None) -> ConfigDict:
-        one = changed(self.config, {**self.models[model], **(fields or {})})
-        one.strategy = strategy
-        return one
+    @property
+    def model(self) -> str:
+        """The first, that of the figures with only one."""
+        return next(iter(self.models))
 
-    def runs(self, model: str, strategy: str, fields: Fields | None = None) -> list[Json]:
-        """What result.json of each seed holds; those that are finished are read, an unfinished one is continued.
+    def fields(self, model: str, strategy: str, more: Fields | None = None) -> Fields:
+        return {**self.models[model], **(more or {}), "strategy": strategy}
 
-        Folders are WORKDIR/runs/MODEL/STRATEGY,FIELD=VALUE,.../seed_S, without the fields that change nothing: so all figures
-        share their runs.
+    def configured(self, model: str, strategy: str, more: Fields | None = None) -> ConfigDict:
+        return changed(self.config, self.fields(model, strategy, more))
+
+    def runs(self, model: str, strategy: str, more: Fields | None = None) -> list[Json]:
+        """What result.json of each seed holds.
+
+        Fields that change nothing are left out of the folder's name, so all figures share their runs.
         """
         own = self.configured(model, strategy)
-        new = {name: value for name, value in (fields or {}).items() if get(own, name) != value}
+        new = {name: value for name, value in (more or {}).items() if get(own, name) != value}
         place = f"runs/{model}/" + ",".join([strategy, *([folder_name(new)] if new else [])])
-        seeds = min(self.seeds, self.figures.most_seeds.get(model, self.seeds))
-        return self.train(self.configured(model, strategy, new), place, seeds)
-
-    def train(self, config: ConfigDict, place: str, seeds: int | None = None) -> list[Json]:
-        """The results of a config's seeds, in folders WORKDIR/place/seed_S."""
-        numbers = tuple(range(config.seed, config.seed + (seeds or self.seeds)))
-        folders = {seed: self.workdir / place / f"seed_{seed}" for seed in numbers}
-        key = (place, numbers)
-        if key not in self._found:  # or --overwrite would train what figures share for each of them
-            self._found[key] = train_seeds(config, folders, together=False, devices=self.devices, **self.options)
-        return self._found[key]
+        seeds = min(self.grid.seeds, self.figures.most_seeds.get(model, self.grid.seeds))
+        return self.grid.runs(place, self.fields(model, strategy, new), seeds=seeds)
 
     def check(self) -> None:
-        """That every run of figures 1 and 2 can be built, before the first of them.
+        """That every run of figure 1 can be built, before the first of them.
 
         Raises:
           UserError: one cannot.
@@ -115,25 +119,10 @@ class Study:
                 check_config(self.configured(model, strategy), len(self.devices))
 
 
-def changed(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
-    """A copy with other values; a group of fields is replaced as a whole.
-
-    Raises:
-      UserError: a field does not exist.
-    """
-    one = config.copy_and_resolve_references()
-    for path, value in fields.items():
-        get(one, path)  # or there is no such field
-        *groups, name = path.split(".")
-        group = get(one, ".".join(groups)) if groups else one
-        with group.unlocked(), group.ignore_type():
-            group[name] = ConfigDict(value) if isinstance(value, Mapping) else value
-    return one
-
-
-def get(config: ConfigDict, path: str) -> Any:
-    for name in path.split("."):
-        if not isinstance(config, ConfigDict) or name not in config:
-            raise UserError(f"config.{path}: no such field")
-        config = config[name]
-    return config
+def begun(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Parts, TrainState, Batch]:
+    """A run before its first step: its parts, its state and its first batch on the devices."""
+    run = build(config, devices)
+    loader = train_batches(config, run, 0)
+    assert loader is not None
+    state = initial_state(run.mesh, run.new_weights(jax.random.key(0)), run.buffer, run.strategy)
+    return run, state, mesh_lib.shard_rows(run.mesh, loader[0])

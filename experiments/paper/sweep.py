@@ -9,11 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from experiments.pages.page import table
-from experiments.paper.accuracy import mean, summary
+from experiments.paper.accuracy import last, mean, summary
 from experiments.paper.draw import panels
-from experiments.paper.study import STRATEGIES, Json, Study
+from experiments.paper.study import STRATEGIES, Study
+from experiments.studies.grid import Json
 from jaxcl.report import color_of
 
+TITLE = "2. Accuracy against the size of the memory, r and c"
 LABELS = {
     "buffer.share": "memory, share of training rows",
     "buffer.representatives": "r, representatives a step",
@@ -32,29 +34,24 @@ def settings(study: Study) -> dict[str, tuple[float, ...]]:
 
 def measure(study: Study) -> Json:
     c = study.config
-    model = next(iter(study.models))
     swept = {
-        field: [{"value": x, **summary(study.runs(model, "er", {field: x}))} for x in values]
+        field: [{"value": x, **summary(study.runs(study.model, "er", {field: x}))} for x in values]
         for field, values in settings(study).items()
     }
     return {
         "name": c.name,
-        "model": model,
-        "seeds": study.seeds,
+        "model": study.model,
+        "seeds": study.grid.seeds,
         "batch_size": c.batch_size,
         "own": {"buffer.representatives": c.buffer.representatives, "buffer.candidates": c.buffer.candidates}
         | ({} if c.buffer.share is None else {"buffer.share": c.buffer.share}),
-        "bounds": {name: summary(study.runs(model, name)) for name in ("from_scratch", "incremental")},
+        "bounds": {name: summary(study.runs(study.model, name)) for name in ("from_scratch", "incremental")},
         "swept": swept,
     }
 
 
 def shown(field: str, value: float) -> str:
     return f"{100 * value:g} %" if field == "buffer.share" else f"{value:g}"
-
-
-def last(values: list[list[float]]) -> list[float]:
-    return [row[-1] for row in values]
 
 
 def picture(found: Json) -> Figure:
@@ -76,7 +73,7 @@ def picture(found: Json) -> Figure:
     return figure
 
 
-def paragraph(found: Json) -> str:
+def markdown(found: Json) -> str:
     scratch = np.mean(last(found["bounds"]["from_scratch"]["top5_so_far"]))
     own = ", ".join(f"{LABELS[name].split(',')[0]} {shown(name, value)}" for name, value in found["own"].items())
     rows = [
@@ -92,10 +89,7 @@ def paragraph(found: Json) -> str:
         for p in points
     ]
     head = ("changed", "to", "rows of memory", "top-5, %", "of from scratch", "top-1, %")
-    return "\n\n".join(
-        [
-            f"{found['name']}, {found['model']}, {found['seeds']} seed(s), after the last task; {found['batch_size']} new rows"
-            f" a step. One value changes at a time, the others are the config's: {own}.",
-            table(head, rows),
-        ]
+    return (
+        f"{found['name']}, {found['model']}, {found['seeds']} seed(s); {found['batch_size']} new rows a step; the config's own"
+        f" values: {own}.\n\n{table(head, rows)}"
     )

@@ -1,65 +1,60 @@
 """What the exchange does to accuracy when shards are unequal and skewed by class.
 
     python -m experiments.studies.exchange_accuracy --config=configs/split_mnist.py --workdir=DIR --devices=8 \\
-        --json=experiments/results/exchange_accuracy.json
+        --json=experiments/results/exchange_accuracy.json [--models=mlp,convnet] [--seeds=3]
 
-Every batch is handed to the devices sorted by class (`data.placement = "by_class"`), so that a device sees one class of two in
-most tasks and its shard holds other classes, and another number of rows, than its neighbours'. `mix` and `balance` replay a
-uniform sample of the union all the same; `local` replays what each shard holds. Per-device batch statistics
-(`--config.model.options.norm=local`) then see what one device holds, which is what a uniform sample on every device is for.
+Every batch is handed to the devices sorted by class (`data.placement = "by_class"`). So a device sees one class of two in most
+tasks, and its shard holds other classes, and another number of rows, than its neighbours'. `mix` and `balance` still replay a
+uniform sample of the union. `local` replays what each shard holds. The convolutional net has batch statistics per device, which
+need a uniform sample on every device.
 """
 
-import json
-import pathlib
-
-import numpy as np
-from absl import flags
+from collections.abc import Iterator
 
 from experiments import cli
-from experiments.bench.harness import environment
+from experiments.studies import grid
+from experiments.studies.grid import Json, Setting
+from jaxcl import report, summaries
 from jaxcl.buffer import EXCHANGES
-from jaxcl.training.loop import train_and_evaluate
+from jaxcl.check import check, one_of
 
-MODELS = flags.DEFINE_list("models", ["mlp", "convnet"], "models to train: mlp, convnet (batch statistics per device)")
+MODELS: dict[str, Json] = {
+    "mlp": {},
+    "convnet": {
+        "model.name": "convnet",
+        "model.options": {"width": 8, "norm": "local"},
+        "optimizer.learning_rate": 0.05,
+    },
+}
+
+
+def settings(models: list[str]) -> Iterator[Setting]:
+    for model in models or MODELS:
+        check("--models", model, one_of(MODELS))
+        for exchange in EXCHANGES:
+            fields = {"strategy": "er", "data.placement": "by_class", "buffer.exchange": exchange}
+            yield Setting(f"{model}/{exchange}", fields | MODELS[model], {"model": model, "exchange": exchange})
+
+
+def summary(runs: list[Json]) -> Json:
+    accuracies = [run["average_accuracy"] for run in runs]
+    mean, deviation = summaries.mean_and_deviation(accuracies)
+    return {
+        "average_accuracy": {"mean": mean, "std": deviation if len(runs) > 1 else None},
+        "accuracies": accuracies,
+        **{name: runs[0]["buffer"][name] for name in ("rows_per_shard", "traffic")},
+        "seconds": [run["seconds"] for run in runs],
+    }
+
+
+def said(record: Json) -> str:
+    return f"{report.spread(record['accuracies'])} %, {record['traffic']['rows_moved']} rows moved a draw and device"
 
 
 def main() -> None:
-    config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
-    settings = []
-    for model in MODELS.value:
-        for exchange in EXCHANGES:
-            runs = []
-            for seed in range(config.seed, config.seed + cli.seeds(default=3)):
-                one = config.copy_and_resolve_references()
-                one.strategy, one.seed, one.data.placement, one.buffer.exchange = "er", seed, "by_class", exchange
-                if model == "convnet":
-                    one.model.name, one.model.options = "convnet", {"width": 8, "norm": "local"}
-                    one.optimizer.learning_rate = 0.05
-                runs.append(train_and_evaluate(one, workdir / model / exchange / f"seed_{seed}"))
-            accuracy = np.array([run["average_accuracy"] for run in runs])
-            settings.append(
-                {
-                    "model": model,
-                    "exchange": exchange,
-                    "average_accuracy": {
-                        "mean": accuracy.mean(),
-                        "std": accuracy.std(ddof=1) if len(runs) > 1 else None,
-                    },
-                    "accuracies": accuracy.tolist(),
-                    "rows_per_shard": runs[0]["buffer"]["rows_per_shard"],
-                    "traffic": runs[0]["buffer"]["traffic"],
-                    "seconds": [run["seconds"] for run in runs],
-                }
-            )
-            traffic = runs[0]["buffer"]["traffic"]
-            print(
-                f"{model:8s} {exchange:8s} average accuracy {100 * accuracy.mean():.2f} +- {100 * accuracy.std(ddof=1):.2f} %"
-                f"  rows a shard {min(settings[-1]['rows_per_shard'])}..{max(settings[-1]['rows_per_shard'])}"
-                f"  moved a draw and device: {traffic['rows_moved']} rows, {traffic['bytes_moved']} bytes",
-                flush=True,
-            )
+    found = grid.from_flags(seeds=3).records(settings(grid.MODELS.value), summary, said)
     if cli.JSON.value:
-        pathlib.Path(cli.JSON.value).write_text(json.dumps({"settings": settings, **environment()}, indent=1) + "\n")
+        grid.write(cli.JSON.value, {"settings": found})
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ Parts, each kept in the file beside the others:
   pairs: styles and views of the emoji instead of captions.
   cost: time a step and bytes on a device, every kind in turn; see experiments/bench/bank.py.
   scale: 3,264,868 rows of 768 numbers, and the law of growth; 5 GB, so only where asked for.
-Finished runs in the workdir are not run again; docs/memory_bank.md is written from the file by experiments.pages.memory_bank.
+experiments.pages writes the tables and pictures of docs/memory_bank.md from the file.
 """
 
+import dataclasses
+import functools
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -29,21 +31,24 @@ from ml_collections import ConfigDict
 
 from experiments import cli
 from experiments.bench import bank as bank_cost
-from experiments.bench.harness import environment
+from experiments.studies import grid
+from experiments.studies.grid import Fields, Grid, Json, Setting
+from jaxcl import report
+from jaxcl.check import check, one_of, refused
 from jaxcl.contrastive import storage
 from jaxcl.contrastive.train import train_and_evaluate
-from jaxcl.errors import UserError
+from jaxcl.search.seeds import with_seed
+from jaxcl.search.sweep import folder_name
 
 PARTS = flags.DEFINE_list("parts", ["accuracy", "staleness", "storage", "pairs", "cost"], "what to measure")
 DEVICES = (1, 2, 4, 8)
 MORE = 1024  # rows of the largest bank
 MOMENTA = (0.9, 0.99, 0.999)
 LAMBDAS = (0.0, 1.0, 10.0)
-Json = dict[str, Any]
-Setting = tuple[int, dict[str, Any]]  # devices, changes of the config
+Changes = tuple[int, Fields]  # devices, changes of the config
 
 
-def accuracy_settings(config: ConfigDict) -> Iterator[Setting]:
+def accuracy_settings(config: ConfigDict) -> Iterator[Changes]:
     b, epochs = config.batch_size, config.epochs
     for n in DEVICES:
         yield n, {"negatives": "gathered", "batch_size": n * b}
@@ -64,28 +69,27 @@ def accuracy_settings(config: ConfigDict) -> Iterator[Setting]:
     yield 1, {"negatives": "full_bank", "bank.drawn": MORE, "bank.proximal": LAMBDAS[1], "data.augment": ("crop",)}
 
 
-def storage_settings(config: ConfigDict) -> Iterator[Setting]:
+def storage_settings(config: ConfigDict) -> Iterator[Changes]:
     for kind in storage.STORAGES:
         rows = {"bank.capacity": 7 * config.batch_size, "bank.storage": kind}
         yield 1, {"negatives": "momentum", **rows}
 
 
-def pairs_settings(config: ConfigDict) -> Iterator[Setting]:
+def pairs_settings(config: ConfigDict) -> Iterator[Changes]:
     rows = 7 * config.batch_size
     for pairs in ("styles", "views"):
-        common = {"data.pairs": pairs} | ({"data.augment": ("crop", "flip")} if pairs == "views" else {})
+        common: Json = {"data.pairs": pairs}
+        alone: Json = {}
         if pairs == "views":  # two crops of one image, SimCLR's loss where nothing is stored
-            yield 1, common | {"negatives": "in_batch", "same_side": True}
-            yield 8, common | {"negatives": "gathered", "same_side": True, "batch_size": 8 * config.batch_size}
-        else:
-            yield 1, common | {"negatives": "in_batch"}
-            yield 8, common | {"negatives": "gathered", "batch_size": 8 * config.batch_size}
-        yield 1, common | {"negatives": "fifo", "bank.capacity": rows}
-        yield 1, common | {"negatives": "momentum", "bank.capacity": rows}
+            common["data.augment"], alone["same_side"] = ("crop", "flip"), True
+        yield 1, common | {"negatives": "in_batch"} | alone
+        yield 8, common | {"negatives": "gathered", "batch_size": 8 * config.batch_size} | alone
+        for negatives in ("fifo", "momentum"):
+            yield 1, common | {"negatives": negatives, "bank.capacity": rows}
         yield 1, common | {"negatives": "full_bank", "bank.drawn": rows}
 
 
-def staleness_settings(config: ConfigDict) -> Iterator[Setting]:
+def staleness_settings(config: ConfigDict) -> Iterator[Changes]:
     shared = {"eval.rounds": 4, "bank.capacity": MORE}
     yield 1, shared | {"negatives": "fifo", "bank.start": 0.0}
     yield 1, shared | {"negatives": "fifo"}
@@ -95,7 +99,7 @@ def staleness_settings(config: ConfigDict) -> Iterator[Setting]:
         yield 1, shared | {"negatives": "full_bank", "bank.drawn": 7 * config.batch_size, "bank.proximal": weight}
 
 
-SETTINGS = {
+SETTINGS: dict[str, Callable[[ConfigDict], Iterator[Changes]]] = {
     "accuracy": accuracy_settings,
     "staleness": staleness_settings,
     "storage": storage_settings,
@@ -103,42 +107,36 @@ SETTINGS = {
 }
 
 
-def measure(config: ConfigDict, workdir: pathlib.Path, part: str) -> list[Json]:
-    """The settings of a part, each run with several seeds (staleness: one) and summarised; seed after seed."""
-    seeds = 1 if part == "staleness" else cli.seeds(default=3)
-    settings = list(SETTINGS[part](config))
-    runs: list[list[Json]] = [[] for _ in settings]
-    for seed in range(config.seed, config.seed + seeds):
-        for (devices, changes), several in zip(settings, runs, strict=True):
-            one = config.copy_and_resolve_references()
-            one.update_from_flattened_dict({"seed": seed, "checkpoint.every_seconds": 0.0, **changes})
-            folder = workdir / part / name_of(devices, changes) / f"seed_{seed}"
-            several.append(train_and_evaluate(one, folder, devices=jax.devices()[:devices], progress=False))
-            scores = several[-1]["evaluations"][-1]
-            recall = " ".join(f"{x} {100 * scores[x]:.1f}" for x in ("left_to_right@1", "left_to_right@10"))
-            print(f"{part}, seed {seed}: {folder.parent.name}: {recall}", flush=True)
-    return [summary(part, *setting, several) for setting, several in zip(settings, runs, strict=True)]
+def setting(part: str, devices: int, changes: Fields) -> Setting:
+    place = f"{part}/{devices},{folder_name(dict(changes))}"
+    return Setting(place, {"checkpoint.every_seconds": 0.0, **changes}, {"devices": devices, **changes}, devices)
 
 
-def name_of(devices: int, changes: dict[str, Any]) -> str:
-    name = "_".join([f"{devices}", *(f"{field.split('.')[-1]}-{x}" for field, x in changes.items())])
-    return "".join(c for c in name if c.isalnum() or c in "._-")
+def train(config: ConfigDict, folders: dict[int, pathlib.Path], **options: Any) -> list[Json]:
+    return [train_and_evaluate(with_seed(config, seed), folder, **options) for seed, folder in folders.items()]
 
 
-def summary(part: str, devices: int, changes: dict[str, Any], runs: list[Json]) -> Json:
+def measure(study: Grid, part: str) -> list[Json]:
+    """A record a setting of one part."""
+    settings = [setting(part, *one) for one in SETTINGS[part](study.config)]
+    found = study.records(settings, summary, lambda record: report.spread(record["recall"]["left_to_right@10"]))
+    for one in found:
+        if part != "staleness":
+            del one["evaluations"]
+        if part == "storage":
+            kind = one["bank.storage"]
+            one |= {"row_bytes": row_bytes(kind), "error": storage_error(kind)}
+    return found
+
+
+def summary(runs: list[Json]) -> Json:
     last = [run["evaluations"][-1] for run in runs]
-    found = {
-        "devices": devices,
-        **changes,
+    return {
         "negatives_of_an_anchor": negatives_of(runs[0]["config"]),
         "steps": runs[0]["steps"],
-        "recall": {name: [scores[name] for scores in last] for name in last[0] if "@" in name},
+        "recall": grid.each(last, *(name for name in last[0] if "@" in name)),
+        "evaluations": [{"step": e["step"], **e.get("staleness", {})} for e in runs[0]["evaluations"]],
     }
-    if part == "staleness":
-        found["evaluations"] = [{"step": e["step"], **e["staleness"]} for e in runs[0]["evaluations"]]
-    if part == "storage":
-        found |= {"row_bytes": row_bytes(changes["bank.storage"]), "error": storage_error(changes["bank.storage"])}
-    return found
 
 
 def row_bytes(kind: str) -> int:
@@ -162,30 +160,30 @@ def negatives_of(config: Json) -> int:
 
 
 def main() -> None:
-    config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
-    allowed = (*SETTINGS, "cost", "scale")
+    study = grid.from_flags(seeds=3, train=train, options={"progress": False})
+    once = dataclasses.replace(study, seeds=1)
+    config = study.config
+    parts: dict[str, Callable[[], list[Json]]] = {
+        **{part: functools.partial(measure, once if part == "staleness" else study, part) for part in SETTINGS},
+        "cost": functools.partial(bank_cost.measure_modes, config),
+        "scale": bank_cost.measure_growth,
+    }
     for part in PARTS.value:
-        if part not in allowed:
-            raise UserError(f"--parts: {part!r} is unknown, choose of {', '.join(allowed)}")
+        check("--parts", part, one_of(parts))
     if jax.device_count() < max(DEVICES):
-        raise UserError(f"--devices: {jax.device_count()} are too few, give {max(DEVICES)}")
+        raise refused("--devices", jax.device_count(), f"at least {max(DEVICES)}")
     # Runs that differ in their seed alone share their programs.
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "programs"))
+    jax.config.update("jax_compilation_cache_dir", str(study.workdir / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    path = pathlib.Path(cli.JSON.value) if cli.JSON.value else None
+    path = pathlib.Path(cli.JSON.value or study.workdir / "memory_bank.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     for part in PARTS.value:
-        if part == "cost":
-            found: Any = bank_cost.measure_modes(config)
-        elif part == "scale":
-            found = bank_cost.measure_growth()
-        else:
-            found = measure(config, workdir, part)
-        if path is not None:
-            whole = json.loads(path.read_text()) if path.exists() else {}
-            about = {"name": config.name, "batch_size": config.batch_size, "epochs": config.epochs}
-            about |= {"bank_start": config.bank.start, "seeds": 1 if part == "staleness" else cli.seeds(default=3)}
-            whole[part] = {**about, "settings": found, **environment()}
-            path.write_text(json.dumps(whole, indent=1) + "\n")
+        found = parts[part]()
+        whole = json.loads(path.read_text()) if path.exists() else {}
+        about = {"name": config.name, "batch_size": config.batch_size, "epochs": config.epochs}
+        about |= {"bank_start": config.bank.start, "seeds": 1 if part == "staleness" else study.seeds}
+        whole[part] = grid.stamped({**about, "settings": found})
+        path.write_text(grid.as_json(whole))
 
 
 if __name__ == "__main__":

@@ -5,48 +5,47 @@
 
 Every setting trains the tasks of the config with several seeds. In the grid, with B = `buffer.capacity` rows and N devices:
 
-  sharded      one choice of B rows, divided by the devices: one budget, the same experiment on any N, so it is run for the
-               least N alone, and with the last selection for the greatest to show it
+  sharded      one choice of B rows, divided by the devices: one budget. It is the same experiment on any N, so it is run for
+               the least N alone, and with the last selection for the greatest to show it
   replicated   one choice of B / N rows, held by every device
   independent  N choices of B / N rows, each device its own: DyTox's "distributed memory" at an equal budget
   ways         the same N choices on one device; with the last selection and the greatest N
   n_times      N choices of B rows: N times the budget, as DyTox was first published
 
 Then, for the last selection and the greatest N, one thing after another is changed between one memory and the published
-comparison; the difference that each makes is that of runs of the same seed. Finished runs in the workdir are not run again.
+comparison. The difference that each makes is that of runs of the same seed. The picture is written beside the JSON file;
+experiments.pages fills the tables into docs/memory_modes.md.
 """
 
 import dataclasses
-import functools
-import json
-import pathlib
-import time
-from typing import Any
+from collections.abc import Iterable
 
 import jax
 import numpy as np
 from absl import flags
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from ml_collections import ConfigDict
 
 from experiments import cli
-from experiments.bench.harness import environment
+from experiments.pages import page
+from experiments.studies import grid
+from experiments.studies.grid import Json, Setting
 from jaxcl import report
 from jaxcl.buffer.selection import SELECTIONS
-from jaxcl.errors import UserError
+from jaxcl.check import check, one_of, refused
 from jaxcl.search.seeds import train_seeds
 
 COUNTS = flags.DEFINE_list("counts", ["1", "2", "4", "8"], "numbers of devices")
 SELECT = flags.DEFINE_list("selections", list(SELECTIONS), "selections of the grid; the last is taken apart")
 
 COLORS = {"sharded": "#0072B2", "replicated": "#E69F00", "independent": "#D55E00", "n_times": "#999999"}
-MODES = {"sharded": "sharded", "replicated": "replicated", "independent": "independent", "n_times": "independent"}
+PAGE = page.ROOT / "docs" / "memory_modes.md"
+MEASURES = ("average_accuracy", "average_incremental_accuracy")
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """One setting; what is not said is as in the config.
+class Mode:
+    """A memory and what trains with it; what is not said is as in the config.
 
     Attributes:
       mode: sharded | replicated | independent | ways | n_times.
@@ -70,52 +69,43 @@ class Setting:
     def folder(self) -> str:
         return "-".join(str(x) for x in dataclasses.astuple(self) if x is not None)
 
-    @property
-    def devices(self) -> int:
-        return 1 if self.mode == "ways" else self.count
-
-    def config(self, base: ConfigDict) -> ConfigDict:
-        config = base.copy_and_resolve_references()
-        buffer, select = config.buffer, config.buffer.selection
-        buffer.memory = MODES.get(self.mode, "sharded")
-        if self.mode in ("replicated", "independent"):
-            buffer.capacity = base.buffer.capacity // self.count
-        select.ways = self.count if self.mode == "ways" else 1
-        select.by, select.features, select.random_keys = self.by, self.features, self.keys
-        buffer.replay = self.replay
-        buffer.representatives = self.drawn or base.buffer.representatives
-        if self.finetune == "none":
-            config.finetune.epochs = 0
-        else:
-            config.finetune.order = self.finetune
-        return config
+    def setting(self, capacity: int) -> Setting:
+        """What is trained, of a config with this capacity."""
+        memories = {"ways": "sharded", "n_times": "independent"}
+        each = capacity // self.count if self.mode in ("replicated", "independent") else capacity
+        fields = {
+            "buffer.memory": memories.get(self.mode, self.mode),
+            "buffer.capacity": each,
+            "buffer.replay": self.replay,
+            "buffer.selection.by": self.by,
+            "buffer.selection.features": self.features,
+            "buffer.selection.random_keys": self.keys,
+            "buffer.selection.ways": self.count if self.mode == "ways" else 1,
+        }
+        fields |= {"buffer.representatives": self.drawn} if self.drawn else {}
+        fields |= {"finetune.epochs": 0} if self.finetune == "none" else {"finetune.order": self.finetune}
+        return Setting(self.folder, fields, dataclasses.asdict(self), 1 if self.mode == "ways" else self.count)
 
 
-def grid(counts: list[int], selections: list[str]) -> list[Setting]:
+def modes(counts: list[int], selections: list[str]) -> list[Mode]:
+    """Those of the grid."""
     least, most, last = min(counts), max(counts), selections[-1]
-    settings = [Setting("sharded", by, least) for by in selections]
-    settings += [
-        Setting(mode, by, n)
-        for by in selections
-        for mode in ("replicated", "independent", "n_times")
-        for n in counts
-        if n > 1
-    ]
-    return [*settings, Setting("sharded", last, most), Setting("ways", last, most)]
+    several = ("replicated", "independent", "n_times")
+    found = [Mode("sharded", by, least) for by in selections]
+    found += [Mode(mode, by, n) for by in selections for mode in several for n in counts if n > 1]
+    return [*found, Mode("sharded", last, most), Mode("ways", last, most)]
 
 
-def changes(by: str, count: int) -> list[tuple[str, Setting, Setting]]:
-    """What is changed, from which setting to which."""
-    one = Setting("sharded", by, count)
-    clean = dataclasses.replace(one, features="clean")
-    same, own = (Setting("independent", by, count, keys=keys) for keys in ("shared", "per_shard"))
-    part = dataclasses.replace(own, replay="append_part")
-    none, in_order = ({"finetune": name} for name in ("none", "sequential"))
+def changes(by: str, count: int) -> list[tuple[str, Mode, Mode]]:
+    """What is changed, from which mode to which."""
     replace = dataclasses.replace
+    one = Mode("sharded", by, count)
+    same, own = (Mode("independent", by, count, keys=keys) for keys in ("shared", "per_shard"))
+    part = replace(own, replay="append_part")
+    none, in_order = ({"finetune": name} for name in ("none", "sequential"))
     erratum = replace(part, **in_order)
-    published = replace(erratum, mode="n_times")
     return [
-        ("features of augmented images", clean, one),
+        ("features of augmented images", replace(one, features="clean"), one),
         ("N choices with the same keys", one, same),
         ("keys of their own", same, own),
         ("each appends its own", own, part),
@@ -130,50 +120,26 @@ def changes(by: str, count: int) -> list[tuple[str, Setting, Setting]]:
         ("N memories, shuffled order", one, own),
         ("N memories, class-sorted order", replace(one, **in_order), replace(own, **in_order)),
         ("all at an equal budget", replace(one, **in_order), erratum),
-        ("all, as published", replace(one, **in_order), published),
+        ("all, as published", replace(one, **in_order), replace(erratum, mode="n_times")),
     ]
 
 
-def summary(setting: Setting, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the runs of one setting hold and reach; a list has one entry a seed."""
-    buffers = [run["buffer"] for run in runs]
-    histogram = np.mean([buffer["class_histogram"] for buffer in buffers], axis=0)
+def summary(runs: list[Json]) -> Json:
+    """What the runs of one mode hold and reach; a list has one entry a seed."""
+    buffers, replay = [run["buffer"] for run in runs], runs[0]["replay"]
     return {
-        **dataclasses.asdict(setting),
         "seeds": [run["seed"] for run in runs],
         "rows": buffers[0]["rows"],
-        "distinct_ids": [buffer["distinct_ids"] for buffer in buffers],
-        "overlap": [buffer["overlap"] for buffer in buffers],
-        "class_histogram": histogram.tolist(),
-        "draws_per_epoch": runs[0]["replay"]["draws_per_epoch"],
-        "finetune_rows_per_epoch": runs[0]["replay"].get("finetune_rows_per_epoch", []),
-        "average_accuracy": [run["average_accuracy"] for run in runs],
-        "average_incremental_accuracy": [run["average_incremental_accuracy"] for run in runs],
+        **grid.each(buffers, "distinct_ids", "overlap"),
+        "class_histogram": np.mean([buffer["class_histogram"] for buffer in buffers], axis=0).tolist(),
+        "draws_per_epoch": replay["draws_per_epoch"],
+        "finetune_rows_per_epoch": replay.get("finetune_rows_per_epoch", []),
+        **grid.each(runs, *MEASURES),
     }
 
 
-def spread(values: list[float], scale: float = 100.0) -> str:
-    return f"{scale * np.mean(values):.2f} ± {scale * np.std(values, ddof=1):.2f}"
-
-
-def table(found: list[dict[str, Any]]) -> str:
-    header = ["selection", "mode", "N", "rows", "distinct", "overlap %", "a class", "drawn an epoch", "accuracy %"]
-    rows = [[*header, "incremental %"]]
-    for one in found:
-        counts = one["class_histogram"]
-        rows.append(
-            [one["by"], one["mode"], str(one["count"]), str(one["rows"])]
-            + [f"{np.mean(one['distinct_ids']):.0f}", f"{100 * np.mean(one['overlap']):.1f}"]
-            + [f"{min(counts):.0f}" + (f" to {max(counts):.0f}" if min(counts) < max(counts) else "")]
-            + [str(one["draws_per_epoch"][-1])]
-            + [spread(one[name]) for name in ("average_accuracy", "average_incremental_accuracy")]
-        )
-    return report.text_table(rows)
-
-
-def effects(base: list[tuple[str, Setting, Setting]], found: dict[Setting, dict[str, Any]]) -> list[dict[str, Any]]:
+def effects(apart: Iterable[tuple[str, Mode, Mode]], found: dict[Mode, Json]) -> list[Json]:
     """The difference that each change makes, seed by seed."""
-    names = ("average_accuracy", "average_incremental_accuracy")
     return [
         {
             "change": name,
@@ -181,22 +147,35 @@ def effects(base: list[tuple[str, Setting, Setting]], found: dict[Setting, dict[
             "to": after.folder,
             "draws_per_epoch": [found[x]["draws_per_epoch"][-1] for x in (before, after)],
             "distinct_ids": [float(np.mean(found[x]["distinct_ids"])) for x in (before, after)],
-            **{key: np.subtract(found[after][key], found[before][key]).tolist() for key in names},
+            **{key: np.subtract(found[after][key], found[before][key]).tolist() for key in MEASURES},
         }
-        for name, before, after in base
+        for name, before, after in apart
     ]
 
 
-def effect_table(found: list[dict[str, Any]]) -> str:
-    rows = [["change", "distinct", "drawn an epoch", "accuracy, points", "incremental, points"]]
+def grid_table(found: list[Json]) -> str:
+    header = ["selection", "mode", "N", "rows", "distinct", "overlap %", "a class", "drawn an epoch", "accuracy %"]
+    rows = [[*header, "incremental %"]]
     for one in found:
-        arrows = ["{:.0f} -> {:.0f}".format(*one[name]) for name in ("distinct_ids", "draws_per_epoch")]
-        rows.append([one["change"], *arrows, spread(one["average_accuracy"])])
-        rows[-1].append(spread(one["average_incremental_accuracy"]))
+        least, most = min(one["class_histogram"]), max(one["class_histogram"])
+        rows.append(
+            [one["by"], one["mode"], str(one["count"]), str(one["rows"])]
+            + [f"{np.mean(one['distinct_ids']):.0f}", f"{100 * np.mean(one['overlap']):.1f}"]
+            + [f"{least:.0f} to {most:.0f}" if least < most else f"{least:.0f}", str(one["draws_per_epoch"][-1])]
+            + [report.spread(one[name]) for name in MEASURES]
+        )
     return report.text_table(rows)
 
 
-def draw(found: dict[str, Any]) -> Figure:
+def effect_table(found: list[Json]) -> str:
+    rows = [["change", "distinct", "drawn an epoch", "accuracy, points", "incremental, points"]]
+    for one in found:
+        arrows = ["{:.0f} -> {:.0f}".format(*one[name]) for name in ("distinct_ids", "draws_per_epoch")]
+        rows.append([one["change"], *arrows, *(report.spread(one[name]) for name in MEASURES)])
+    return report.text_table(rows)
+
+
+def picture(found: Json) -> Figure:
     """Accuracy by devices for every selection; rows that differ; the difference that every change makes."""
     selections = list(dict.fromkeys(one["by"] for one in found["grid"]))
     figure = Figure(figsize=(3.2 * len(selections), 7), layout="constrained")
@@ -205,12 +184,12 @@ def draw(found: dict[str, Any]) -> Figure:
     panels = [figure.add_subplot(top[0])]
     panels += [figure.add_subplot(top[i], sharey=panels[0]) for i in range(1, len(selections))]
     for axes, by in zip(panels, selections, strict=True):
-        lines(axes, [one for one in found["grid"] if one["by"] == by], "average_accuracy", 100)
+        _lines(axes, [one for one in found["grid"] if one["by"] == by], "average_accuracy", 100)
         axes.set(title=by, xlabel="devices")
     panels[0].set_ylabel("accuracy after the last task, %")
     low = halves[1].subgridspec(1, 2, width_ratios=[1, 1.6])
     left, right = figure.add_subplot(low[0]), figure.add_subplot(low[1])
-    lines(left, [one for one in found["grid"] if one["by"] == selections[-1]], "distinct_ids", 1)
+    _lines(left, [one for one in found["grid"] if one["by"] == selections[-1]], "distinct_ids", 1)
     left.set(title=f"{selections[-1]}: rows that differ", xlabel="devices", yscale="log")
     left.legend()
     rows = found["effects"][::-1]
@@ -222,83 +201,69 @@ def draw(found: dict[str, Any]) -> Figure:
     return figure
 
 
-def lines(axes: Axes, found: list[dict[str, Any]], name: str, scale: float) -> None:
+def _lines(axes: Axes, found: list[Json], name: str, scale: float) -> None:
     """A line a mode over N; one memory, which is the same for every N, is drawn across."""
     counts = sorted({one["count"] for one in found})
     for mode, color in COLORS.items():
         some = sorted((one for one in found if one["mode"] == mode), key=lambda one: one["count"])
         if mode == "sharded":
-            axes.axhline(scale * np.mean(some[0][name]), color=color, label=mode)
+            axes.axhline(float(scale * np.mean(some[0][name])), color=color, label=mode)
             continue
-        x, y = [one["count"] for one in some], [scale * np.array(one[name]) for one in some]
-        axes.errorbar(
-            x, [v.mean() for v in y], [v.std(ddof=1) for v in y], color=color, marker="o", capsize=2, label=mode
-        )
+        x, y = [one["count"] for one in some], scale * np.array([one[name] for one in some])
+        axes.errorbar(x, y.mean(1), y.std(1, ddof=1), color=color, marker="o", capsize=2, label=mode)
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(n) for n in counts])
     axes.grid(alpha=0.3)
 
 
+def sections(found: Json) -> dict[str, str]:
+    """What docs/memory_modes.md shows behind each mark."""
+    tables = {"grid": grid_table(found["grid"]), "effects": effect_table(found["effects"])}
+    return {mark: f"```\n{table}\n```" for mark, table in tables.items()}
+
+
+def write() -> None:
+    page.fill(PAGE, sections(page.load("memory_modes")))
+
+
 def main() -> None:
-    config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
-    counts, selections = check(config)
-    jax.config.update(
-        "jax_compilation_cache_dir", str(workdir / "compiled")
-    )  # settings differ in data more than in steps
+    study = grid.from_flags(seeds=3, least=2, train=train_seeds)
+    capacity = study.config.buffer.capacity
+    counts, selections = check_flags(capacity)
+    # Settings differ in data more than in steps.
+    jax.config.update("jax_compilation_cache_dir", str(study.workdir / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    of_grid, apart = grid(counts, selections), changes(selections[-1], max(counts))
-    settings = list(dict.fromkeys([*(x for _, *pair in apart for x in pair), *of_grid]))
-    begin, found = time.perf_counter(), {}
-    seeds = range(config.seed, config.seed + cli.seeds(default=3))
-    for number, setting in enumerate(settings, start=1):
-        folders = {seed: workdir / setting.folder / f"seed_{seed}" for seed in seeds}
-        devices = jax.devices()[: setting.devices]
-        runs = train_seeds(setting.config(config), folders, devices=devices, overwrite=cli.OVERWRITE.value)
-        found[setting] = summary(setting, runs)
-        accuracy = spread(found[setting]["average_accuracy"])
-        print(
-            f"{number} of {len(settings)}, {time.perf_counter() - begin:.0f} s: {setting.folder}: {accuracy}",
-            flush=True,
-        )
+    of_grid, apart = modes(counts, selections), changes(selections[-1], max(counts))
+    of_apart = list(dict.fromkeys(x for _, *pair in apart for x in pair))
+    every = list(dict.fromkeys([*of_apart, *of_grid]))
+    found = dict(zip(every, study.records([x.setting(capacity) for x in every], summary), strict=True))
     result = {
-        "name": config.name,
-        "capacity": config.buffer.capacity,
+        "name": study.config.name,
+        "capacity": capacity,
         "grid": [found[x] for x in of_grid],
-        "apart": [found[x] for x in dict.fromkeys(x for _, *pair in apart for x in pair)],
+        "apart": [found[x] for x in of_apart],
         "effects": effects(apart, found),
-        **environment(),
     }
-    print(table(result["grid"]))
+    print(grid_table(result["grid"]))
     print(effect_table(result["effects"]))
-    for file in [workdir / "memory_modes.json", *([pathlib.Path(cli.JSON.value)] if cli.JSON.value else [])]:
-        file.write_text(json.dumps(result, indent=1) + "\n")
-        file.with_suffix(".png").write_bytes(report.png(functools.partial(draw, result)))
-        print(f"wrote {file} and {file.with_suffix('.png')}")
+    grid.write(cli.JSON.value or study.workdir / "memory_modes.json", result, picture)
 
 
-def check(config: ConfigDict) -> tuple[list[int], list[str]]:
+def check_flags(capacity: int) -> tuple[list[int], list[str]]:
     """Numbers of devices and selections.
 
     Raises:
       UserError: one line on what is wrong with flags or config.
     """
     if not all(n.isdecimal() and int(n) for n in COUNTS.value):
-        raise UserError(f"--counts: {','.join(COUNTS.value)} is not allowed, give positive integers")
+        raise refused("--counts", ",".join(COUNTS.value), "positive integers")
     counts = sorted({int(n) for n in COUNTS.value})
-    cli.seeds(default=3, least=2)
-    if counts[-1] < 2:
-        raise UserError(f"--counts: {counts[-1]} is not allowed, give a number of devices above 1")
-    if counts[-1] > jax.device_count():
-        raise UserError(
-            f"--counts: {counts[-1]} is more than the {jax.device_count()} devices; on a CPU give --devices"
-        )
+    if not 2 <= counts[-1] <= jax.device_count():
+        raise refused("--counts", counts[-1], f"2 to {jax.device_count()} devices; --devices gives more on a CPU")
     for by in SELECT.value:
-        if by not in SELECTIONS:
-            raise UserError(f"--selections: {by!r} is unknown, choose from {', '.join(SELECTIONS)}")
-    if config.buffer.capacity % counts[-1]:
-        raise UserError(
-            f"buffer.capacity: {config.buffer.capacity} cannot be shared evenly by {counts[-1]} devices, give a multiple"
-        )
+        check("--selections", by, one_of(SELECTIONS))
+    if capacity % counts[-1]:
+        raise refused("buffer.capacity", capacity, f"a multiple of {counts[-1]}, the number of devices")
     return counts, SELECT.value
 
 

@@ -5,63 +5,45 @@
 
 Experience replay on the tasks of the config, 5 epochs each, with a reservoir, for every value of `buffer.repeats`: "all"
 stores copies, "first_epoch" offers a task's rows to the buffer once, "distinct" refuses a row that is stored. Copies need a
-memory that is large beside the data: C rows kept of n, each seen E times, hold about (1 - 1/E) C**2 / 2n pairs of copies
+memory that is large beside the data. Of n rows, each seen E times, C kept rows hold about (1 - 1/E) C**2 / 2n pairs of copies
 while these are few. So the settings go from 200 rows of all the data to half of the data. Reports final average accuracy,
-distinct ids and rows by task in the buffer. Finished runs in the workdir are not run again.
+distinct ids and rows by task in the buffer.
 """
 
-import json
 import pathlib
 
 import numpy as np
 
 from experiments import cli
-from experiments.bench.harness import environment
+from experiments.studies import grid
+from experiments.studies.grid import Json, Setting
+from jaxcl import report
 from jaxcl.buffer import REPEATS
 from jaxcl.errors import UserError
-from jaxcl.training.loop import train_and_evaluate
 
 EPOCHS = 5
 SETTINGS = ((None, 200), (6000, 200), (6000, 1000), (1000, 500))  # training rows (None: all), capacity
 
 
 def main() -> None:
-    config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
-    cli.seeds(default=3, least=2)
+    study = grid.from_flags(seeds=3, least=2)
+    config = study.config
     kind, _, source = config.data.source.partition(":")
     if kind != "npz":
         raise UserError(f"config.data.source: {config.data.source!r} is not allowed here, give npz:FILE")
-    config.strategy, config.epochs, config.buffer.policy = "er", EPOCHS, "reservoir"
-    settings = []
+    found = []
     for rows, capacity in SETTINGS:
-        config.buffer.capacity = capacity
-        config.data.source = f"npz:{source if rows is None else first_rows(source, rows, workdir)}"
-        options = {}
-        for repeats in REPEATS:
-            runs = []
-            for seed in range(config.seed, config.seed + cli.seeds(default=3)):
-                one = config.copy_and_resolve_references()
-                one.seed, one.buffer.repeats = seed, repeats
-                runs.append(train_and_evaluate(one, workdir / f"{rows or 'all'}_{capacity}" / repeats / f"seed_{seed}"))
-            options[repeats] = summary(runs)
-            accuracy, ids = 100 * np.array(options[repeats]["average_accuracy"]), options[repeats]["distinct_ids"]
-            print(
-                f"{rows or 'all'} rows, {repeats:12s} accuracy {accuracy.mean():.2f} % +- {accuracy.std(ddof=1):.2f}, "
-                f"distinct ids {np.mean(ids):.0f} of {capacity}"
-            )
-        settings.append({"training_rows": rows or "all", "capacity": capacity, "options": options})
+        file = source if rows is None else first_rows(source, rows, study.workdir)
+        shared = {"strategy": "er", "epochs": EPOCHS, "data.source": f"npz:{file}"}
+        shared |= {"buffer.policy": "reservoir", "buffer.capacity": capacity}
+        name = rows or "all"
+        each = [Setting(f"{name}_{capacity}/{x}", {**shared, "buffer.repeats": x}, {}) for x in REPEATS]
+        options = dict(zip(REPEATS, study.records(each, summary, said), strict=True))
+        found.append({"training_rows": name, "capacity": capacity, "options": options})
     if cli.JSON.value:
-        found = {
-            "name": config.name,
-            "epochs": EPOCHS,
-            "batch_size": config.batch_size,
-            "representatives": config.buffer.representatives,
-            "policy": config.buffer.policy,
-            "settings": settings,
-            **environment(),
-            "command": "python -m experiments.studies.repeats --config=configs/split_mnist.py --config.data.source=npz:FILE",
-        }
-        pathlib.Path(cli.JSON.value).write_text(json.dumps(found, indent=1) + "\n")
+        sizes = {"batch_size": config.batch_size, "representatives": config.buffer.representatives}
+        about = {"name": config.name, "epochs": EPOCHS, **sizes, "policy": "reservoir"}
+        grid.write(cli.JSON.value, {**about, "settings": found})
 
 
 def first_rows(source: str, rows: int, workdir: pathlib.Path) -> pathlib.Path:
@@ -74,21 +56,22 @@ def first_rows(source: str, rows: int, workdir: pathlib.Path) -> pathlib.Path:
     return target
 
 
-def summary(runs: list[dict]) -> dict[str, list]:
+def summary(runs: list[Json]) -> Json:
     """One entry a run of everything reported."""
-    histograms = [run["buffer"]["class_histogram"] for run in runs]
+    buffers = [run["buffer"] for run in runs]
     return {
-        "seed": [run["seed"] for run in runs],
-        "average_accuracy": [run["average_accuracy"] for run in runs],
-        "forgetting": [run["forgetting"] for run in runs],
-        "rows": [run["buffer"]["rows"] for run in runs],
-        "distinct_ids": [run["buffer"]["distinct_ids"] for run in runs],
+        **grid.each(runs, "seed", "average_accuracy", "forgetting", "seconds"),
+        **grid.each(buffers, "rows", "distinct_ids"),
         "rows_by_task": [
-            [sum(histogram[k] for k in task) for task in run["tasks"]]
-            for run, histogram in zip(runs, histograms, strict=True)
+            [sum(buffer["class_histogram"][k] for k in task) for task in run["tasks"]]
+            for run, buffer in zip(runs, buffers, strict=True)
         ],
-        "seconds": [run["seconds"] for run in runs],
     }
+
+
+def said(record: Json) -> str:
+    accuracy, ids = report.spread(record["average_accuracy"]), np.mean(record["distinct_ids"])
+    return f"accuracy {accuracy} %, distinct ids {ids:.0f} of {record['rows'][0]}"
 
 
 if __name__ == "__main__":

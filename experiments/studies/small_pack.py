@@ -8,21 +8,20 @@ from absl import flags
 
 from experiments import cli
 from jaxcl import data
-from jaxcl.errors import UserError
+from jaxcl.check import POSITIVE, check
 
 SOURCE = flags.DEFINE_string("from", None, "as config.data.source")
 DATA_DIR = flags.DEFINE_string("from_dir", None, "as config.data.data_dir")
 TRAIN = flags.DEFINE_integer("train", 500, "training rows of each class")
 TEST = flags.DEFINE_integer("test", 100, "test rows of each class")
 EVERY = flags.DEFINE_integer("every", 1, "of the classes, in order, the first of every so many; they are numbered anew")
-OUT = flags.DEFINE_string("out", None, "the file to write")
 
 
 def main() -> None:
     train, test = data.open_source(cli.required(SOURCE), DATA_DIR.value)
     arrays = pack(train, test, TRAIN.value, TEST.value, EVERY.value)
-    np.savez_compressed(cli.required(OUT), allow_pickle=False, **arrays)
-    print(f"{OUT.value}: {len(arrays['y_train']):,} training and {len(arrays['y_test']):,} test rows")
+    np.savez_compressed(cli.required(cli.OUT), allow_pickle=False, **arrays)
+    print(f"{cli.OUT.value}: {len(arrays['y_train']):,} training and {len(arrays['y_test']):,} test rows")
 
 
 def pack(
@@ -35,8 +34,7 @@ def pack(
       UserError: a number is not positive.
     """
     for flag, number in (("train", train_rows), ("test", test_rows), ("every", every)):
-        if number < 1:
-            raise UserError(f"--{flag}: {number} is not allowed, give a positive number")
+        check(f"--{flag}", number, POSITIVE)
     classes = range(0, train.num_classes, every)
     arrays: dict[str, np.ndarray] = {"class_names": np.array([train.class_names[k] for k in classes])}
     for split, source, count in (("train", train, train_rows), ("test", test, test_rows)):

@@ -7,7 +7,7 @@ and standard deviation over seeds); where a strategy ran in several configuratio
 from jaxcl.report.page import Section, write_report
 from jaxcl.report.pictures import classes_over_time, color_of, png
 from jaxcl.report.runs import Group, Run, group_runs, load_runs
-from jaxcl.report.tables import table, text_table
+from jaxcl.report.tables import spread, table, text_table
 
 __all__ = [
     "Group",
@@ -18,6 +18,7 @@ __all__ = [
     "group_runs",
     "load_runs",
     "png",
+    "spread",
     "table",
     "text_table",
     "write_report",

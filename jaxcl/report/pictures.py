@@ -17,8 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from jaxcl.report.runs import ACCURACY, Group, Measure, common_measure
 from jaxcl.summaries import accuracy_so_far
 
-# Okabe & Ito 2008, a palette for every kind of colour vision. A strategy keeps its colour from page to page, so it may
-# not depend on which others ran.
+# Okabe & Ito 2008, a palette for every kind of colour vision. A strategy's colour does not depend on which others ran.
 COLORS = {
     "from_scratch": "#009E73",
     "incremental": "#D55E00",
@@ -66,20 +65,25 @@ def _line_styles(groups: Sequence[Group]) -> list[str]:
 
 
 def _panels(groups: Sequence[Group], width: float, height: float, ylabel: str) -> tuple[Figure, list[Axes]]:
-    """A titled panel a group, three in a row, each `width` x `height` inches."""
-    columns = min(len(groups), 3)
-    rows = -(-len(groups) // columns)
+    """A titled panel a group; see `_grid`."""
+    figure, panels = _grid(len(groups), width, height)
+    for i, (axes, group) in enumerate(zip(panels, groups, strict=True)):
+        axes.set_title(group.label, color=color_of(group.strategy), loc="left")
+        axes.tick_params(length=0)
+        if i % 3 == 0:
+            axes.set_ylabel(ylabel)
+    return figure, panels
+
+
+def _grid(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Panels in rows of three, each `width` x `height` inches."""
+    columns = min(count, 3)
+    rows = -(-count // columns)
     figure = Figure(figsize=(width * columns + 1, height * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
-    for i, axes in enumerate(panels):
-        if i >= len(groups):
-            axes.remove()
-            continue
-        axes.set_title(groups[i].label, color=color_of(groups[i].strategy), loc="left")
-        axes.tick_params(length=0)
-        if i % columns == 0:
-            axes.set_ylabel(ylabel)
-    return figure, panels[: len(groups)]
+    for axes in panels[count:]:
+        axes.remove()
+    return figure, panels[:count]
 
 
 def _task_axis(axes: Axes, tasks: int) -> None:
@@ -169,8 +173,10 @@ def accuracy_matrix(groups: Sequence[Group]) -> Figure:
 
 
 def time_by_phase(groups: Sequence[Group]) -> Figure:
-    """Seconds in each phase, mean over seeds, stacked; a bar a strategy, and where a thread works in the background its own
-    bar, hatched, below that of the loop, in whose time it lies."""
+    """Seconds in each phase, mean over seeds, stacked; a bar a strategy.
+
+    A thread that works in the background has a bar of its own, hatched, below that of the loop. Its time is part of the loop's.
+    """
     return _time_bars(groups, _mean_seconds(groups, "seconds_by_phase"))
 
 
@@ -244,19 +250,8 @@ def average_accuracy(groups: Sequence[Group]) -> Figure:
     axes = figure.subplots()
     for group, dashes in zip(groups, _line_styles(groups), strict=True):
         curves = np.stack([accuracy_so_far(matrix) for matrix in group.matrices])
-        x = np.arange(1, curves.shape[1] + 1)
-        _curve(
-            axes,
-            measure,
-            x,
-            curves,
-            color=color_of(group.strategy),
-            ls=dashes,
-            lw=2.2,
-            marker="o",
-            ms=5,
-            label=group.label,
-        )
+        style = {"color": color_of(group.strategy), "ls": dashes, "lw": 2.2, "marker": "o", "ms": 5}
+        _curve(axes, measure, np.arange(1, curves.shape[1] + 1), curves, label=group.label, **style)
     _measure_axis(axes, measure)
     _task_axis(axes, max(group.matrices.shape[1] for group in groups))
     axes.set_ylabel(f"average {measure.name}, tasks seen so far")
@@ -270,11 +265,9 @@ def classes_over_time(streams: Mapping[str, np.ndarray]) -> Figure:
     Args:
       streams: title -> rows of each class in each task, int `[T, K]`, in order of arrival.
     """
-    columns = min(len(streams), 3)
-    figure = Figure(figsize=(3.3 * columns + 1, 2.6 * -(-len(streams) // columns)), layout="constrained")
-    panels = list(figure.subplots(-(-len(streams) // columns), columns, squeeze=False).ravel())
+    figure, panels = _grid(len(streams), 3.3, 2.6)
     norm = PowerNorm(0.5, 0, max((rows / rows.sum(1, keepdims=True)).max() for rows in streams.values()))
-    for axes, (title, rows) in zip(panels, streams.items(), strict=False):
+    for axes, (title, rows) in zip(panels, streams.items(), strict=True):
         edges = np.concatenate([[0], np.cumsum(rows.sum(1))])
         shares = rows / rows.sum(1, keepdims=True)
         image = axes.pcolormesh(edges, np.arange(rows.shape[1] + 1) - 0.5, shares.T, cmap=_BLUES, norm=norm)
@@ -285,11 +278,7 @@ def classes_over_time(streams: Mapping[str, np.ndarray]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(min(10, rows.shape[1]), integer=True))
         axes.tick_params(length=0)
-    for axes in panels[len(streams) :]:
-        axes.remove()
-    bar = figure.colorbar(
-        image, ax=panels[: len(streams)], aspect=30, shrink=0.8, pad=0.02, label="share of what arrives"
-    )
+    bar = figure.colorbar(image, ax=panels, aspect=30, shrink=0.8, pad=0.02, label="share of what arrives")
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     bar.outline.set_visible(False)
     return figure

@@ -96,7 +96,7 @@ def common_measure(groups: Sequence[Group]) -> Measure:
 
 
 def _check(result: Any) -> None:
-    """Raises ValueError, KeyError or TypeError where the report would stumble later."""
+    """Raises ValueError, KeyError or TypeError for a result that the report cannot show."""
     if not isinstance(result, dict):
         raise ValueError("not a JSON object")
     measure = measure_of(result)

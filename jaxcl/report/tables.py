@@ -3,14 +3,16 @@
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jaxcl.report.runs import Group, Run, common_measure, group_runs
+from jaxcl.summaries import mean_and_deviation
 
 
-def _spread(values: np.ndarray, scale: float = 100, digits: int = 2) -> str:
-    """mean ± sample standard deviation; the latter only with several seeds."""
-    mean = f"{values.mean() * scale:.{digits}f}"
-    return f"{mean} ± {values.std(ddof=1) * scale:.{digits}f}" if len(values) > 1 else mean
+def spread(values: ArrayLike, scale: float = 100, digits: int = 2) -> str:
+    """Values of several seeds as mean ± sample standard deviation; of one seed the value alone."""
+    mean, deviation = mean_and_deviation(scale * np.asarray(values, np.float64))
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}" if np.size(values) > 1 else f"{mean:.{digits}f}"
 
 
 def _bytes(count: float) -> str:
@@ -25,20 +27,16 @@ def rows_of(groups: Sequence[Group]) -> list[list[str]]:
     """The header, then a row a group."""
     top5 = any("average_top5" in result for group in groups for result in group.results)
     m = common_measure(groups)
-    header = [
-        "strategy",
-        "seeds",
-        *(f"{x}{m.unit}" for x in (m.name, "incremental", "forgetting", "backward transfer")),
-    ]
-    rows = [[*header, *(["top-5 %"] if top5 else []), "seconds", "images/s", "buffer"]]
+    measured = [f"{x}{m.unit}" for x in (m.name, "incremental", "forgetting", "backward transfer")]
+    rows = [["strategy", "seeds", *measured, *(["top-5 %"] if top5 else []), "seconds", "images/s", "buffer"]]
     for g in groups:
         row = [g.label, str(len(g.results))]
         keys: list[tuple[str, ...]] = [(f"average_{m.name}",), (f"average_incremental_{m.name}",)]
         keys += [("forgetting", "chaudhry"), ("backward_transfer", "gem")]
-        row += [_spread(g.values(*path), m.scale, m.digits) for path in keys]
+        row += [spread(g.values(*path), m.scale, m.digits) for path in keys]
         if top5:
-            row.append(_spread(g.values("average_top5")) if all("average_top5" in r for r in g.results) else "-")
-        row += [_spread(g.values("seconds"), 1, 1), f"{g.values('images_per_second').mean():,.0f}"]
+            row.append(spread(g.values("average_top5")) if all("average_top5" in r for r in g.results) else "-")
+        row += [spread(g.values("seconds"), 1, 1), f"{g.values('images_per_second').mean():,.0f}"]
         row.append(_bytes(g.values("buffer", "bytes").mean()) if g.results[0]["buffer"] else "-")
         rows.append(row)
     return rows

@@ -2,44 +2,42 @@
 
 import dataclasses
 import importlib
-import json
-import pathlib
 
 import jax
 import numpy as np
 import pytest
 
 from configs import memory_modes_mnist
-from experiments.studies import memory_modes
-from experiments.studies.memory_modes import Setting
+from experiments.pages import page
+from experiments.studies import grid, memory_modes
+from experiments.studies.memory_modes import Mode
 from jaxcl import report
 from jaxcl.errors import UserError
 from jaxcl.training.build import build
 from jaxcl.training.config import check_config
 
 SEVERAL = ({"mode", "keys"}, {"mode", "replay"}, {"replay", "drawn"})  # N choices have keys; as many drawn of N times
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def test_settings_differ_in_what_their_names_say():
     base = memory_modes_mnist.get_config()
-    settings = memory_modes.grid([1, 2, 8], ["random", "icarl"])
+    modes = memory_modes.modes([1, 2, 8], ["random", "icarl"])
     apart = memory_modes.changes("icarl", 8)
-    settings += [x for _, *pair in apart for x in pair]
-    assert len({x.folder for x in settings}) == len(set(settings))
-    for setting in settings:
-        config = setting.config(base)
+    modes += [x for _, *pair in apart for x in pair]
+    assert len({x.folder for x in modes}) == len(set(modes))
+    for mode in modes:
+        setting = mode.setting(base.buffer.capacity)
+        config = grid.changed(base, setting.fields)
         check_config(config, setting.devices)
-        rows = config.buffer.capacity * (1 if config.buffer.memory == "sharded" else setting.count)
-        assert rows == base.buffer.capacity * (setting.count if setting.mode == "n_times" else 1)
-        assert (config.buffer.selection.ways, setting.devices) == (
-            (8, 1) if setting.mode == "ways" else (1, setting.count)
-        )
+        rows = config.buffer.capacity * (1 if config.buffer.memory == "sharded" else mode.count)
+        assert rows == base.buffer.capacity * (mode.count if mode.mode == "n_times" else 1)
+        assert config.buffer.representatives == (mode.drawn or base.buffer.representatives)
+        assert (config.buffer.selection.ways, setting.devices) == ((8, 1) if mode.mode == "ways" else (1, mode.count))
     assert base == memory_modes_mnist.get_config()
     for name, before, after in apart:  # one thing at a time, but where the whole comparison is asked for
         differ = [
             field.name
-            for field in dataclasses.fields(Setting)
+            for field in dataclasses.fields(Mode)
             if getattr(before, field.name) != getattr(after, field.name)
         ]
         assert len(differ) == 1 or name.startswith("all") or set(differ) in SEVERAL
@@ -49,8 +47,8 @@ def results(counts=(1, 8)):
     """As if the experiment had been run."""
     rng, found = np.random.default_rng(0), {}
     apart = memory_modes.changes("icarl", max(counts))
-    grid = memory_modes.grid(list(counts), ["random", "icarl"])
-    for setting in [*grid, *(x for _, *pair in apart for x in pair)]:
+    of_grid = memory_modes.modes(list(counts), ["random", "icarl"])
+    for mode in [*of_grid, *(x for _, *pair in apart for x in pair)]:
         buffer = {"rows": 160, "distinct_ids": 150, "overlap": 0.1, "class_histogram": [16] * 9 + [15]}
         runs = [
             {
@@ -59,25 +57,24 @@ def results(counts=(1, 8)):
             }
             for seed in range(3)
         ]  # fmt: skip
-        found[setting] = memory_modes.summary(setting, runs)
-    return {"grid": [found[x] for x in grid], "effects": memory_modes.effects(apart, found)}
+        found[mode] = {**dataclasses.asdict(mode), **memory_modes.summary(runs)}
+    return {"grid": [found[x] for x in of_grid], "effects": memory_modes.effects(apart, found)}
 
 
 def test_tables_and_picture():
     found = results()
-    assert len(memory_modes.table(found["grid"]).splitlines()) == 2 + len(found["grid"])
+    assert len(memory_modes.grid_table(found["grid"]).splitlines()) == 2 + len(found["grid"])
     first = found["effects"][0]
     text = memory_modes.effect_table(found["effects"]).splitlines()[2]
     assert text.startswith(first["change"]) and f"{100 * np.mean(first['average_accuracy']):.2f} ±" in text
-    assert report.png(lambda: memory_modes.draw(found)).startswith(b"\x89PNG")
+    assert report.png(lambda: memory_modes.picture(found)).startswith(b"\x89PNG")
 
 
 def test_the_page_shows_what_was_printed():
     """Tables in docs/memory_modes.md are those of experiments/results/memory_modes.json."""
-    page = (ROOT / "docs" / "memory_modes.md").read_text()
-    found = json.loads((ROOT / "experiments" / "results" / "memory_modes.json").read_text())
-    assert memory_modes.table(found["grid"]) in page and memory_modes.effect_table(found["effects"]) in page
-    assert (ROOT / "experiments" / "results" / "memory_modes.png").is_file()
+    text = memory_modes.PAGE.read_text()
+    assert text == page.filled(text, memory_modes.sections(page.load("memory_modes")))
+    assert (page.RESULTS / "memory_modes.png").is_file()
 
 
 @pytest.mark.parametrize("name", ["dytox_cifar100", "dytox_tinyimagenet-gpu", "dytox_tinyimagenet-cpu"])

@@ -10,11 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.pages.page import RESULTS
+from experiments.pages.page import RESULTS, filled
 from experiments.paper import accuracy, draw, memory, page, phases, scaling, sweep
-from experiments.paper.figures import FIGURES
+from experiments.paper.page import FIGURES
 from experiments.paper.step_model import Load
-from experiments.paper.study import STRATEGIES, Figures, Study, changed
+from experiments.paper.study import STRATEGIES, Figures, Study
+from experiments.studies.grid import Grid, changed
 from jaxcl.errors import UserError
 from tests.whole import REPO, flags, small
 
@@ -26,23 +27,25 @@ ENVIRONMENT = {"devices": {"count": 8, "platform": "cpu"}, "machine": {"cores": 
 def study(tmp_path_factory):
     config = small(buffer__share=0.1)
     devices, folder = jax.devices()[:2], tmp_path_factory.mktemp("study")
-    return Study(config, VARIED, folder, devices=devices, options={"progress": False})
+    return Study(Grid(config, folder, devices=devices, options={"progress": False}), VARIED)
 
 
 def drawn(figure, found, folder):
-    """What is written of a figure: JSON that survives the file, a picture, a paragraph."""
+    """What is written of a figure: JSON that survives the file, a picture, tables."""
     found = json.loads(json.dumps(found))
     draw.save(FIGURES[figure].picture, found, folder / "x.png")
     assert (folder / "x.png").read_bytes().startswith(b"\x89PNG")
-    text = FIGURES[figure].paragraph(found)
+    text = FIGURES[figure].markdown(found)
     assert "nan" not in text
     return text
 
 
 def test_figures_1_and_2_share_their_runs_and_say_what_these_found(study, tmp_path):
     found = accuracy.measure(study)
-    folders = {path.parent for path in study.workdir.rglob("result.json")}
-    assert {str(x.relative_to(study.workdir)) for x in folders} == {f"runs/mlp/{name}/seed_0" for name in STRATEGIES}
+    folders = {path.parent for path in study.grid.workdir.rglob("result.json")}
+    assert {str(x.relative_to(study.grid.workdir)) for x in folders} == {
+        f"runs/mlp/{name}/seed_0" for name in STRATEGIES
+    }
     results = {x.parent.name: json.loads((x / "result.json").read_text()) for x in folders}
     top5 = {name: np.mean(result["top5_matrix"][-1]) for name, result in results.items()}
     [model] = found["models"].values()
@@ -54,9 +57,9 @@ def test_figures_1_and_2_share_their_runs_and_say_what_these_found(study, tmp_pa
     text = drawn("accuracy", found, tmp_path)
     assert f"{100 * model['top5_over_from_scratch']:.1f} %" in text and f"{100 * top5['er']:.1f}" in text
     stamps = {x: (x / "result.json").stat().st_mtime_ns for x in folders}
-    swept = sweep.measure(dataclasses.replace(study))  # as another process would
+    swept = sweep.measure(dataclasses.replace(study, grid=dataclasses.replace(study.grid)))  # as another process would
     assert {x: (x / "result.json").stat().st_mtime_ns for x in folders} == stamps
-    more = {path.parent.parent.name for path in study.workdir.rglob("result.json")} - set(STRATEGIES)
+    more = {path.parent.parent.name for path in study.grid.workdir.rglob("result.json")} - set(STRATEGIES)
     assert more == {"er,buffer.share=0.4", "er,buffer.candidates=4"}
     base = results["er"]["top5_so_far"]
     at_own = [x["top5_so_far"] for field in swept["swept"] for x in swept["swept"][field] if x["value"] in (0.1, 8)]
@@ -76,21 +79,20 @@ def test_several_seeds_have_a_deviation(tmp_path):
     found["sizes"] = {"batch_size": 8, "representatives": 1, "candidates": 2, "epochs": 3}
     text = drawn("accuracy", found, tmp_path)
     assert "| net | rehearsal | 2 | 65.0 ± 7.1 | 25.0 ± 0.0 | 3.5 ± 0.7 |" in text
-    front = accuracy.sentence(found | ENVIRONMENT)
-    assert "a, 8 new and 1 replayed rows a step, on 8 fake CPU devices" in front
-    assert "76 % of the top-5" in front and "in 1.10 times" in front
+    front = accuracy.front(found | ENVIRONMENT)
+    assert "a; 8 fake CPU devices of 2 cores" in front and "| net | 8 + 1 | 76 % | 1.10 | 0.50 |" in front
     point = {"value": 64, "top5_so_far": [[1.0, 0.68]]}
     swept = {"model": "net", "bounds": model, "swept": {"buffer.representatives": [{**point, "value": 8}, point]}}
-    assert "(net with 64 replayed: 80 %)" in accuracy.sentence(found | ENVIRONMENT, swept)
+    assert "| net | 8 + 64 | 80 % |" in accuracy.front(found | ENVIRONMENT, swept)
 
 
 def test_an_expensive_model_may_have_fewer_seeds(study, monkeypatch):
     asked = []
-    monkeypatch.setattr(Study, "train", lambda self, config, place, seeds: asked.append((place, seeds)))
+    monkeypatch.setattr(Grid, "runs", lambda self, place, fields, seeds: asked.append((place, seeds)))
     varied = Figures(models={"small": {}, "large": {}}, most_seeds={"large": 2})
     for seeds in (1, 3):
         for model in varied.models:
-            dataclasses.replace(study, figures=varied, seeds=seeds).runs(model, "er")
+            Study(dataclasses.replace(study.grid, seeds=seeds), varied).runs(model, "er")
     assert asked == [("runs/small/er", 1), ("runs/large/er", 1), ("runs/small/er", 3), ("runs/large/er", 2)]
 
 
@@ -188,32 +190,40 @@ def test_fields_are_replaced_as_a_whole_and_must_exist():
 
 
 def test_some_of_the_models():
-    varied = Figures(models={"a": {}, "b": {"epochs": 2}})
-    assert varied.only([]) == varied and varied.only(["b"]).models == {"b": {"epochs": 2}}
-    with pytest.raises(UserError, match="--models: 'c' is unknown, choose of a, b"):
-        varied.only(["c"])
+    fields = {"models": {"a": {}, "b": {"epochs": 2}}, "new": 3}
+    assert Figures.of(fields) == Figures(**fields) and Figures.of(fields, ["b"]).models == {"b": {"epochs": 2}}
+    with pytest.raises(UserError, match="--models: 'c' is unknown, allowed are a, b"):
+        Figures.of(fields, ["c"])
+    with pytest.raises(UserError, match=r"get_figures\(\): modles: no such field, did you mean models\?"):
+        Figures.of({"modles": {}})
+    with pytest.raises(UserError, match="--models: 'a' is unknown, the config names none"):
+        Figures.of({}, ["a"])
 
 
 def test_pages_say_what_the_result_files_say():
-    for name, images in page.PAGES.items():
-        text = (REPO / name).read_text()
-        assert text == page.render(text, images)
-    assert re.findall(r"<!-- (\w+) -->", (REPO / "docs/paper.md").read_text())[::2] == list(FIGURES)
-    assert "<!-- front -->" in (REPO / "README.md").read_text()
-    assert all(page.places(name)[1].is_file() for name in FIGURES if page.places(name)[0].is_file())
+    for path, parts in ((page.PAGE, page.sections()), (page.FRONT, {"front": page.front()})):
+        text = path.read_text()
+        assert text == filled(text, parts)
+    assert all((page.IMAGES / f"paper_{name}.png").is_file() for name in FIGURES if page.read(name))
 
 
-def test_a_page_is_rendered_from_its_marks(tmp_path):
-    numbers, _ = page.places("uniformity", tmp_path, tmp_path)
+def test_a_section_is_filled_from_its_file(tmp_path):
     by = {"drawn": [3, 1], "expected": [2.0, 2.0], "z": [1.0, -1.0], "reference_over_expected": [1.0, 1.0]}
     by["drawn_over_expected"] = [1.5, 0.5]
-    numbers.write_text(
-        json.dumps({"name": "n", "draws": 2, "rows_per_shard": [1, 2], "shard": by, "class": by, "command": "c"})
-    )
-    text = "a\n<!-- uniformity -->\nold\n<!-- end -->\nb\n<!-- memory -->\nold\n<!-- end -->\n"
-    found = page.render(text, "images", tmp_path)
-    assert found.startswith("a\n<!-- uniformity -->\n![6. Uniformity") and "0.500..1.500" in found and "`c`" in found
-    assert found.endswith("<!-- end -->\nb\n<!-- memory -->\nNot measured yet.\n<!-- end -->\n") and "old" not in found
+    found = {
+        "name": "n",
+        "draws": 2,
+        "rows_per_shard": [1, 2],
+        "shard": by,
+        "class": by,
+        "command": "c",
+        "note": "Alone.",
+    }
+    (tmp_path / "paper_uniformity.json").write_text(json.dumps(found))
+    parts = page.sections(tmp_path)
+    text = parts["uniformity"]
+    assert text.startswith("![6. Uniformity") and "| 0.500 to 1.500 |" in text and text.endswith("`c`. Alone.")
+    assert parts["memory"] == page.front(tmp_path) == "Not measured yet."
 
 
 def test_command(tmp_path):
@@ -227,9 +237,9 @@ def test_command(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "figures" / "paper_uniformity.json").read_text())
     assert found["command"].startswith("python -m experiments.paper --config=configs/digits.py")
-    assert (tmp_path / "figures" / "paper_uniformity.png").is_file() and "by shard" in done.stdout
+    assert (tmp_path / "figures" / "paper_uniformity.png").is_file() and "| shard |" in done.stdout
     wrong = command("--figure=acuracy")
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: --figure: acuracy is not allowed")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: --figure: 'acuracy' is not allowed")
 
 
 def test_results_name_no_place_of_a_machine():

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments.studies import references as check_references
-from experiments.studies import small_pack
+from experiments.pages import page
+from experiments.studies import references, small_pack
 from jaxcl.data import array_source
 from jaxcl.errors import UserError
 from jaxcl.training.config import check_config, default_config
@@ -21,7 +21,7 @@ def test_a_row_holds_down_to_one_deviation_below_the_reference():
 
     reference = {name: {"mean": 90.0, "std": 0.5} for name in ("at", "below", "above", "missing")}
     found = {"at": ours(89.5), "below": ours(89.49), "above": ours(95.0)}
-    lines = check_references.table(reference, found, 5).splitlines()[2:]
+    lines = references.table(reference, found, 5).splitlines()[2:]
     cells = [[cell.strip() for cell in line.split("|")] for line in lines]
     assert [row[6] for row in cells] == ["yes", "**no**", "yes", ""]
     assert "not run" in lines[3]
@@ -29,17 +29,17 @@ def test_a_row_holds_down_to_one_deviation_below_the_reference():
 
 def test_a_reference_is_of_its_own_number_of_seeds():
     reference = {"a": {"mean": 90.0, "std": 0.5}, "b": {"mean": 90.0, "std": 0.5, "accuracy": [1.0] * 20}}
-    lines = check_references.table(reference, {}, 5).splitlines()[2:]
+    lines = references.table(reference, {}, 5).splitlines()[2:]
     assert [line.split("|")[3].strip() for line in lines] == ["5", "20"]
 
 
 def test_the_page_is_that_of_the_files():
-    assert check_references.PAGE.read_text() == check_references.page(check_references.RESULTS)
+    assert references.PAGE.read_text() == page.filled(references.PAGE.read_text(), references.tables())
 
 
 def test_summary():
     run = {"seconds": 2.0, "devices": {}, "versions": {}}
-    found = check_references.summary([{**run, "average_accuracy": a} for a in (0.5, 0.7)])
+    found = references.summary([{**run, "average_accuracy": a} for a in (0.5, 0.7)])
     assert (found["mean"], found["std"], found["accuracy"]) == (60.0, 14.142, [50.0, 70.0])
 
 
@@ -48,14 +48,14 @@ def test_the_reference_is_asked_for_what_our_row_runs(tmp_path):
     np.savez(tmp_path / "pack.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     config = importlib.import_module("configs.split_cifar10_small").get_config("der_pp-500")
     config.data.source = f"npz:{tmp_path / 'pack.npz'}"
-    asked = check_references.mammoth_protocol(config)
+    asked = references.mammoth_protocol(config)
     assert asked["strategy"] == "der_pp" and asked["options"] == {"alpha": 0.2, "beta": 0.5}
     assert (asked["capacity"], asked["replayed"], asked["batch_size"], asked["learning_rate"]) == (500, 10, 10, 0.03)
     assert asked["tasks"] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
     assert json.loads(json.dumps(asked))["model"] == {"name": "mlp", "hidden": [100, 100], "kernel_init": "xavier"}
     config.data.source = "tfds:mnist"
     with pytest.raises(UserError, match=r"^--source: tfds:mnist is not allowed with --mammoth, give npz:FILE"):
-        check_references.mammoth_protocol(config)
+        references.mammoth_protocol(config)
 
 
 def test_a_small_pack_holds_the_first_rows_of_each_class():
@@ -74,7 +74,7 @@ def test_a_small_pack_holds_the_first_rows_of_each_class():
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_every_row_has_a_config_and_a_reference(protocol):
     module = importlib.import_module(f"configs.{protocol}")
-    reference = json.loads((check_references.RESULTS / f"{protocol}.reference.json").read_text())
+    reference = page.load(f"{protocol}.reference")
     assert list(reference["rows"]) == list(module.ROWS)
     for row in module.ROWS:
         check_config(module.get_config(row), devices=1)

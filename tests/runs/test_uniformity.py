@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.studies.uniformity import Tally
+from experiments.paper.uniformity import Tally
 
 ROWS = np.array([[80, 0, 0], [10, 5, 5], [20, 0, 20]])  # of each shard and class
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from configs import paper_imagenet, paper_tinyimagenet
-from experiments.paper.study import Study
+from experiments.paper.study import Figures, Study
+from experiments.studies.grid import Grid
 from jaxcl.errors import UserError
 from jaxcl.optimizer import make_schedule
 from jaxcl.training.build import build
@@ -34,8 +35,8 @@ def test_sizes_count_rows_of_all_devices():
     assert config.optimizer.learning_rate == 0.01 * 64
     assert (config.optimizer.momentum, config.optimizer.weight_decay, config.buffer.share) == (0.9, 5e-5, 0.3)
     for size in ("gpu", "cpu"):
-        small, figures = paper_tinyimagenet.get_config(size), paper_tinyimagenet.get_figures(size)
-        Study(small, figures, pathlib.Path(), devices=jax.devices()[:8]).check()
+        small, figures = paper_tinyimagenet.get_config(size), Figures.of(paper_tinyimagenet.get_figures(size))
+        Study(Grid(small, pathlib.Path(), devices=jax.devices()[:8]), figures).check()
         c, b = small.buffer.candidates, small.batch_size
         assert (4 * c, 8 * small.buffer.representatives, small.buffer.share) == (b, b, 0.3)
 
@@ -72,7 +73,8 @@ def test_the_small_size_runs_from_the_pack_shaped_set(tmp_path):
     np.savez(tmp_path / "tiny.npz", x_train=images, y_train=labels, x_test=images[:20], y_test=labels[:20])
     config = paper_tinyimagenet.get_config("cpu")
     config.data.source = f"npz:{tmp_path / 'tiny.npz'}"
-    study = Study(config, paper_tinyimagenet.get_figures("cpu"), tmp_path, devices=jax.devices()[:8])
+    figures = Figures.of(paper_tinyimagenet.get_figures("cpu"))
+    study = Study(Grid(config, tmp_path, devices=jax.devices()[:8]), figures)
     study.check()
     for model in study.models:
         run = build(study.configured(model, "er"), study.devices)

@@ -238,4 +238,4 @@ def test_command(folder):
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == str(folder / "report.html")
     assert (folder / "report.html").is_file() and "from_scratch" in done.stdout
     wrong = command(folder / "nowhere")
-    assert wrong.returncode == 1 and re.fullmatch(r"error: run folder: .* is not a folder; allowed: .*\n", wrong.stderr)
+    assert wrong.returncode == 2 and re.fullmatch(r"error: run folder: .* is not a folder; allowed: .*\n", wrong.stderr)

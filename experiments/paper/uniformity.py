@@ -1,33 +1,28 @@
-"""Figure 6 of docs/paper.md: whether a running experiment draws every stored row alike, and whether the reference would.
-
-    python -m experiments.studies.uniformity --config=configs/digits.py --devices=8 --json=runs/uniformity.json
+"""Figure 6: whether a running experiment draws every stored row alike, and whether the reference would.
 
 Trains with rehearsal, every batch handed to the devices sorted by class, so that shards differ in classes and in rows as much
 as they can. After every step it counts the rows drawn by shard and by class, and adds up what is expected of the stored rows
-as they stand: under the uniform law a row of M is drawn with probability n / M; under the rule of the reference system, read
+as they stand. Under the uniform law a row of M is drawn with probability n / M. Under the rule of the reference system, read
 from its code, first a shard is chosen, then one of its classes, then a row, each uniformly. (The reference also draws with
 repetition and never its row 0, which is left out here.) The deviation is given in standard deviations z of the hypergeometric
-law. With --json also a picture beside it.
+law.
 """
 
 import dataclasses
-import json
-import pathlib
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from ml_collections import ConfigDict
 
-from experiments import cli
-from experiments.bench.harness import environment
-from jaxcl import data
+from experiments.pages import page
+from experiments.paper.study import Study
+from experiments.studies.grid import Json, changed
 from jaxcl import mesh as mesh_lib
+from jaxcl.training.batches import train_batches
 from jaxcl.training.build import build
 from jaxcl.training.state import initial_state
 
+TITLE = "6. Uniformity of the draw"
 RATIOS = ("drawn_over_expected", "reference_over_expected")
 
 
@@ -67,24 +62,18 @@ class Tally:
         return {name: x.tolist() for name, x in found.items()}
 
 
-def measure(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> dict[str, Any]:
-    """Trains `config` with rehearsal and tallies its draws."""
-    config.strategy, config.data.placement = "er", "by_class"
-    run = build(config, devices)
+def measure(study: Study) -> Json:
+    """Trains the config with rehearsal and tallies its draws."""
+    config = changed(study.config, {"strategy": "er", "data.placement": "by_class"})
+    run = build(config, study.devices)
     assert run.buffer is not None
     shards, classes = run.mesh.size, run.train.num_classes
     tally, draws = Tally(shards, classes), 0
     state = initial_state(run.mesh, run.new_weights(jax.random.key(config.seed)), run.buffer, run.strategy)
-    for task in run.scenario.tasks:
-        loader = data.train_batches(
-            run.train,
-            task.train,
-            batch_size=config.batch_size,
-            epochs=config.epochs,
-            seed=(config.seed, task.index),
-            by_class=True,
-        )
-        begin = {"task": task.index, "task_step": 0, "steps_per_epoch": loader.steps_per_epoch}
+    for task in range(len(run.scenario.tasks)):
+        loader = train_batches(config, run, task)
+        assert loader is not None
+        begin = {"task": task, "task_step": 0, "steps_per_epoch": loader.steps_per_epoch}
         numbers = {name: mesh_lib.replicate(run.mesh, np.int32(value)) for name, value in begin.items()}
         state = dataclasses.replace(state, **numbers)
         for batch in loader:
@@ -112,7 +101,7 @@ def _count(shard: np.ndarray, label: np.ndarray, shards: int, classes: int) -> n
     return np.bincount(shard * classes + label, minlength=shards * classes).reshape(shards, classes)
 
 
-def picture(found: dict[str, Any]) -> Figure:
+def picture(found: Json) -> Figure:
     """Rows drawn over rows expected, by shard and by class: measured, and by the reference's rule on the same fills."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, axis in zip(figure.subplots(1, 2), ("shard", "class"), strict=True):
@@ -127,41 +116,21 @@ def picture(found: dict[str, Any]) -> Figure:
     return figure
 
 
-def lines(found: dict[str, Any]) -> str:
+def table(found: Json) -> str:
     """By shard and by class: the largest deviation, and the range of rows drawn over rows expected."""
-
-    def of(axis: str) -> str:
+    rows = []
+    for axis in ("shard", "class"):
         x = found[axis]
-        drawn, ratio = ([r for r, e in zip(x[key], x["expected"], strict=True) if e] for key in RATIOS)
-        return (
-            f"by {axis:5s}  measured: largest |z| {np.abs(x['z']).max():.2f}"
-            f"   drawn / expected {min(drawn):.3f}..{max(drawn):.3f}"
-            f"   the reference's rule {min(ratio):.3f}..{max(ratio):.3f}"
+        ratios = ([r for r, e in zip(x[key], x["expected"], strict=True) if e] for key in RATIOS)
+        rows.append(
+            (axis, f"{np.abs(x['z']).max():.2f}", *(f"{min(ratio):.3f} to {max(ratio):.3f}" for ratio in ratios))
         )
+    return page.table(("by", "largest deviation, z", "drawn / expected", "the reference's rule / expected"), rows)
 
-    return "\n".join(of(axis) for axis in ("shard", "class"))
 
-
-def paragraph(found: dict[str, Any]) -> str:
-    """What figure 6 says, for docs/paper.md."""
+def markdown(found: Json) -> str:
     shards = found["rows_per_shard"]
     return (
-        f"{found['name']}: the draws of a running experiment whose shards differ in classes and rows, against what the stored"
-        f" rows let expect, and the reference's rule on the same fills. {found['draws']} draws,"
-        f" {sum(found['shard']['drawn']):,.0f} rows, {len(shards)} shards of {min(shards)} to {max(shards)} rows,"
-        f" {sum(x > 0 for x in found['class']['expected'])} classes:\n\n```\n{lines(found)}\n```"
+        f"{found['name']}; {found['draws']} draws, {sum(found['shard']['drawn']):,.0f} rows, {len(shards)} shards of"
+        f" {min(shards)} to {max(shards)} rows, {sum(x > 0 for x in found['class']['expected'])} classes:\n\n{table(found)}"
     )
-
-
-def main() -> None:
-    found = measure(cli.required(cli.CONFIG))
-    print(lines(found))
-    if cli.JSON.value:
-        path = pathlib.Path(cli.JSON.value)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found | environment(), indent=1) + "\n")
-        picture(found).savefig(path.with_suffix(".png"), dpi=150)
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -1,0 +1,104 @@
+"""What all studies share: the grid, its records and its result files; every setting that a study names is allowed."""
+
+import importlib
+import json
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import experiments.paper
+import experiments.studies
+from experiments.studies import exchange_accuracy, grid
+from experiments.studies.grid import Grid, Setting
+from jaxcl.errors import UserError
+from jaxcl.training.config import check_config
+from tests.whole import REPO, small
+
+
+def test_all_commands_can_be_imported_together():
+    """absl refuses a flag that two modules define."""
+    for package in (experiments.studies, experiments.paper):
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def counting(made, config, folders, **options):
+    """As `train_seeds`, without training."""
+    made.append((config.batch_size, sorted(folders), len(options["devices"]), options["overwrite"]))
+    return [{"seed": seed, "average_accuracy": 0.5 + seed / 10} for seed in folders]
+
+
+def test_a_record_holds_the_label_and_what_is_read_of_every_seed(tmp_path, capsys):
+    made = []
+
+    def train(*arguments, **options):
+        return counting(made, *arguments, **options)
+
+    one = Grid(small(), tmp_path, seeds=2, train=train, options={"overwrite": True})
+    settings = [Setting("a", {"batch_size": 8}, {"b": 8}, devices=1), Setting("c", {}, {"b": 16})]
+    found = one.records(settings, lambda runs: grid.each(runs, "average_accuracy"))
+    assert found == [{"b": b, "average_accuracy": [0.5, 0.6]} for b in (8, 16)]
+    assert made == [(8, [0, 1], 1, True), (16, [0, 1], len(one.devices), True)]
+    assert "1 of 2" in capsys.readouterr().out and one.config == small()
+    one.records(settings, lambda runs: {"average_accuracy": []} | grid.each(runs, "average_accuracy"))
+    assert len(made) == 2  # shared, not trained again
+
+
+def test_a_finished_run_is_read_by_the_next_study(tmp_path):
+    first = Grid(small(epochs=1), tmp_path, options={"progress": False}).runs("place", {"strategy": "incremental"})
+    path = tmp_path / "place" / "seed_0" / "result.json"
+    stamp = path.stat().st_mtime_ns
+    again = Grid(small(epochs=1), tmp_path, seeds=2, options={"progress": False})
+    both = again.runs("place", {"strategy": "incremental"})
+    assert path.stat().st_mtime_ns == stamp and [run["seed"] for run in both] == [0, 1]
+    assert both[0]["accuracy_matrix"] == first[0]["accuracy_matrix"]
+
+
+def test_a_field_that_does_not_exist_is_refused():
+    assert grid.changed(small(), {"model.options": {"hidden": (4,)}}).model.options.to_dict() == {"hidden": (4,)}
+    for field in ("buffer.capacty", "batch", "seed.x"):
+        with pytest.raises(UserError, match=rf"^config.{field}: no such field"):
+            grid.changed(small(), {field: 1})
+
+
+def test_a_result_file_has_a_record_a_line(tmp_path):
+    found = {"name": "é", "settings": [{"x": [1, 2]}, {"x": {"y": 1}}], "parts": {"one": {"settings": [{"z": 0.1}]}}}
+    grid.write(tmp_path / "new" / "a.json", found)
+    text = (tmp_path / "new" / "a.json").read_text()
+    back = json.loads(text)
+    assert {name: back[name] for name in found} == found and "command" in back and "é" in text
+    lines = [line.strip().rstrip(",") for line in text.splitlines()]
+    assert '{"x": [1, 2]}' in lines and '{"z": 0.1}' in lines
+
+
+def test_every_setting_of_the_exchanges_is_allowed():
+    config = importlib.import_module("configs.split_mnist").get_config()
+    settings = list(exchange_accuracy.settings([]))
+    assert len({one.place for one in settings}) == len(settings) == 6
+    for one in settings:
+        check_config(grid.changed(config, one.fields), 8)
+    with pytest.raises(UserError, match=r"^--models: 'x' is not allowed"):
+        list(exchange_accuracy.settings(["x"]))
+
+
+def command(module, *more):
+    line = [sys.executable, "-m", f"experiments.studies.{module}", *more]
+    return subprocess.run(line, cwd=REPO, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_mistakes_cost_one_line(tmp_path):
+    flags = ("--config=configs/digits.py", f"--workdir={tmp_path}")
+    for module, more, error in (
+        ("repeats", flags, "error: config.data.source: 'digits' is not allowed here, give npz:FILE"),
+        ("repeats", (*flags, "--seeds=1"), "error: --seeds: 1 is not allowed, give at least 2"),
+        (
+            "memory_modes",
+            (*flags, "--devices=2", "--counts=4"),
+            "error: --counts: 4 is not allowed, give 2 to 2 devices",
+        ),
+        ("references", ("--protocol=nothing",), "error: --protocol: there is no configs/nothing.py"),
+    ):
+        done = command(module, *more)
+        assert done.returncode == 2 and done.stderr.startswith(error) and done.stderr.count("\n") == 1
