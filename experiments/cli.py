@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from jaxcl import mesh
 from jaxcl.errors import PeerLost, RunError, UserError
+from jaxcl.runs import control
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file, e.g. configs/digits.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
@@ -93,6 +94,7 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
     """
 
     def start(argv: list[str]) -> None:
+        control.end_at_sigterm()
         try:
             if len(argv) > 1 and not positional:
                 raise UserError(f"argument {argv[1]!r} is not understood; flags have the form --name=value")
@@ -100,7 +102,7 @@ def run(main: Callable[..., None], *, positional: bool = False) -> None:
                 mesh.use_fake_devices(DEVICES.value)
             explicit = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
             if DISTRIBUTED.value or any(value is not None for value in explicit):
-                mesh.join_processes(*explicit, heartbeat_seconds=HEARTBEAT.value)
+                mesh.join_processes(*explicit, heartbeat_seconds=HEARTBEAT.value, stall_seconds=STALL.value)
             _log_lines()
             main(argv[1:]) if positional else main()
         except (UserError, RunError) as error:

@@ -218,8 +218,9 @@ def _run_rounds(config: ConfigDict, run: Contrastive, lanes: Lanes[ContrastiveSt
             with phases("evaluate"):
                 scores = evaluate(config, run, state)
             session.log.write("evaluation", at.step, scores)
+            at.evaluations.append({"step": at.step, **scores})
             bar.set_postfix({name: f"{100 * scores[name]:.1f} %" for name in ("left_to_right@5", "right_to_left@5")})
-            at.images += config.epochs // config.eval.rounds * len(run.train)
+            at.counts["images"] = (part + 1) * (config.epochs // config.eval.rounds) * len(run.train)
             lanes.stand(task=part + 1, iterator=None)
             session.save(state)
             if at.task < config.eval.rounds:
@@ -231,10 +232,10 @@ def _run_rounds(config: ConfigDict, run: Contrastive, lanes: Lanes[ContrastiveSt
         "negatives": config.negatives,
         "seed": config.seed,
         "steps": at.step,
-        "images": at.images,
+        "images": at.counts["images"],
         "pairs": {"train": len(run.train), "test": len(run.test)},
         "bytes_per_device": sizes,
-        "evaluations": session.log.lines("evaluation"),
+        "evaluations": at.evaluations,
         **conditions(config, run.mesh),
     }
 

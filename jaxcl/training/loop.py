@@ -200,7 +200,7 @@ def _run_tasks(lanes: Lanes[TrainState], run: Experiment, progress: bool) -> lis
                 state = train_steps(lanes, review_step, state, again, bar)
                 if not run.review.renews_weights:
                     for session, loader in zip(lanes.sessions, again, strict=True):
-                        session.progress.tuned.append(loader.rows_per_epoch)
+                        session.progress.counts.setdefault("tuned", []).append(loader.rows_per_epoch)
                     state = renewed(state, course.new_weights(task.index), False)
             if own and run.strategy.end_task is not None:
                 state = course.end(end_task, state, task.index)

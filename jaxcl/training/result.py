@@ -55,10 +55,13 @@ def record(
                 return [session]
             sessions.append(session)
         results = run(sessions)
-        for session, result, folder in zip(sessions, results, folders, strict=True):
-            result |= times(result["images"], session)
-            if jax.process_index() == 0:
-                files.write_json(folder / "result.json", result)
+        results = [
+            files.sealed(result | times(result["images"], session))
+            for session, result in zip(sessions, results, strict=True)
+        ]
+        if jax.process_index() == 0:
+            for folder, result in zip(folders, results, strict=True):
+                workdir.finish(folder, result)
     return results
 
 
@@ -78,16 +81,16 @@ def add_scores(at: Progress, scores: dict[str, np.ndarray]) -> dict[str, list[fl
         name: scores[name].tolist() for name in ("accuracy", "top5", "error") if name in scores
     }
     for name, row in rows.items():
-        getattr(at, name).append(row)
+        at.scores[name].append(row)
     return rows
 
 
 def count_rows(config: ConfigDict, run: Experiment, at: Progress, state: TrainState, loader: Loader, task: int) -> None:
     """Adds to the progress what a task has trained on, `state` being the one in which its steps end."""
-    at.images += config.epochs * loader.rows_per_epoch
+    at.counts["images"] = at.counts.get("images", 0) + config.epochs * loader.rows_per_epoch
     if run.buffer is not None and state.buffer is not None:
         stored = run.buffer.stats(state.buffer)["rows_per_shard"]
-        at.replayed.append(draws_per_epoch(config, run.buffer, stored, loader.steps_per_epoch))
+        at.counts.setdefault("replayed", []).append(draws_per_epoch(config, run.buffer, stored, loader.steps_per_epoch))
 
 
 def summarize(
@@ -104,7 +107,7 @@ def summarize(
         "evaluated_on": "validation" if config.data.validation else "test",
         **(_errors(at, untrained) if run.train.targets else _accuracies(run, at, scores, untrained)),
         "steps": at.step,
-        "images": at.images,
+        "images": at.counts["images"],
         "buffer": _buffer_report(run.buffer, state),
         "replay": None if run.buffer is None else _replay_report(config, at),
         **conditions(config, run.mesh),
@@ -127,18 +130,18 @@ def conditions(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 def _accuracies(run: Experiment, at: Progress, scores: dict[str, np.ndarray], untrained: Any) -> dict[str, Any]:
     return {
-        "accuracy_matrix": at.accuracy,
-        **metrics.summarize(at.accuracy),
-        **_top5(at.top5, run.train.num_classes),
-        "forward_transfer": metrics.forward_transfer(at.accuracy, untrained),
+        "accuracy_matrix": at.scores["accuracy"],
+        **metrics.summarize(at.scores["accuracy"]),
+        **_top5(at.scores["top5"], run.train.num_classes),
+        "forward_transfer": metrics.forward_transfer(at.scores["accuracy"], untrained),
         **_last(scores),
     }
 
 
 def _errors(at: Progress, untrained: Any) -> dict[str, Any]:
     return {
-        "error_matrix": at.error,
-        **metrics.summarize_errors(at.error),
+        "error_matrix": at.scores["error"],
+        **metrics.summarize_errors(at.scores["error"]),
         "untrained_error": untrained.tolist(),
     }
 
@@ -161,8 +164,8 @@ def _top5(matrix: list[list[float]], num_classes: int) -> dict[str, Any]:
 
 def _replay_report(config: ConfigDict, at: Progress) -> dict[str, Any]:
     """Rows that an epoch of each task replays, and one of each fine-tuning, from the second task on, passes over."""
-    tuned = {"finetune_rows_per_epoch": at.tuned} if config.finetune.epochs else {}
-    return {"form": config.buffer.replay, "draws_per_epoch": at.replayed, **tuned}
+    tuned = {"finetune_rows_per_epoch": at.counts.get("tuned", [])} if config.finetune.epochs else {}
+    return {"form": config.buffer.replay, "draws_per_epoch": at.counts.get("replayed", []), **tuned}
 
 
 def _buffer_report(buffer: Buffer | None, state: TrainState) -> dict[str, Any] | None:

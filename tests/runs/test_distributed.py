@@ -134,7 +134,7 @@ def test_a_mistake_ends_all_processes_with_one_line(tmp_path):
     for status, errors in map(runs.wait, runs.start_all(tmp_path, 2, 2)):
         assert status == 2
         assert [line for line in errors.splitlines() if "Gloo" not in line] == [
-            error for error in errors.splitlines() if error.startswith("error: workdir: ") and "another config" in error
+            error for error in errors.splitlines() if error.startswith("error: workdir: ") and "is damaged" in error
         ]
 
 
