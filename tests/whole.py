@@ -63,13 +63,17 @@ def start(workdir: pathlib.Path, *more: str, **changes: Any) -> subprocess.Popen
     return command("experiments.train", workdir, *flags(changes), *more)
 
 
+def free_address() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
 def start_all(
     workdir: pathlib.Path, processes: int, devices: int, *more: str, **changes: Any
 ) -> list[subprocess.Popen]:
     """The same command for each of several processes of this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     own = (f"--coordinator={address}", f"--num_processes={processes}", f"--devices={devices}")
     return [start(workdir, *own, f"--process_id={i}", *more, **changes) for i in range(processes)]
 

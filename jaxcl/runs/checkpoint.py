@@ -62,7 +62,12 @@ def newest(folder: pathlib.Path) -> dict[str, Any] | None:
         aside = path.with_name(path.name + ASIDE)
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
-        _log.warning("checkpoint %s is damaged (%s): set aside as %s, the one before it is used if there is any", path, damage, aside.name)
+        _log.warning(
+            "checkpoint %s is damaged (%s): set aside as %s, the one before it is used if there is any",
+            path,
+            damage,
+            aside.name,
+        )
     return None
 
 

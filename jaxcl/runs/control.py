@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxcl.errors import Preempted
 
 GO_ON, SAVE, STOP = 0, 1, 2  # wishes; the strongest of all processes counts
 LAG = 2  # steps between a wish and its fulfilment, in a run of several processes
+_ending = threading.Lock()
 
 
 def end_at_sigterm() -> None:
@@ -42,7 +43,9 @@ def _end_when_told(reader: int) -> None:
             _end(number[0], None)
 
 
-def _end(number: int, frame: FrameType | None) -> NoReturn:
+def _end(number: int, frame: FrameType | None) -> None:
+    if not _ending.acquire(blocking=False):  # the other thread, or a second signal
+        return
     print("error: SIGTERM: told to stop while nothing was being trained; start again", file=sys.stderr, flush=True)
     os._exit(Preempted.status)
 

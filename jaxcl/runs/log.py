@@ -54,8 +54,9 @@ def restore(workdir: pathlib.Path, saved: Sequence[int] | None) -> None:
 
 def _is_whole(line: bytes) -> bool:
     try:
-        return line.endswith(b"\n") and "kind" in json.loads(line)
-    except (ValueError, TypeError, RecursionError):
+        value = json.loads(line)
+        return line.endswith(b"\n") and isinstance(value, dict) and "kind" in value
+    except (ValueError, RecursionError):
         return False
 
 
