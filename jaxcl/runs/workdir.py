@@ -88,7 +88,7 @@ def claim(workdir: pathlib.Path, config: ConfigDict, overwrite: bool = False) ->
                 )
             _log.warning("%s: made anew from checkpoint %s", damage, found["name"])
         files.write_json(workdir / CONFIG, {"jaxcl": jaxcl.__version__, **resolved(config)})
-        log.restore(workdir, found and found["run"]["log"])
+        log.restore(workdir, found["run"]["log"] if found else None)
         return Claim(None, found)
 
 
