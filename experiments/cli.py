@@ -22,6 +22,7 @@ from jaxcl import fields as fields_lib
 from jaxcl import mesh
 from jaxcl.check import NOT_NEGATIVE, POSITIVE, Rule, at_least, between, check
 from jaxcl.errors import PeerLost, RunError, UserError
+from jaxcl.runs import control
 from jaxcl.training import config as training
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file, e.g. configs/digits.py")
@@ -113,6 +114,7 @@ def run(main: Callable[..., None], *, positional: bool = False, fields: fields_l
     """
 
     def start(argv: list[str]) -> None:
+        control.end_at_sigterm()
         try:
             if HELP_CONFIG.value:
                 print(fields_lib.text(fields or training.fields(), shutil.get_terminal_size((120, 0)).columns))
@@ -156,7 +158,7 @@ def _begin(argv: list[str], positional: bool) -> None:
         mesh.use_fake_devices(DEVICES.value)
     explicit = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if DISTRIBUTED.value or any(value is not None for value in explicit):
-        mesh.join_processes(*explicit, heartbeat_seconds=HEARTBEAT.value)
+        mesh.join_processes(*explicit, heartbeat_seconds=HEARTBEAT.value, stall_seconds=STALL.value)
     _log_lines()
 
 

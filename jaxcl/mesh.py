@@ -4,17 +4,21 @@ jaxcl is data-parallel: one mesh axis, `AXIS`, over every device of every proces
 `P()`, what is sharded by rows `P(AXIS)`.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxcl.errors import UserError
+from jaxcl.errors import PEER_LOST, PeerLost, UserError
 from jaxcl.types import PyTree
 
 AXIS = "data"
@@ -47,17 +51,22 @@ def join_processes(
     process_id: int | None = None,
     *,
     heartbeat_seconds: int = 100,
+    stall_seconds: float | None = None,
 ) -> None:
-    """Makes this process one of several that train together; must run before the first JAX computation.
+    """Makes this process one of several that train together, and returns when all have met.
+
+    Must run before the first JAX computation, and after `use_fake_devices`.
 
     Args:
       coordinator: HOST:PORT of process 0, as all processes reach it. With None for all three, JAX finds out on a Cloud TPU pod,
         under SLURM, Open MPI and (with the package `kubernetes`) in an indexed job of Kubernetes.
       num_processes, process_id: how many, and which of 0..num_processes-1 this is.
       heartbeat_seconds: how long the others wait for a process that sends no sign of life before they end.
+      stall_seconds: how long to wait for the others to come; None or 0: for ever. This process then ends, as `within` says.
 
     Raises:
-      UserError: an argument is missing or out of range, nothing was found out, or the coordinator does not answer.
+      UserError: an argument is missing or out of range, or nothing was found out.
+      PeerLost: another process died meanwhile.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -67,33 +76,78 @@ def join_processes(
         )
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise UserError(f"--process_id: {process_id} is not allowed, give 0 to num_processes - 1 = {num_processes - 1}")
+    if coordinator is not None and not _is_address(coordinator):
+        raise UserError(f"--coordinator: {coordinator!r} is not allowed, give HOST:PORT with a port from 1 to 65535")
     if heartbeat_seconds < 1:
         raise UserError(f"--heartbeat_seconds: {heartbeat_seconds} is not allowed, give at least 1")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of the CPU backend alone
     jax.config.update("jax_enable_preemption_service", False)  # its handler of SIGTERM would replace ours
+    who = "this process" if process_id is None else f"process {process_id} of {num_processes}"
+    problem = f"{who}: not all processes were started and met within {stall_seconds or 0:g} s"
     try:
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            heartbeat_timeout_seconds=heartbeat_seconds,
-            initialization_timeout=300,
-        )
+        with within(stall_seconds, problem):
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                heartbeat_timeout_seconds=heartbeat_seconds,
+                # Its end would be an abort with a native trace: later than ours.
+                initialization_timeout=int(min(stall_seconds or 10**6, 10**6)) + 60,
+            )
+            jax.devices()  # the processes tell each other of theirs
     except (RuntimeError, ValueError) as error:
         text = " ".join(str(error).split())
+        if "UNAVAILABLE" in text or "DEADLINE_EXCEEDED" in text:
+            raise PeerLost(f"{who}: another process has died: {text}; start the run again") from error
         raise UserError(
             f"{'--distributed' if missing else '--coordinator'}: the processes cannot be joined: {text}"
         ) from error
 
 
-def from_first(call: Callable[[], Any]) -> Any:
+def _is_address(text: str) -> bool:
+    found = re.fullmatch(r"\S+:([0-9]{1,5})", text)
+    return found is not None and 1 <= int(found[1]) <= 65535
+
+
+@contextlib.contextmanager
+def within(seconds: float | None, problem: str) -> Iterator[None]:
+    """What is done within waits for other processes. If it takes longer, this process ends by `end_lost`, since nothing in it
+    can end such a wait. None or 0: for ever."""
+    timer = threading.Timer(seconds or 0, end_lost, [problem])
+    timer.daemon = True
+    if seconds:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def end_lost(problem: str) -> NoReturn:
+    """Ends this process, one of several, with one line and the status of `PeerLost`."""
+    print(
+        f"error: {problem}; another process has died or hangs (see its log). "
+        "Start the run again to continue from its last checkpoint.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(PEER_LOST)
+
+
+def from_first(call: Callable[[], Any], stall_seconds: float | None = None) -> Any:
     """What `call` returns on process 0, as JSON gives it back, on every process; every process must take part.
+
+    Args:
+      stall_seconds: how long the processes wait for each other to begin, see `within`; the call itself may take its time.
 
     Raises:
       UserError: that of process 0, on every process.
     """
     if jax.process_count() == 1:
         return call()
+    who = f"process {jax.process_index()} of {jax.process_count()}"
+    with within(stall_seconds, f"{who}: not all processes were ready to train within {stall_seconds or 0:g} s"):
+        multihost_utils.sync_global_devices("from_first")
     text = b""
     if jax.process_index() == 0:
         try:

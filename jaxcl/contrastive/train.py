@@ -225,8 +225,9 @@ def run_rounds(config: ConfigDict, parts: Parts, lanes: Lanes[ContrastiveState],
             with phases("evaluate"):
                 scores = evaluate(config, parts, state)
             session.log.write("evaluation", at.step, scores)
+            at.evaluations.append({"step": at.step, **scores})
             bar.set_postfix({name: f"{100 * scores[name]:.1f} %" for name in ("left_to_right@5", "right_to_left@5")})
-            at.images += config.epochs // config.eval.rounds * len(parts.train)
+            at.counts["images"] = (number + 1) * (config.epochs // config.eval.rounds) * len(parts.train)
             lanes.stand(task=number + 1, iterator=None)
             session.save(state)
             if at.task < config.eval.rounds:
@@ -238,10 +239,10 @@ def run_rounds(config: ConfigDict, parts: Parts, lanes: Lanes[ContrastiveState],
         "negatives": config.negatives,
         "seed": config.seed,
         "steps": at.step,
-        "images": at.images,
+        "images": at.counts["images"],
         "pairs": {"train": len(parts.train), "test": len(parts.test)},
         "bytes_per_device": sizes,
-        "evaluations": session.log.lines("evaluation"),
+        "evaluations": at.evaluations,
         **conditions(config, parts.mesh),
     }
 

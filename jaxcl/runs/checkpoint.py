@@ -1,19 +1,17 @@
 """Checkpoints: the whole state of a run, written while it goes on, usable whenever the process is killed.
 
 A checkpoint is a folder `TASK-INDEX` with the arrays, written by Orbax, and manifest.json, written last: the state of the run
-that is not an array, and the size and checksum of every file. A folder without a manifest is an interrupted save and is removed
-at the next start; one whose files do not match its manifest is set aside and the one before it used. Older ones are
-removed only after a new one is complete and on disk.
+that is not an array, the config, the version of jaxcl, and the size and checksum of every file. A folder without a manifest
+is an interrupted save and is removed at the next start; one whose files do not match its manifest is set aside and the one
+before it used. Older ones are removed only after a new one is complete and on disk.
 """
 
-import json
 import logging
 import os
 import pathlib
 import shutil
 import sys
 import threading
-import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+import jaxcl
 from jaxcl.errors import PeerLost, RunError, StorageError, UserError
 from jaxcl.runs import files
 from jaxcl.types import PyTree
@@ -51,19 +50,23 @@ def newest(folder: pathlib.Path) -> dict[str, Any] | None:
     if not folder.is_dir():
         return None
     paths = sorted((path for path in folder.iterdir() if path.suffix != ASIDE), reverse=True)
-    whole = [path for path in paths if (path / MANIFEST).is_file()]
+    whole = [path for path in paths if (path / MANIFEST).exists()]
     for path in paths:
         if path not in whole:
             shutil.rmtree(path, ignore_errors=True)
     for path in whole:
-        problem = _damage(path)
-        if problem is None:
-            return {"name": path.name, **json.loads((path / MANIFEST).read_text())}
+        try:
+            return {"name": path.name, **_checked(path)}
+        except files.Damaged as error:
+            damage = error
         aside = path.with_name(path.name + ASIDE)
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
         _log.warning(
-            "checkpoint %s is damaged (%s): set aside as %s, the one before is used", path, problem, aside.name
+            "checkpoint %s is damaged (%s): set aside as %s, the one before it is used if there is any",
+            path,
+            damage,
+            aside.name,
         )
     return None
 
@@ -74,10 +77,12 @@ class Checkpoints:
     Args:
       folder: on a file system that all processes share.
       keep: how many to keep, at least 1; two or more survive damage to the newest.
+      config: the resolved config of the run, for the manifests.
     """
 
-    def __init__(self, folder: str | pathlib.Path, keep: int):
+    def __init__(self, folder: str | pathlib.Path, keep: int, config: dict[str, Any] | None = None):
         self._folder, self._keep = pathlib.Path(folder).absolute(), keep
+        self._same = {"version": jaxcl.__version__, "config": config}  # in every manifest
         # What a save takes of the processor, the training may miss: images do not compress, and plain files, one an array and
         # shard, need no gathering into few (OCDBT).
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
@@ -110,7 +115,8 @@ class Checkpoints:
             self._orbax.save(path, args=ocp.args.PyTreeSave(flat))
         except Exception as error:
             raise _failed(path, error) from error
-        self._commit_thread = threading.Thread(target=self._commit, args=(path, {"run": run, "arrays": arrays}))
+        manifest = {**self._same, "run": run, "arrays": arrays}
+        self._commit_thread = threading.Thread(target=self._commit, args=(path, manifest))
         self._commit_thread.start()
 
     def check(self) -> None:
@@ -192,9 +198,8 @@ class Checkpoints:
                 beside = path.with_name(path.name + ROWS)
                 if beside.is_dir():
                     beside.rename(path / ROWS)
-                checksums = {str(file.relative_to(path)): _checksum(file, sync=True) for file in _files(path)}
-                manifest = {**manifest, "files": checksums}
-                files.write_json(path / MANIFEST, {**manifest, "checksum": _text_checksum(manifest)})
+                checksums = {str(file.relative_to(path)): files.checksum(file, sync=True) for file in _files(path)}
+                files.write_json(path / MANIFEST, files.sealed({**manifest, "files": checksums}))
                 files.sync_folder(self._folder)
                 whole = sorted(p for p in self._folder.iterdir() if p.suffix != ASIDE and (p / MANIFEST).is_file())
                 for old in whole[: -self._keep]:
@@ -218,31 +223,20 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
     return sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
 
 
-def _checksum(file: pathlib.Path, sync: bool = False) -> list[int]:
-    """[size, CRC-32] of a file."""
-    size = crc = 0
-    with file.open("rb+" if sync else "rb") as stream:
-        while block := stream.read(1 << 20):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-        if sync:
-            os.fsync(stream.fileno())
-    return [size, crc]
+def _checked(path: pathlib.Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
 
-
-def _text_checksum(manifest: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
-
-
-def _damage(path: pathlib.Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None if they are as they were written."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        if manifest.pop("checksum") != _text_checksum(manifest):
-            return f"{MANIFEST} has other contents"
-        for name, (size, crc) in manifest["files"].items():
-            found = _checksum(path / name)
-            if found != [size, crc]:
-                return f"{name} has {found[0]} of {size} bytes" if found[0] != size else f"{name} has other contents"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+    Raises:
+      Damaged: it, or a file it names, is not as it was written.
+    """
+    manifest = files.read_sealed(path / MANIFEST)
+    for name, (size, crc) in manifest["files"].items():
+        try:
+            found = files.checksum(path / name)
+        except OSError as error:
+            raise files.Damaged(f"{name}: {error.strerror}") from error
+        if found[0] != size:
+            raise files.Damaged(f"{name} has {found[0]} of {size} bytes")
+        if found[1] != crc:
+            raise files.Damaged(f"{name} has other contents")
+    return manifest

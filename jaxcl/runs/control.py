@@ -17,15 +17,42 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl import mesh as mesh_lib
-from jaxcl.errors import PEER_LOST
+from jaxcl.errors import Preempted
 
 GO_ON, SAVE, STOP = 0, 1, 2  # wishes; the strongest of all processes counts
 LAG = 2  # steps between a wish and its fulfilment, in a run of several processes
+_ending = threading.Lock()
+
+
+def end_at_sigterm() -> None:
+    """From now on SIGTERM ends this process at once with one line and the status of `Preempted`, but while a session is open.
+
+    For commands; to be called in the main thread. Another thread ends the process, since in the main one Python handles no
+    signal while JAX waits for other processes or compiles.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGTERM, _end)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_end_when_told, args=(reader,), name="sigterm", daemon=True).start()
+
+
+def _end_when_told(reader: int) -> None:
+    while number := os.read(reader, 1):  # of every signal that Python handles
+        if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is _end:
+            _end(number[0], None)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    if not _ending.acquire(blocking=False):  # the other thread, or a second signal
+        return
+    print("error: SIGTERM: told to stop while nothing was being trained; start again", file=sys.stderr, flush=True)
+    os._exit(Preempted.status)
 
 
 class Preemption:
-    """Remembers a SIGTERM while it is entered; in a thread other than the main one, where Python allows no handler, does
-    nothing."""
+    """Remembers a SIGTERM while it is entered, until the run is at a step where it can be saved. In a thread other than the
+    main one, where Python allows no handler, it does nothing."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -109,11 +136,7 @@ class Watchdog:
         while not self._end.wait(1.0):
             self._idle += 1
             if self._idle > self._limit:
-                print(
-                    f"error: process {jax.process_index()} of {jax.process_count()}: nothing was finished for "
-                    f"{self._limit:g} s after {self._what}; another process has died or hangs (see its log). "
-                    "Start the run again to continue from its last checkpoint.",
-                    file=sys.stderr,
-                    flush=True,
+                mesh_lib.end_lost(
+                    f"process {jax.process_index()} of {jax.process_count()}: nothing was finished for "
+                    f"{self._limit:g} s after {self._what}"
                 )
-                os._exit(PEER_LOST)

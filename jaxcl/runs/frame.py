@@ -47,10 +47,13 @@ def in_sessions(
                 return [session]
             sessions.append(session)
         results = carry_out(sessions)
-        for session, result, folder in zip(sessions, results, folders, strict=True):
-            result |= times(result["images"], session)
-            if jax.process_index() == 0:
-                files.write_json(folder / "result.json", result)
+        results = [
+            files.sealed(result | times(result["images"], session))
+            for session, result in zip(sessions, results, strict=True)
+        ]
+        if jax.process_index() == 0:
+            for folder, result in zip(folders, results, strict=True):
+                workdir.finish(folder, result)
     return results
 
 

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import json
 import logging
 import pathlib
 import time
@@ -17,6 +18,7 @@ from jaxcl import mesh as mesh_lib
 from jaxcl.buffer.host import Pending, Store
 from jaxcl.errors import Diverged, Preempted
 from jaxcl.runs import checkpoint, control, workdir
+from jaxcl.runs.log import Log
 
 T = TypeVar("T")
 _log = logging.getLogger("jaxcl")
@@ -56,11 +58,11 @@ class Progress:
       task: the present task.
       rehearsing: whether the task's own batches are done, and those of its `Review` are on.
       iterator: state of the iterator over the present batches; None before the first of them.
-      images: trained on in the tasks that are done.
-      counts: name -> numbers of each task that is done, as training keeps them.
-      scores: name -> a row of scores for each task that is done.
+      scores: by their name, a row of numbers for each task that is done.
+      evaluations: whatever else was found, an entry for each evaluation that is done.
+      counts: what the learner counts, by names of its own; for JSON.
       seconds, phases: wall seconds of the run, over all its sessions.
-      metrics_size: bytes of metrics.jsonl; None before the first checkpoint.
+      log: see `Log.saved`.
       devices, processes: of the session that saved it.
     """
 
@@ -68,14 +70,21 @@ class Progress:
     task: int = 0
     rehearsing: bool = False
     iterator: dict[str, Any] | None = None
-    images: int = 0
-    counts: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     scores: dict[str, list[list[float]]] = dataclasses.field(default_factory=dict)
+    evaluations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    counts: dict[str, Any] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     phases: dict[str, float] = dataclasses.field(default_factory=dict)
-    metrics_size: int | None = None
+    log: list[int] = dataclasses.field(default_factory=list)
     devices: int = 0
     processes: int = 1
+
+    def __post_init__(self) -> None:
+        self.scores = collections.defaultdict(list, self.scores)
+
+    def saved(self) -> dict[str, Any]:
+        """A copy as JSON gives it back, from which `Progress(**...)` is made again."""
+        return json.loads(json.dumps(vars(self)))
 
     @property
     def name(self) -> str:
@@ -119,9 +128,11 @@ class Session:
         self._preemption = stack.enter_context(control.Preemption())
         self._watchdog = control.Watchdog(stall_seconds)
         stack.callback(self._watchdog.close)
-        self.checkpoints = checkpoint.Checkpoints(folder / "checkpoints", config.checkpoint.keep)
+        self.checkpoints = checkpoint.Checkpoints(
+            folder / workdir.CHECKPOINTS, config.checkpoint.keep, workdir.resolved(config)
+        )
         stack.callback(self.checkpoints.close)
-        self.log = workdir.Log(folder, jax.process_index() == 0, self.progress.metrics_size, self.progress.step)
+        self.log = Log(folder, jax.process_index() == 0, self.progress.step if found else None)
         stack.callback(self.log.close)
         self._stack, self._store = stack, None  # type: tuple[contextlib.ExitStack, Store | None]
 
@@ -172,12 +183,12 @@ class Session:
             if not self._finite(state.params):
                 raise Diverged(diverged("a parameter is not finite", at.step, at.task))
             at.seconds, at.phases = self.seconds(), dict(self.phases.seconds)
-            at.metrics_size = self.log.size()
+            at.log = self.log.saved()
             at.devices, at.processes = self._mesh.size, jax.process_count()
             if self._store is not None:
                 failure = self._store.settle()
             rows = {} if self._store is None else self._store.payload()
-            self.checkpoints.save(at.name, state, dataclasses.asdict(at), rows)
+            self.checkpoints.save(at.name, state, at.saved(), rows)
             if failure is not None:
                 self.checkpoints.wait()
                 raise failure
@@ -215,20 +226,18 @@ def open_session(
     Args:
       begin: `time.perf_counter()` at the beginning of the run.
       overwrite: remove what an earlier run left there.
-      stall_seconds: see `control.Watchdog`.
+      stall_seconds: how long to wait for the other processes, here and later, see `control.Watchdog`.
 
     Raises:
-      UserError: the folder is in use, holds another config's run, or cannot be written.
+      UserError: the folder is in use, or see `workdir.claim`.
     """
     with contextlib.ExitStack() as stack:
 
         def claim() -> dict[str, Any]:
             stack.enter_context(workdir.locked(folder))
-            finished = workdir.claim(folder, config, overwrite)
-            found = None if finished else checkpoint.newest(folder / "checkpoints")
-            return {"config": workdir.resolved(config), "finished": finished, "found": found}
+            return {"config": workdir.resolved(config), **workdir.claim(folder, config, overwrite)._asdict()}
 
-        opened = mesh_lib.from_first(claim)
+        opened = mesh_lib.from_first(claim, stall_seconds)
         workdir.check_same(opened["config"], config, "process 0 was started with another config")
         if opened["finished"] is not None:
             yield opened["finished"]

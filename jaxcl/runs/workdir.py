@@ -1,21 +1,39 @@
-"""What a run leaves in its folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/, result.json."""
+"""What a run leaves in its folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/, result.json.
+
+The config lies in config.json, in every checkpoint and in result.json, and is compared with each of them that is there.
+"""
 
 import contextlib
 import fcntl
 import json
-import os
+import logging
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+import jaxcl
 from jaxcl.errors import UserError
-from jaxcl.runs import files
+from jaxcl.runs import checkpoint, files, log
 
 # Fields that a run may change when it continues, because its result does not depend on them.
 FREE = ("config.checkpoint", "config.data.threads")
+CONFIG, RESULT, CHECKPOINTS = "config.json", "result.json", "checkpoints"
+_log = logging.getLogger("jaxcl")
+
+
+class Claim(NamedTuple):
+    """Where a run stands.
+
+    Attributes:
+      finished: what result.json holds; None if the run is not finished.
+      found: the manifest of the checkpoint to continue from; None for a run that begins or is finished.
+    """
+
+    finished: dict[str, Any] | None
+    found: dict[str, Any] | None
 
 
 def resolved(config: ConfigDict) -> dict[str, Any]:
@@ -30,11 +48,9 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     Raises:
       UserError: another process holds it, or it cannot be written.
     """
-    try:
+    with _usable(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"workdir: {workdir} cannot be used: {error}") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -45,38 +61,110 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def claim(workdir: pathlib.Path, config: ConfigDict, overwrite: bool = False) -> dict[str, Any] | None:
-    """Takes `workdir`, which must be `locked`, for a run of `config`, new or to be continued.
-
-    Returns:
-      The result of a finished run of the same config, else None; the folder then holds config.json.
+def claim(workdir: pathlib.Path, config: ConfigDict, overwrite: bool = False) -> Claim:
+    """Takes `workdir`, which must be `locked`, for a run of `config`; an unfinished one has config.json and its log then.
 
     Raises:
-      UserError: the folder holds another config's run, or cannot be written.
+      UserError: the folder holds another config's or another version's run, what it holds is damaged and cannot be made
+        anew, or it cannot be written.
     """
-    mine, path = resolved(config), workdir / "config.json"
-    try:
+    with _usable(workdir):
+        _check_names(workdir)
         if overwrite:
             clear(workdir)
-        if path.exists():
-            theirs = json.loads(path.read_text())
-            check_same(theirs, config, f"workdir: {workdir} holds another config's run", "; give another folder")
-            result = workdir / "result.json"
-            if result.exists():
-                return json.loads(result.read_text())
-        files.write_json(path, mine)
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"workdir: {workdir} cannot be used: {error}") from error
-    return None
+        _check_config(workdir, config)
+        finished, damage = _finished(workdir, config)
+        if finished is not None:
+            return Claim(finished, None)
+        found = checkpoint.newest(workdir / CHECKPOINTS)
+        if found is not None:
+            _check_version(workdir, found.get("version"))
+            _check_run(workdir, found["config"], config)
+        if damage is not None:
+            if found is None:
+                raise UserError(
+                    f"workdir: {damage}, and there is no checkpoint to make it anew; remove it to train again, "
+                    "or give another folder"
+                )
+            _log.warning("%s: made anew from checkpoint %s", damage, found["name"])
+        files.write_json(workdir / CONFIG, {"jaxcl": jaxcl.__version__, **resolved(config)})
+        log.restore(workdir, found["run"]["log"] if found else None)
+        return Claim(None, found)
+
+
+def finish(workdir: pathlib.Path, result: dict[str, Any]) -> None:
+    """Leaves result.json, which makes the run a finished one; `result` must be `files.sealed`."""
+    files.write_json(workdir / RESULT, result)
 
 
 def clear(workdir: pathlib.Path) -> None:
     """Removes a run, and nothing else, from `workdir`."""
-    for name in ("config.json", "result.json", "metrics.jsonl"):
+    for name in (CONFIG, RESULT, log.NAME):
         (workdir / name).unlink(missing_ok=True)
     for events in workdir.glob("events.out.*"):
         events.unlink()
-    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+    shutil.rmtree(workdir / CHECKPOINTS, ignore_errors=True)
+
+
+def _check_names(workdir: pathlib.Path) -> None:
+    for name in (CONFIG, RESULT, log.NAME):
+        if (workdir / name).is_dir():
+            raise UserError(f"workdir: {workdir / name} is a folder; remove it or give another workdir")
+    folder = workdir / CHECKPOINTS
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"workdir: {folder} is not a folder; remove it or give another workdir")
+
+
+def _check_config(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Compares config.json, if it is there."""
+    path = workdir / CONFIG
+    if not path.exists():
+        return
+    try:
+        theirs = files.read_json(path)
+        if not {"name", "seed", "checkpoint"} <= theirs.keys():
+            raise files.Damaged(f"{path} is damaged: it holds no config of a run")
+    except files.Damaged as error:
+        raise UserError(
+            f"workdir: {error}; remove it to continue (the checkpoints hold the config too), or give another folder"
+        ) from error
+    _check_version(workdir, theirs.pop("jaxcl", None))
+    _check_run(workdir, theirs, config)
+
+
+def _finished(workdir: pathlib.Path, config: ConfigDict) -> tuple[dict[str, Any] | None, files.Damaged | None]:
+    """What result.json holds, or how it is damaged; neither if it is not there."""
+    if not (workdir / RESULT).exists():
+        return None, None
+    try:
+        result = files.read_sealed(workdir / RESULT)
+    except files.Damaged as damage:
+        return None, damage
+    _check_run(workdir, result.get("config", {}), config)
+    return result, None
+
+
+def _check_version(workdir: pathlib.Path, version: str | None) -> None:
+    """Runs go on with the minor version that began them; before 0.2.0 none was written down."""
+    theirs, mine = version or "0.1.0", jaxcl.__version__
+    if theirs.split(".")[:2] != mine.split(".")[:2]:
+        raise UserError(
+            f"workdir: {workdir} was written by jaxcl {theirs}; this is {mine}; continue it with {theirs} "
+            "or give another folder"
+        )
+
+
+def _check_run(workdir: pathlib.Path, theirs: dict[str, Any], config: ConfigDict) -> None:
+    check_same(theirs, config, f"workdir: {workdir} holds another config's run", "; give another folder")
+
+
+@contextlib.contextmanager
+def _usable(workdir: pathlib.Path) -> Iterator[None]:
+    """Within, an OSError becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"workdir: {workdir} cannot be used: {error}") from error
 
 
 def check_same(theirs: dict[str, Any], config: ConfigDict, problem: str, advice: str = "") -> None:
@@ -101,66 +189,3 @@ def _difference(theirs: Any, mine: Any, path: str = "config") -> str | None:
                 return found
         return None
     return None if theirs == mine else f"{path} is {theirs!r} there, {mine!r} here"
-
-
-class Log:
-    """metrics.jsonl and TensorBoard events; does nothing on processes that do not write.
-
-    Args:
-      size: bytes of metrics.jsonl up to which a continued run was saved; what it wrote afterwards is dropped, since it comes
-        again. None begins anew.
-      step: of the checkpoint; TensorBoard hides what comes after it.
-    """
-
-    def __init__(self, workdir: pathlib.Path, write: bool, size: int | None = None, step: int = 0):
-        self._lines = self._events = None
-        if not write:
-            return
-        from tensorboardX import SummaryWriter
-
-        path = workdir / "metrics.jsonl"
-        if size is None:
-            for old in (*workdir.glob("events.out.*"), path):
-                old.unlink(missing_ok=True)
-        elif path.exists() and path.stat().st_size > size:
-            os.truncate(path, size)
-        self._lines = path.open("a")
-        self._events = SummaryWriter(str(workdir), flush_secs=10, purge_step=None if size is None else step + 1)
-
-    def size(self) -> int:
-        """Bytes of metrics.jsonl, all of them on disk."""
-        if self._lines is None:
-            return 0
-        os.fsync(self._lines.fileno())
-        return self._lines.tell()
-
-    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One line; scalars also go to TensorBoard as `kind/name`."""
-        if self._lines is None or self._events is None:
-            return
-        self._lines.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._lines.flush()
-        for name, value in values.items():
-            if isinstance(value, float):
-                self._events.add_scalar(f"{kind}/{name}", value, step)
-
-    def write_seconds(self, step: int, foreground: Mapping[str, float], background: Mapping[str, float]) -> None:
-        """Seconds by phase so far, of the loop and of the buffer's writer; to TensorBoard alone, as metrics.jsonl holds what
-        a repeated run has again."""
-        if self._events is not None:
-            for kind, seconds in (("foreground", foreground), ("background", background)):
-                for name, value in seconds.items():
-                    self._events.add_scalar(f"seconds_{kind}/{name}", value, step)
-
-    def lines(self, kind: str) -> list[dict[str, Any]]:
-        """What was written of this kind so far, an interrupted session's part included; [] on processes that do not write."""
-        if self._lines is None:
-            return []
-        found = map(json.loads, pathlib.Path(self._lines.name).read_text().splitlines())
-        return [{name: x for name, x in line.items() if name != "kind"} for line in found if line["kind"] == kind]
-
-    def close(self) -> None:
-        if self._lines is not None and self._events is not None:
-            self._lines.close()
-            with contextlib.suppress(OSError):  # on a full disk: what ended the run has been said
-                self._events.close()

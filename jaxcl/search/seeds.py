@@ -19,7 +19,6 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxcl.errors import UserError
-from jaxcl.runs import checkpoint
 from jaxcl.runs import workdir as workdir_lib
 from jaxcl.training import loop
 from jaxcl.training.build import build, strategy_of
@@ -74,14 +73,16 @@ def train_seeds(
         check_together(config)
     options: Any = {"devices": devices, "progress": progress, "stall_seconds": stall_seconds}
     groups: dict[str | None, list[int]] = defaultdict(list)
-    for seed, folder in folders.items():
-        groups[_standing(folder, overwrite) if together else None].append(seed)
     found: dict[int, dict[str, Any]] = {}
+    for seed, folder in folders.items():
+        finished, standing = _standing(with_seed(config, seed), folder, overwrite) if together else (None, None)
+        if finished is None:
+            groups[standing].append(seed)
+        else:
+            found[seed] = finished
     for standing, seeds in groups.items():
         configs = {seed: with_seed(config, seed) for seed in seeds}
-        if together and standing is None:  # finished
-            found |= {seed: _finished(one, folders[seed]) for seed, one in configs.items()}
-        elif standing is None or len(seeds) == 1:  # none to go with
+        if standing is None or len(seeds) == 1:  # none to go with
             for seed, one in configs.items():
                 found[seed] = loop.train_and_evaluate(one, folders[seed], overwrite=overwrite, **options)
         else:
@@ -99,20 +100,11 @@ def with_seed(config: ConfigDict, seed: int) -> ConfigDict:
     return one
 
 
-def _finished(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
-    """The result of a finished run of the config, for which no data are opened."""
-    with workdir_lib.locked(folder):
-        result = workdir_lib.claim(folder, config)
-    assert result is not None, "a run that was finished a moment ago"
-    return result
-
-
-def _standing(folder: pathlib.Path, overwrite: bool) -> str | None:
-    """The name of the checkpoint from which a run goes on, "" at its start, None if it is finished."""
+def _standing(config: ConfigDict, folder: pathlib.Path, overwrite: bool) -> tuple[dict[str, Any] | None, str]:
+    """The result of a finished run, for which no data are opened; the name of the checkpoint from which another goes on, ""
+    at its start."""
     if overwrite:
-        return ""
+        return None, ""
     with workdir_lib.locked(folder):
-        if (folder / "result.json").exists():
-            return None
-        manifest = checkpoint.newest(folder / "checkpoints")
-    return manifest["name"] if manifest else ""
+        finished, found = workdir_lib.claim(folder, config)
+    return finished, found["name"] if found else ""

@@ -29,7 +29,7 @@ def add_scores(at: Progress, scores: dict[str, np.ndarray]) -> dict[str, list[fl
 
 def count_rows(config: ConfigDict, parts: Parts, at: Progress, state: TrainState, loader: Loader) -> None:
     """Adds to the progress what a task has trained on, `state` being the one in which its steps end."""
-    at.images += config.epochs * loader.rows_per_epoch
+    at.counts["images"] = at.counts.get("images", 0) + config.epochs * loader.rows_per_epoch
     if parts.buffer is not None and state.buffer is not None:
         stored = parts.buffer.stats(state.buffer)["rows_per_shard"]
         drawn = draws_per_epoch(config, parts.buffer, stored, loader.steps_per_epoch)
@@ -56,7 +56,7 @@ def summarize(
         **(_errors(at, untrained) if parts.train.targets else _accuracies(parts, at, scores, untrained)),
         **{f"{name}_matrix": rows for name, rows in at.scores.items() if name not in NAMED},
         "steps": at.step,
-        "images": at.images,
+        "images": at.counts["images"],
         "buffer": _buffer_report(parts.buffer, state),
         "replay": None if parts.buffer is None else _replay_report(config, at),
         **conditions(config, parts.mesh),

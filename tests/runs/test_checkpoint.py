@@ -338,6 +338,38 @@ def test_an_unfinished_run_of_another_config_is_refused_unless_overwritten(tmp_p
     assert not runs.lines(tmp_path, "resume")
 
 
+def test_a_finished_run_whose_result_was_altered_leaves_the_same_result_again(tmp_path, caplog):
+    """A digit of an accuracy: not believed; the last checkpoint, from which no step is left, tells it again."""
+    train(runs.small(), tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "altered")
+    path = tmp_path / "altered" / "result.json"
+    result = json.loads(path.read_text())
+    result["accuracy_matrix"][0][0] += 0.125
+    path.write_text(json.dumps(result))
+    with caplog.at_level(logging.WARNING, "jaxcl"):
+        train(runs.small(), tmp_path / "altered")
+    assert (
+        "result.json is damaged: its checksum is that of other contents: made anew from checkpoint 0003" in caplog.text
+    )
+    runs.assert_same_run(tmp_path / "whole", tmp_path / "altered")
+    assert train(runs.small(), tmp_path / "altered") == json.loads(path.read_text())
+
+
+def test_a_run_whose_log_was_torn_continues_and_loses_no_score(tmp_path, monkeypatch, caplog):
+    whole = train(runs.small(), tmp_path / "whole")
+    runs.stop_at(monkeypatch, [whole["steps"] - 2])
+    with pytest.raises(Preempted):
+        train(runs.small(), tmp_path / "torn")
+    path = tmp_path / "torn" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:300])
+    with caplog.at_level(logging.WARNING, "jaxcl"):
+        result = train(runs.small(), tmp_path / "torn")
+    assert "metrics.jsonl is damaged" in caplog.text
+    assert result["accuracy_matrix"] == whole["accuracy_matrix"]
+    kept = runs.lines(tmp_path / "torn", "train", "evaluation")  # every line is whole
+    assert 1 < len(kept) < len(runs.lines(tmp_path / "whole", "train", "evaluation"))
+
+
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_the_last_checkpoint_is_whole(tmp_path):
     """On a file system of its own, a few megabytes large, filled up between two checkpoints; the command, as a user sees it."""
@@ -414,8 +446,37 @@ def test_the_command_says_what_ended_it_with_its_status(tmp_path):
     runs.assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
+def test_sigterm_before_the_first_step_is_answered(tmp_path):
+    """While data are read and programs compiled: ends with one line and 75, and the run goes on from there."""
+    for moment in (lambda: True, (tmp_path / "run" / "config.json").exists):
+        process = runs.start(tmp_path / "run", "--devices=2")
+        runs.until(lambda: _heeds_sigterm(process.pid), process)  # noqa: B023
+        runs.until(moment, process)
+        process.send_signal(signal.SIGTERM)
+        status, errors = runs.wait(process)
+        assert status == 75, errors
+        assert [line[:14] for line in errors.splitlines() if line.startswith("error")] == ["error: SIGTERM"], errors
+    status, errors = runs.wait(runs.start(tmp_path / "run", "--devices=2"))
+    assert status == 0, errors
+    train(runs.small(), tmp_path / "whole")
+    runs.assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def _heeds_sigterm(pid: int) -> bool:
+    """Whether Python is up and the command has begun."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    (caught,) = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:")]
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
+
+
 def test_progress_survives_json():
-    progress = session_lib.Progress(step=3, task=1, iterator={"next_index": 2}, accuracy=[[1 / 3, 0.1]])
-    again = session_lib.Progress(**json.loads(json.dumps(dataclasses.asdict(progress))))
+    progress = session_lib.Progress(step=3, task=1, iterator={"next_index": 2}, counts={"images": 3})
+    progress.scores["accuracy"].append([1 / 3, 0.1])
+    saved = progress.saved()
+    again = session_lib.Progress(**json.loads(json.dumps(saved)))
+    again.scores["top5"].append([1.0])
+    progress.scores["top5"].append([1.0])
+    assert "top5" not in saved["scores"]  # a copy
     assert again == progress and again.name == "0001-000000002"
     assert again.name < session_lib.Progress(task=2).name

@@ -91,6 +91,16 @@ def test_a_run_stopped_twice_ends_as_if_it_had_not_been(emoji, tmp_path, monkeyp
     runs.assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
+def test_evaluations_lie_in_the_checkpoint_and_not_in_the_log_alone(emoji, tmp_path, monkeypatch):
+    config = small(emoji)
+    whole = train(config, tmp_path / "whole")
+    runs.stop_at(monkeypatch, (17,))
+    with pytest.raises(Preempted):
+        train(config, tmp_path / "stopped")
+    (tmp_path / "stopped" / "metrics.jsonl").unlink()
+    assert train(config, tmp_path / "stopped")["evaluations"] == whole["evaluations"]
+
+
 @pytest.mark.slow
 def test_kills_change_nothing(emoji, tmp_path):
     """SIGKILL of the command, once while a checkpoint is being written and once when one has been."""

@@ -2,7 +2,12 @@
 
 import json
 import signal
+import socket
+import subprocess
+import sys
+import textwrap
 import threading
+import time
 
 import jax
 import numpy as np
@@ -10,7 +15,7 @@ import pytest
 
 from jaxcl import data
 from jaxcl import mesh as mesh_lib
-from jaxcl.errors import PEER_LOST, UserError
+from jaxcl.errors import PEER_LOST, Preempted, UserError
 from jaxcl.runs import control
 from jaxcl.training.loop import train_and_evaluate
 from tests import whole as runs
@@ -89,7 +94,7 @@ def test_when_one_process_is_killed_the_other_ends_and_the_run_continues_exactly
     train_all(tmp_path / "whole", 2, 2, **changes)
     for victim in (1, 0):
         before = runs.saved_step(tmp_path / "killed" / "checkpoints")
-        processes = runs.start_all(tmp_path / "killed", 2, 2, "--heartbeat_seconds=10", "--stall_seconds=15", **changes)
+        processes = runs.start_all(tmp_path / "killed", 2, 2, "--heartbeat_seconds=10", "--stall_seconds=30", **changes)
         runs.until(lambda: runs.saved_step(tmp_path / "killed" / "checkpoints") > before, *processes)  # noqa: B023
         processes[victim].kill()
         runs.wait(processes[victim])
@@ -103,10 +108,70 @@ def test_when_one_process_is_killed_the_other_ends_and_the_run_continues_exactly
     runs.assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_process_that_is_killed_before_all_have_met_leaves_none_waiting(victim, tmp_path):
+    """Process 0 is the coordinator, which the other then never reaches."""
+    processes = runs.start_all(tmp_path / "run", 2, 2, "--stall_seconds=5")
+    processes[victim].kill()
+    runs.wait(processes[victim])
+    status, errors = runs.wait(processes[1 - victim])
+    assert status == PEER_LOST, errors
+    said = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert said == errors.splitlines()[-1:]
+    assert f"process {1 - victim} of 2: not all processes were started and met within 5 s" in said[0]
+
+
+def test_a_process_that_is_told_to_stop_while_it_waits_for_the_others_ends_at_once(tmp_path):
+    [process, other] = runs.start_all(tmp_path / "run", 2, 2, "--stall_seconds=300")
+    other.kill()
+    runs.wait(other)
+    (address,) = [word.partition("=")[2] for word in process.args if word.startswith("--coordinator=")]
+    runs.until(lambda: _listens(address), process)
+    process.send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    status, errors = runs.wait(process)
+    assert time.monotonic() - begin < 100
+    assert status == Preempted.status and errors.splitlines()[-1].startswith("error: SIGTERM: told to stop"), errors
+
+
+def _listens(address):
+    host, port = address.split(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_a_process_that_never_begins_to_train_ends_the_others(tmp_path):
+    """It has met them, lives, gives its heartbeats, and does not come to where the run is opened."""
+    ready = textwrap.dedent(
+        """
+        import sys, time
+        from jaxcl import mesh
+        mesh.use_fake_devices(1)
+        mesh.join_processes(sys.argv[1], 2, int(sys.argv[2]), stall_seconds=200)
+        print("met", flush=True)
+        if sys.argv[2] == "1":
+            time.sleep(300)
+        mesh.from_first(lambda: 1, stall_seconds=3)
+        """
+    )
+    address = runs.free_address()
+    line = [sys.executable, "-c", ready, address]
+    options = {"cwd": runs.REPO, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*line, str(i)], **options) for i in (0, 1)]
+    status, errors = runs.wait(processes[0])
+    processes[1].kill()
+    assert runs.wait(processes[1])[0] == -signal.SIGKILL
+    assert status == PEER_LOST and "process 0 of 2: not all processes were ready to train within 3 s" in errors, errors
+
+
 @pytest.mark.slow
 def test_a_slow_process_is_waited_for_and_a_stopped_one_is_not(tmp_path):
     changes = {"epochs": 12}
-    processes = runs.start_all(tmp_path / "run", 2, 2, "--stall_seconds=12", **changes)
+    processes = runs.start_all(tmp_path / "run", 2, 2, "--stall_seconds=30", **changes)
     logged = [0]
 
     def more():
@@ -123,7 +188,7 @@ def test_a_slow_process_is_waited_for_and_a_stopped_one_is_not(tmp_path):
     processes[1].send_signal(signal.SIGSTOP)
     status, errors = runs.wait(processes[0])
     assert status == PEER_LOST, errors
-    assert "process 0 of 2: nothing was finished for 12 s after step" in errors.splitlines()[-1]
+    assert "process 0 of 2: nothing was finished for 30 s after step" in errors.splitlines()[-1]
     processes[1].kill()
     runs.wait(processes[1])
 
@@ -134,7 +199,7 @@ def test_a_mistake_ends_all_processes_with_one_line(tmp_path):
     for status, errors in map(runs.wait, runs.start_all(tmp_path, 2, 2)):
         assert status == 2
         assert [line for line in errors.splitlines() if "Gloo" not in line] == [
-            error for error in errors.splitlines() if error.startswith("error: workdir: ") and "another config" in error
+            error for error in errors.splitlines() if error.startswith("error: workdir: ") and "is damaged" in error
         ]
 
 
@@ -164,6 +229,13 @@ def test_the_watchdog_ends_a_process_that_hangs_and_no_other(monkeypatch, capsys
             "--process_id: 2 .* 0 to num_processes - 1 = 1",
         ),
         ({"heartbeat_seconds": 0}, "--heartbeat_seconds: 0"),
+        *[
+            (
+                {"coordinator": x, "num_processes": 2, "process_id": 0},
+                "--coordinator: .* is not allowed, give HOST:PORT",
+            )
+            for x in ("localhost", ":1", "localhost:0", "localhost:65536", "localhost:x", "local host:1", "")
+        ],
     ],
     ids=str,
 )

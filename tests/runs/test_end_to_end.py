@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+import jaxcl
 from jaxcl import summaries
 from jaxcl.errors import UserError
 from jaxcl.training.build import build
@@ -85,7 +86,7 @@ def test_every_config_runs(shipped, strategy, images, tmp_path, mesh_of):
         assert result["buffer"] is None
 
     assert json.loads((tmp_path / "result.json").read_text()) == result
-    assert json.loads((tmp_path / "config.json").read_text()) == result["config"]
+    assert json.loads((tmp_path / "config.json").read_text()) == {"jaxcl": jaxcl.__version__, **result["config"]}
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
     assert [line["accuracy"] for line in evaluations] == result["accuracy_matrix"]

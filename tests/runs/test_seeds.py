@@ -27,7 +27,7 @@ def folders(path):
 def assert_close_runs(one, other):
     """The same run but for rounding: integers, such as the ids in the buffer, are the same."""
     (progress_a, a), (progress_b, b) = last(one), last(other)
-    assert (progress_a["step"], progress_a["images"]) == (progress_b["step"], progress_b["images"])
+    assert (progress_a["step"], progress_a["counts"]) == (progress_b["step"], progress_b["counts"])
     assert a.keys() == b.keys()
     for key in a:
         if np.issubdtype(a[key].dtype, np.floating):
