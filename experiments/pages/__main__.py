@@ -3,10 +3,12 @@
 python -m experiments.pages
 """
 
-from experiments.pages import memory_bank
+from experiments.pages import config, memory_bank, page, performance
 from experiments.paper import page as paper
 from experiments.studies import memory_modes, references
 
 if __name__ == "__main__":
     for one in (memory_bank, memory_modes, paper, references):
         one.write()
+    page.fill(performance.PAGE, performance.parts())
+    page.fill(config.PATH, config.tables())

@@ -21,7 +21,6 @@ import pathlib
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from experiments import cli
 from experiments.pages.page import RESULTS
@@ -40,8 +39,7 @@ def main() -> None:
     for name in names:
         check("--figure", name, one_of(page.FIGURES))
     runs = grid.from_flags(seeds=1)
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
-    varied = Figures.of(cli.from_config_file(path, "get_figures") or {}, grid.MODELS.value)
+    varied = Figures.of(cli.from_config_file(cli.config_path(), "get_figures") or {}, grid.MODELS.value)
     study = Study(runs, varied)
     study.check()
     own = pathlib.Path(cli.OUT.value or runs.workdir / "figures")

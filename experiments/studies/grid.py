@@ -105,7 +105,7 @@ def from_flags(seeds: int, least: int = 1, **fields: Any) -> Grid:
     Raises:
       UserError: a flag is missing, or --seeds is below `least`.
     """
-    options = {"overwrite": cli.OVERWRITE.value, "stall_seconds": cli.STALL.value} | fields.pop("options", {})
+    options = cli.run_options() | fields.pop("options", {})
     config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
     return Grid(config, workdir, cli.seeds(seeds, least), options=options, **fields)
 

@@ -23,9 +23,11 @@ from jaxcl.check import (
     refused,
     unknown_field,
 )
-from jaxcl.data import SCENARIOS
+from jaxcl.data import AUGMENTATIONS, SCENARIOS
 from jaxcl.errors import UserError
 from jaxcl.fields import Field, Fields, check_fields, default_of, options_of
+from jaxcl.metrics import METRICS
+from jaxcl.models import MODELS
 from jaxcl.registry import short
 from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
 
@@ -88,7 +90,9 @@ DATA = {
     "placement": Field(
         "shuffled", "by_class: every batch is handed to the devices sorted by class", one_of(("shuffled", "by_class"))
     ),
-    "augment": Field((), "crop, flip and others: on device, afresh at every replay", each(NAME)),
+    "augment": Field(
+        (), "of new and replayed images: on device, afresh at every replay", each(found_in(AUGMENTATIONS))
+    ),
     **IMAGES,
 }
 SELECTION = {
@@ -148,7 +152,7 @@ def fields(outside: Fields | None = None) -> Fields:
         "log_every": Field(50, "steps between lines in metrics.jsonl", POSITIVE),
         "data": DATA,
         "model": {
-            "name": Field("mlp", "the network", NAME),
+            "name": Field("mlp", "the network", found_in(MODELS)),
             "dtype": Field("float32", "of the computation", one_of(("float32", "bfloat16"))),
             "options": Field({}, "of the network: see its file in jaxcl/models"),
         },
@@ -157,7 +161,7 @@ def fields(outside: Fields | None = None) -> Fields:
         "finetune": FINETUNE,
         "eval": {
             "batch_size": Field(256, "rows of an evaluation's step", POSITIVE),
-            "metrics": Field((), "further metrics of every evaluation", each(NAME)),
+            "metrics": Field((), "further metrics of every evaluation", each(found_in(METRICS))),
         },
         "checkpoint": CHECKPOINT,
     }
@@ -183,8 +187,8 @@ def check_config(config: ConfigDict, devices: int) -> None:
         _check_buffer(config, strategy)
         _check_replay(config, strategy, devices)
     check_evenly(config, sizes, devices)
-    if (own := getattr(strategy, "check", None)) is not None:
-        own(config)
+    if strategy.check is not None:
+        strategy.check(config)
 
 
 def _outside(config: ConfigDict) -> Fields:
