@@ -19,7 +19,9 @@ from absl import flags
 
 from experiments import cli
 from experiments.bench.environment import environment
-from jaxcl.buffer import draw, exchange
+from jaxcl.buffer import EXCHANGES, draw
+from jaxcl.buffer.exchange.base import six_sigma
+from jaxcl.buffer.exchange.mix import compact_hops
 from jaxcl.mesh import AXIS
 
 DRAWS = flags.DEFINE_integer("draws", 20_000, "draws a setting; fewer with many devices (at most 2e7 rows in all)")
@@ -32,10 +34,10 @@ def measure(shards: int, per_device: int, draws: int) -> dict:
     count = shards * per_device
     draws = max(200, min(draws, 20_000_000 // count))
     sizes = jnp.full((shards,), 64 * per_device, jnp.int32)
-    hops = exchange.compact_hops(per_device, shards)
-    one_hop = shards * min(per_device, exchange.six_sigma(per_device, shards))
-    mix = exchange.make_routes("mix", per_device, shards, AXIS)[0]
-    balance = exchange.make_routes("balance", per_device, shards, AXIS)[0]
+    hops = compact_hops(per_device, shards)
+    one_hop = shards * min(per_device, six_sigma(per_device, shards))
+    mix = EXCHANGES["mix"](per_device, shards, AXIS)[0]
+    balance = EXCHANGES["balance"](per_device, shards, AXIS)[0]
 
     @jax.jit
     def one(key: jax.Array) -> tuple[jax.Array, ...]:

@@ -30,7 +30,7 @@ from scipy.optimize import nnls
 
 from experiments import cli
 from experiments.bench.environment import environment
-from jaxcl.buffer.exchange import compact_hops
+from jaxcl.buffer.exchange.mix import compact_hops
 from jaxcl.errors import UserError
 
 RATE = flags.DEFINE_float(

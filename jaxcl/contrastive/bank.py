@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl.buffer import draw
 from jaxcl.buffer import shard as shard_lib
-from jaxcl.buffer.exchange import six_sigma
+from jaxcl.buffer.exchange.base import six_sigma
 from jaxcl.buffer.policy import make_policy
 from jaxcl.buffer.shard import Rows, Shard
 from jaxcl.contrastive import storage as storage_lib

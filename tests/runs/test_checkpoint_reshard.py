@@ -19,12 +19,28 @@ CHAIN = (8, 4, 2, 8, 1)
 
 @functools.cache
 def buffer_on(policy, shards, mesh_of):
-    """(buffer, jitted insert, jitted draw of as many rows as it can hold)."""
+    """(buffer, jitted insert, jitted draw of as many rows as it can hold and more)."""
     record = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), oracle.record_of(np.arange(1)))
     buffer = make_buffer(
-        record, capacity=CAPACITY, representatives=48, policy=policy, num_classes=K, accept=0.5, mesh=mesh_of(shards)
+        record, capacity=CAPACITY, representatives=40, policy=policy, num_classes=K, accept=0.5, mesh=mesh_of(shards)
     )
-    return buffer, jax.jit(buffer.insert), jax.jit(buffer.draw)
+    return buffer, jax.jit(buffer.insert), jax.jit(reached(policy, shards))
+
+
+@functools.cache
+def reached(policy, shards):
+    """`(state) -> ids` of all rows that the policy's metadata reaches, [shards, slots], -1 behind them."""
+    rule = make_policy(policy, capacity=CAPACITY, shards=shards, num_classes=K, accept=0.5)
+
+    def of_shard(me, meta, ids):
+        rank = jnp.arange(rule.slots, dtype=jnp.int32)
+        found = ids[rule.locate(jax.tree.map(lambda x: x[None], meta), me, rank)]
+        return jnp.where(rank < rule.size(jax.tree.map(lambda x: x[None], meta), me), found, -1)
+
+    def all_shards(state):
+        return jax.vmap(of_shard)(jnp.arange(shards, dtype=jnp.int32), state.meta, state.id.reshape(shards, -1))
+
+    return all_shards
 
 
 def insert(on, mesh, state, ids, seed):

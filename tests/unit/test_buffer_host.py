@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec
 
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Rows, make_buffer
-from jaxcl.buffer import host as host_lib
 from jaxcl.buffer.host import Fed, Handover, HandoverError, Store
+from jaxcl.buffer.host import rows as rows_lib
 from jaxcl.errors import UserError
 from jaxcl.strategies import make_strategy
 from tests import oracle
@@ -315,7 +315,7 @@ def test_a_memory_that_cannot_fit_is_refused_at_once(mesh_of, tmp_path, monkeypa
     options = {"representatives": 4, "mesh": mesh_of(4), "tier": "host"}
     rows = 10**9
     need = rows * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(RECORD))
-    monkeypatch.setattr(host_lib, "free_memory", lambda: 10**9)
+    monkeypatch.setattr(rows_lib, "free_memory", lambda: 10**9)
     with pytest.raises(UserError, match=f"buffer.capacity: .* {need} bytes of host memory and {10**9} are there"):
         make_buffer(RECORD, capacity=rows, **options)
     usage = shutil.disk_usage(tmp_path)._replace(free=12345)
@@ -331,7 +331,7 @@ def test_a_memory_that_cannot_fit_is_refused_at_once(mesh_of, tmp_path, monkeypa
 
 
 def test_what_is_free_is_measured():
-    assert 2**20 < host_lib.free_memory() < 2**50
+    assert 2**20 < rows_lib.free_memory() < 2**50
 
 
 def test_the_device_holds_no_record(mesh_of):

@@ -353,14 +353,14 @@ def test_mistakes_are_named():
     options = {"capacity": 8, "representatives": 2}
     for change, words in (
         ({"repeats": "never"}, ("repeats", "never", "distinct")),
-        ({"repeats": "distinct"}, ("repeats", "num_ids", "None")),
+        ({"repeats": "distinct"}, ("buffer.num_ids: None", "repeats")),
         ({"policy": "class_balanced"}, ("class_balanced", "num_classes", "None")),
         ({"policy": "herding", "num_classes": 0}, ("herding", "num_classes", "0")),
     ):
         with pytest.raises(UserError) as error:
             make_buffer(record, **(options | change))
         assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
-    with pytest.raises(UserError, match="selection: 'best' is unknown"):
+    with pytest.raises(UserError, match="selection: 'best' is not allowed"):
         one = jnp.zeros(1, jnp.int32)
         selection.rank_rows("best", jax.random.key(0), jnp.zeros((1, 1)), one, one == 0, one, num_classes=1, quota=1)
 
