@@ -13,6 +13,7 @@ from jaxcl.buffer import threefry as random
 from jaxcl.buffer.exchange import base as exchange
 from jaxcl.buffer.exchange.balance import balance_route
 from jaxcl.buffer.exchange.mix import Hops, compact_hops, mix_route
+from jaxcl.errors import UserError
 from jaxcl.mesh import AXIS, ROWS, WHOLE, make_mesh, on_mesh
 from tests.unit.test_buffer_laws import ALPHA, K, check_draw, chi_square, fill, rows_of, setup, stored_ids
 
@@ -175,6 +176,22 @@ def test_class_balanced_draws(devices):
         assert np.bincount(picked % K, minlength=4).tolist() == [1, 2, 5, 0]
         counts[np.random.default_rng(seed).choice(picked[picked % K == 2])] += 1
     assert chi_square(counts[2::4]) > ALPHA
+
+
+def dear(per_device, shards, axis):
+    """An exchange from outside the package: the full route of `mix`, at another price."""
+    route = mix_route(Hops(shards, shards, per_device, per_device), per_device, axis)
+    return (route._replace(rows_moved=7 * route.rows_moved),)
+
+
+def test_an_exchange_from_outside():
+    name = f"{__name__}:dear"
+    buffer, insert, sample, place = setup(4, "reservoir", 40, 8, exchange=name)
+    state = fill(insert, place, buffer.init(), (10, 1, 0, 5), 4)
+    check_draw(sample(state, jax.random.key(0)), stored_ids(state, 4), 8)
+    assert buffer.traffic["rows_moved"] == 7 * 8
+    with pytest.raises(UserError, match=r"buffer.exchange: 'nowhere:mix' cannot be imported"):
+        setup(4, "reservoir", 40, 8, exchange="nowhere:mix")
 
 
 fair = jax.jit(lambda key, sizes, count: draw.fair_shares(jax.random.bits(key, sizes.shape), sizes, count))
