@@ -155,10 +155,13 @@ def pick(sizes: Sizes, state: Shard, key: jax.Array) -> Plan:
 def _plan(sizes: Sizes, state: Shard, key: jax.Array, axis: str | None, count: int) -> Plan:
     """A draw of `count` rows from the shards along `axis`, or from this device's alone."""
     rule = sizes.policy
-    by_class = sizes.sampling == "class_balanced" and rule.class_sizes is not None
-    held = rule.class_sizes(state.meta) if by_class else rule.size(state.meta, sizes.part())
-    every = held[None] if axis is None else lax.all_gather(held, axis)
-    return (draw_lib.make_balanced_plan if by_class else draw_lib.make_plan)(key, every, count)
+
+    def over(x: jax.Array) -> jax.Array:
+        return x[None] if axis is None else lax.all_gather(x, axis)
+
+    if sizes.sampling == "class_balanced" and rule.class_sizes is not None:
+        return draw_lib.make_balanced_plan(key, over(rule.class_sizes(state.meta)), count)
+    return draw_lib.make_plan(key, over(rule.size(state.meta, sizes.part())), count)
 
 
 def locate(sizes: Sizes, state: Shard, plan: Plan, position: jax.Array) -> jax.Array:

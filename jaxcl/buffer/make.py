@@ -134,11 +134,8 @@ def make_buffer(
     if sampling == "class_balanced" and rule.class_sizes is None:
         raise refused("buffer.sampling", sampling, f"a policy that keeps classes apart, which {policy} does not")
     if repeats == "distinct":
-        check(
-            "buffer.num_ids",
-            num_ids,
-            Rule(lambda x: x is not None and x >= 1, "a positive number for repeats=distinct"),
-        )
+        bound = Rule(lambda x: x is not None and x >= 1, "a positive number, which repeats=distinct needs")
+        check("buffer.num_ids", num_ids, bound)
     routes = EXCHANGES.make(exchange, per_device=representatives // shards, shards=shards, axis=AXIS)
     alone = shards == 1 or memory == "independent" or not routes
     sizes = Sizes(
@@ -155,16 +152,14 @@ def make_buffer(
         num_classes=num_classes,
         num_ids=num_ids if repeats == "distinct" else None,
     )
-    store, devices = None, jax.devices()[:1] if mesh is None else mesh.local_devices
+    devices = jax.devices()[:1] if mesh is None else mesh.local_devices
+    store, local, on_device = None, device_tier.bind(sizes), _bytes(sizes.record) + LABEL_AND_ID
     if tier == "host":
         if mesh is None:
             raise refused("buffer.tier", tier, "a mesh with it, which may be one of one device")
-        store = feed.make_store(sizes, mesh, path, queue)
-        local = feed.bind(sizes, store, handover, on_cpu=mesh.devices.flat[0].platform == "cpu")
-        check_fits("buffer.capacity", rule.slots * LABEL_AND_ID, devices)
-    else:
-        local = device_tier.bind(sizes)
-        check_fits("buffer.capacity", rule.slots * (_bytes(sizes.record) + LABEL_AND_ID), devices)
+        store, on_device = feed.make_store(sizes, mesh, path, queue), LABEL_AND_ID
+        local = feed.bind(sizes, store, handover, on_cpu=devices[0].platform == "cpu")
+    check_fits("buffer.capacity", rule.slots * on_device, devices)
     return _over_mesh(sizes, mesh, local, store, repeats)
 
 

@@ -172,5 +172,5 @@ def unmoved(budget):
 
 
 def test_a_policy_without_a_move_is_refused():
-    with pytest.raises(UserError, match=r"devices: 4 is not allowed, give 2, .* unmoved cannot move"):
+    with pytest.raises(UserError, match=r"devices: 4 is not allowed, give 2, .*:unmoved cannot move"):
         reshard(None, policy=f"{__name__}:unmoved", capacity=CAPACITY, num_classes=K, old=2, new=4)

@@ -357,7 +357,9 @@ class Accelerator:
 def test_the_memory_of_an_accelerator_is_asked_for():
     silent, half_full = Accelerator(None), Accelerator({"bytes_limit": 100, "bytes_in_use": 40})
     rows_lib.check_fits("buffer.capacity", 60, [silent, half_full])
-    with pytest.raises(UserError, match=r"buffer.capacity: the rows need 61 bytes of the memory of .* and 60 are there"):
+    with pytest.raises(
+        UserError, match=r"buffer.capacity: the rows need 61 bytes of the memory of .* and 60 are there"
+    ):
         rows_lib.check_fits("buffer.capacity", 61, [silent, half_full])
 
 

@@ -115,27 +115,10 @@ class Policy(NamedTuple):
     move: Callable[[Any, np.ndarray, int], Moves] | None = None
 
 
-def bind(
-    budget: Budget,
-    *,
-    init: Callable,
-    choose: Callable,
-    locate: Callable,
-    size: Callable,
-    class_sizes: Callable[[PyTree], jax.Array] | None = None,
-    move: Callable | None = None,
-) -> Policy:
-    """The policy of these functions; all but `class_sizes` take the budget first."""
-    on = functools.partial
-    return Policy(
-        init=on(init, budget),
-        choose=on(choose, budget),
-        locate=on(locate, budget),
-        size=on(size, budget),
-        slots=budget.slots,
-        class_sizes=class_sizes,
-        move=None if move is None else on(move, budget),
-    )
+def bind(budget: Budget, *, class_sizes: Callable[[PyTree], jax.Array] | None = None, **functions: Callable) -> Policy:
+    """The policy of these functions by their names in `Policy`; all but `class_sizes` take the budget first."""
+    bound: dict[str, Any] = {name: functools.partial(function, budget) for name, function in functions.items()}
+    return Policy(slots=budget.slots, class_sizes=class_sizes, **bound)
 
 
 def check_classes(budget: Budget, policy: str) -> None:
