@@ -13,7 +13,7 @@ from jaxcl.errors import UserError
 from jaxcl.strategies import make_strategy
 from jaxcl.training.exemplars import Selection, make_store_exemplars
 from tests.rig import CLASSES, SHAPE, K, Rig, make_batch
-from tests.test_buffer_policies import expected_order
+from tests.unit.test_buffer_policies import expected_order
 
 CAPACITY, PER_CLASS = 48, 26  # 48 is shared evenly by 4 devices and 2, 4 or 6 classes
 KEY = jax.random.key(7)
