@@ -16,7 +16,9 @@ import numpy as np
 
 from experiments.bench import harness
 from experiments.bench.harness import Json
-from jaxcl.buffer import draw, exchange
+from jaxcl.buffer import EXCHANGES, draw
+from jaxcl.buffer.exchange.base import six_sigma
+from jaxcl.buffer.exchange.mix import compact_hops
 from jaxcl.mesh import AXIS
 
 DEVICES = (8, 64, 128, 512, 1024)
@@ -37,10 +39,10 @@ def one_setting(shards: int, per_device: int, draws: int) -> Json:
     count = shards * per_device
     draws = max(200, min(draws, 20_000_000 // count))
     sizes = jnp.full((shards,), 64 * per_device, jnp.int32)
-    hops = exchange.compact_hops(per_device, shards)
-    one_hop = shards * min(per_device, exchange.six_sigma(per_device, shards))
-    mix = exchange.make_routes("mix", per_device, shards, AXIS)[0]
-    balance = exchange.make_routes("balance", per_device, shards, AXIS)[0]
+    hops = compact_hops(per_device, shards)
+    one_hop = shards * min(per_device, six_sigma(per_device, shards))
+    mix = EXCHANGES["mix"](per_device, shards, AXIS)[0]
+    balance = EXCHANGES["balance"](per_device, shards, AXIS)[0]
 
     def fits(key: jax.Array) -> tuple[jax.Array, ...]:
         plan = draw.make_plan(key, sizes, count)

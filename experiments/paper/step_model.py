@@ -29,7 +29,7 @@ from scipy.optimize import nnls
 from experiments import cli
 from experiments.studies import grid
 from experiments.studies.grid import Json
-from jaxcl.buffer.exchange import compact_hops
+from jaxcl.buffer.exchange.mix import compact_hops
 from jaxcl.check import POSITIVE, check
 
 RATE = flags.DEFINE_float(

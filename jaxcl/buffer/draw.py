@@ -80,6 +80,18 @@ def _plan(rank: jax.Array, sizes: jax.Array, words: jax.Array) -> Plan:
     return Plan(rank=rank, first=first, base=until - sizes, offset=random.below(words, jnp.int32(sizes.shape[0]))[0])
 
 
+def own_plan(rank: jax.Array) -> Plan:
+    """The plan of a draw from one device's rows: `rank` int32 `[r]` of them, `NONE` where there is none; N is 1."""
+    zero = jnp.int32(0)
+    return Plan(rank, first=jnp.array([0, len(rank)], jnp.int32), base=zero[None], offset=zero)
+
+
+def no_plan(count: int, shards: int) -> Plan:
+    """The plan of a draw without a row."""
+    zero = jnp.int32(0)
+    return Plan(jnp.full((count,), NONE), jnp.zeros((shards + 1,), jnp.int32), jnp.zeros((shards,), jnp.int32), zero)
+
+
 def sample_ranks(key: jax.Array, words: jax.Array, total: jax.Array, count: int) -> jax.Array:
     """`count` distinct integers, uniform over the subsets of [0, total), ascending; int32 `[count]`.
 

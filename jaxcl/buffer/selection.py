@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcl.errors import UserError
+from jaxcl.check import check, one_of
 
 SELECTIONS = ("random", "closest", "furthest", "icarl")
 FEATURES = ("clean", "augmented")  # of what images
@@ -77,8 +77,7 @@ def rank_rows(
     Raises:
       UserError: unknown selection.
     """
-    if selection not in SELECTIONS:
-        raise UserError(f"selection: {selection!r} is unknown, choose one of {', '.join(SELECTIONS)}")
+    check("selection", selection, one_of(SELECTIONS))
     if selection == "random":
         bits = jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row), (), jnp.uint32))(order)
         return _rank_by(bits, label, valid, order, quota, axis)

@@ -2,7 +2,7 @@
 
 On a CPU each call of JAX's generator is a loop of five turns, started anew by every fake device, which costs more than the
 words it makes. Here the rounds are written out, so that XLA fuses them with what uses the words; the bits are the same as by
-JAX's defaults (tests/test_random.py). Keys of another generator than Threefry go to `jax.random`.
+JAX's defaults (tests/unit/test_threefry.py). Keys of another generator than Threefry go to `jax.random`.
 
 `jax.random.randint` costs three calls of the generator; a draw or an insert asks for all its words at once and makes
 integers of them here. They are also closer to uniform than randint's, whose arithmetic is that of 32 bits.

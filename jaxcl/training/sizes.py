@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxcl.buffer.host import free_memory
+from jaxcl.buffer.host.rows import free_memory
 from jaxcl.check import refused
 from jaxcl.types import PyTree
 

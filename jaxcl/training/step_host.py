@@ -25,7 +25,7 @@ from jaxcl.training.state import Clock, TrainState, specs
 from jaxcl.types import Batch, PyTree
 
 Phase = Callable[[str], contextlib.AbstractContextManager]
-Handed = Handover | tuple[()]  # () where rows are handed over by callback
+Handed = tuple[Handover, ...]  # one, or none where rows are handed over by callback
 
 
 class Call(NamedTuple):

@@ -7,21 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import PartitionSpec
 
-from jaxcl.buffer import draw, exchange
+from jaxcl.buffer import draw
 from jaxcl.buffer import threefry as random
-from jaxcl.mesh import AXIS, make_mesh
-from tests.test_buffer_laws import ALPHA, K, check_draw, chi_square, fill, rows_of, setup, stored_ids
+from jaxcl.buffer.exchange import base as exchange
+from jaxcl.buffer.exchange.balance import balance_route
+from jaxcl.buffer.exchange.mix import Hops, compact_hops, mix_route
+from jaxcl.errors import UserError
+from jaxcl.mesh import AXIS, ROWS, WHOLE, make_mesh, on_mesh
+from tests.unit.test_buffer_laws import ALPHA, K, check_draw, chi_square, fill, rows_of, setup, stored_ids
 
-FULL = exchange.Hops(8, 8, 6, 6)
+FULL = Hops(8, 8, 6, 6)
 ROUTES = {
-    "one hop": (8, 6, exchange.mix_route(FULL, 6, AXIS)),
-    "two hops, 4 x 2": (8, 6, exchange.mix_route(exchange.Hops(8, 4, 12, 6), 6, AXIS)),
-    "two hops, 2 x 4": (8, 6, exchange.mix_route(exchange.Hops(8, 2, 24, 6), 6, AXIS)),
-    "two hops, 16 devices": (16, 3, exchange.mix_route(exchange.Hops(16, 4, 12, 3), 3, AXIS)),
-    "balance": (8, 6, exchange.balance_route(6, 6, 8, AXIS)),
-    "balance, 16 devices": (16, 3, exchange.balance_route(3, 3, 16, AXIS)),
+    "one hop": (8, 6, mix_route(FULL, 6, AXIS)),
+    "two hops, 4 x 2": (8, 6, mix_route(Hops(8, 4, 12, 6), 6, AXIS)),
+    "two hops, 2 x 4": (8, 6, mix_route(Hops(8, 2, 24, 6), 6, AXIS)),
+    "two hops, 16 devices": (16, 3, mix_route(Hops(16, 4, 12, 3), 3, AXIS)),
+    "balance": (8, 6, balance_route(6, 6, 8, AXIS)),
+    "balance, 16 devices": (16, 3, balance_route(3, 3, 16, AXIS)),
 }
 
 
@@ -41,16 +44,7 @@ def carrier(name):
         rows, source, valid = exchange.run((route,), plan, me, read)
         return rows["rank"], source, valid, plan.rank, route.fits(plan)[None]
 
-    split, whole = PartitionSpec(AXIS), PartitionSpec()
-    return jax.jit(
-        jax.shard_map(
-            local,
-            mesh=make_mesh(jax.devices()[:shards]),
-            in_specs=(whole, whole),
-            out_specs=(split, split, split, whole, split),
-            check_vma=False,
-        )
-    )
+    return on_mesh(make_mesh(jax.devices()[:shards]), local, (WHOLE, WHOLE), (ROWS, ROWS, ROWS, WHOLE, ROWS))
 
 
 @pytest.mark.parametrize("name", ROUTES)
@@ -97,9 +91,9 @@ def test_mix_gives_every_device_a_uniform_sample(name):
 
 
 def test_two_hops_are_taken_where_devices_outnumber_rows():
-    assert exchange.compact_hops(7, 8).along == 1
+    assert compact_hops(7, 8).along == 1
     for per_device in (7, 16, 56):
-        two = exchange.compact_hops(per_device, 1024)
+        two = compact_hops(per_device, 1024)
         assert two.across * two.along == 1024 and two.along > 1
         assert two.rows_moved <= 1024 / 2  # one hop would move at least a row to each of 1,024 devices
 
@@ -182,6 +176,22 @@ def test_class_balanced_draws(devices):
         assert np.bincount(picked % K, minlength=4).tolist() == [1, 2, 5, 0]
         counts[np.random.default_rng(seed).choice(picked[picked % K == 2])] += 1
     assert chi_square(counts[2::4]) > ALPHA
+
+
+def dear(per_device, shards, axis):
+    """An exchange from outside the package: the full route of `mix`, at another price."""
+    route = mix_route(Hops(shards, shards, per_device, per_device), per_device, axis)
+    return (route._replace(rows_moved=7 * route.rows_moved),)
+
+
+def test_an_exchange_from_outside():
+    name = f"{__name__}:dear"
+    buffer, insert, sample, place = setup(4, "reservoir", 40, 8, exchange=name)
+    state = fill(insert, place, buffer.init(), (10, 1, 0, 5), 4)
+    check_draw(sample(state, jax.random.key(0)), stored_ids(state, 4), 8)
+    assert buffer.traffic["rows_moved"] == 7 * 8
+    with pytest.raises(UserError, match=r"buffer.exchange: 'nowhere:mix' cannot be imported"):
+        setup(4, "reservoir", 40, 8, exchange="nowhere:mix")
 
 
 fair = jax.jit(lambda key, sizes, count: draw.fair_shares(jax.random.bits(key, sizes.shape), sizes, count))

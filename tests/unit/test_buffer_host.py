@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec
 
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Rows, make_buffer
-from jaxcl.buffer import host as host_lib
 from jaxcl.buffer.host import Handover, HandoverError, Store
+from jaxcl.buffer.host import rows as rows_lib
 from jaxcl.errors import UserError
 from jaxcl.strategies import make_strategy
 from jaxcl.training.step_host import HostStep
@@ -319,7 +319,7 @@ def test_a_memory_that_cannot_fit_is_refused_at_once(mesh_of, tmp_path, monkeypa
     options = {"representatives": 4, "mesh": mesh_of(4), "tier": "host"}
     rows = 10**9
     need = rows * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(RECORD))
-    monkeypatch.setattr(host_lib, "free_memory", lambda: 10**9)
+    monkeypatch.setattr(rows_lib, "free_memory", lambda: 10**9)
     with pytest.raises(UserError, match=f"buffer.capacity: .* {need} bytes of host memory and {10**9} are there"):
         make_buffer(RECORD, capacity=rows, **options)
     usage = shutil.disk_usage(tmp_path)._replace(free=12345)
@@ -334,8 +334,41 @@ def test_a_memory_that_cannot_fit_is_refused_at_once(mesh_of, tmp_path, monkeypa
             make_buffer(RECORD, capacity=40, **options | {field: value})
 
 
+@pytest.mark.parametrize("mesh", [0, 4])
+@pytest.mark.parametrize("memory", ["sharded", "replicated"])
+def test_rows_that_no_device_can_hold_are_refused_before_they_are_made(mesh, memory, mesh_of, monkeypatch):
+    """On a CPU, whose devices share the host's memory; also where the number of rows is no int32."""
+    monkeypatch.setattr(rows_lib, "free_memory", lambda: 10**9)
+    mesh, row = mesh_of(mesh) if mesh else None, 8 + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(RECORD))
+    copies = 4 if mesh and memory == "replicated" else 1
+    for capacity in (4 * 10**7, 4 * 10**12):
+        need = capacity * row * copies
+        with pytest.raises(UserError, match=f"buffer.capacity: .* {need} bytes of host memory and {10**9} are there"):
+            make_buffer(RECORD, capacity=capacity, representatives=4, mesh=mesh, memory=memory)
+    with pytest.raises(
+        UserError, match=f"buffer.capacity: .* {8 * 4 * 10**8} bytes of host memory and {10**9} are there"
+    ):
+        rows_lib.check_fits("buffer.capacity", 8 * 10**8, jax.devices()[:4])
+
+
+class Accelerator:
+    platform = "gpu"
+
+    def __init__(self, statistics):
+        self.memory_stats = lambda: statistics
+
+
+def test_the_memory_of_an_accelerator_is_asked_for():
+    silent, half_full = Accelerator(None), Accelerator({"bytes_limit": 100, "bytes_in_use": 40})
+    rows_lib.check_fits("buffer.capacity", 60, [silent, half_full])
+    with pytest.raises(
+        UserError, match=r"buffer.capacity: the rows need 61 bytes of the memory of .* and 60 are there"
+    ):
+        rows_lib.check_fits("buffer.capacity", 61, [silent, half_full])
+
+
 def test_what_is_free_is_measured():
-    assert 2**20 < host_lib.free_memory() < 2**50
+    assert 2**20 < rows_lib.free_memory() < 2**50
 
 
 def test_the_device_holds_no_record(mesh_of):

@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 
 from jaxcl import mesh as mesh_lib
-from jaxcl.buffer import POLICIES, Rows, draw, exchange, make_buffer, shard
+from jaxcl.buffer import EXCHANGES, POLICIES, Rows, draw, make_buffer, shard
 from jaxcl.buffer.policy import make_policy
 from tests import oracle
 
@@ -177,7 +177,7 @@ def test_rows_are_dealt_as_planned(counts):
 def test_both_branches_deliver(kind):
     """8 rows a device on 8 devices: equal shards fit the compact route, rows from one shard alone need the full one."""
     devices, representatives = 8, 64
-    compact, full = exchange.make_routes(kind, 8, 8, "data")
+    compact, full = EXCHANGES[kind](8, 8, "data")
     buffer, insert, sample, place = setup(devices, "reservoir", 800, representatives, exchange=kind)
     for counts in ([100] * 8, [0, 100, 0, 0, 0, 0, 0, 0], [90, 0, 0, 3, 0, 0, 0, 0], [3, 0, 9, 1, 0, 0, 5, 0]):
         state = fill(insert, place, buffer.init(), counts, devices)
@@ -379,13 +379,16 @@ def test_memory_is_rows_times_row_bytes():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"capacity": 7}, ("capacity", "7", "at least 8")),
-        ({"capacity": 9, "num_classes": 10}, ("capacity", "9", "10 classes")),
-        ({"representatives": 12}, ("representatives", "12", "8")),
-        ({"representatives": 0}, ("representatives", "0")),
-        ({"policy": "lru"}, ("policy", "lru", "class_random, reservoir")),
-        ({"num_classes": None}, ("class_random", "num_classes", "None")),
-        ({"accept": 0.0}, ("accept", "0.0", "(0, 1]")),
+        ({"capacity": 7}, ("buffer.capacity: 7 is", "at least 8")),
+        ({"capacity": 9, "num_classes": 10}, ("buffer.capacity: 9 is", "10 classes")),
+        ({"representatives": 12}, ("buffer.representatives: 12 is", "8")),
+        ({"representatives": 0}, ("buffer.representatives: 0 is",)),
+        ({"representatives": 48}, ("buffer.representatives: 48 is", "at most 40")),
+        ({"representatives": 96, "memory": "replicated"}, ("buffer.representatives: 96 is", "at most 40")),
+        ({"representatives": 328, "memory": "independent"}, ("buffer.representatives: 328 is", "at most 320")),
+        ({"policy": "lru"}, ("buffer.policy: 'lru'", "class_random", "reservoir")),
+        ({"num_classes": None}, ("buffer.num_classes: None", "class_random")),
+        ({"accept": 0.0}, ("buffer.accept: 0.0", "(0, 1]")),
     ],
     ids=str,
 )

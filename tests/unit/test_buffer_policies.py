@@ -155,6 +155,30 @@ def test_a_resumed_reservoir_goes_on_counting(tmp_path):
     assert 0 < replaced < 0.065  # expected 1.96 %; above 6.5 % in 1e-4 of the cases
 
 
+def first_come(budget):
+    """A policy from outside the package: rows are stored until the shard is full, and none after that."""
+    ring = POLICIES["fifo"](budget)
+
+    def choose(meta, key, shard, label, valid):
+        number = meta["fill"][0] + jnp.cumsum(valid, dtype=jnp.int32) - valid
+        _, meta = ring.choose(meta, key, shard, label, valid)
+        return jnp.where(valid & (number < budget.room(shard)), number, budget.slots), meta
+
+    return ring._replace(choose=choose)
+
+
+def test_a_policy_from_outside():
+    buffer = make_buffer(
+        jax.ShapeDtypeStruct((), np.int32), capacity=9, representatives=1, policy=f"{__name__}:first_come"
+    )
+    state = buffer.init()
+    for ids in np.arange(20, dtype=np.int32).reshape(4, 5):
+        state = buffer.insert(state, Rows(ids, ids, ids, np.ones(5, bool)), jax.random.key(0))
+    assert state.id.tolist() == list(range(9))
+    with pytest.raises(UserError, match=r"buffer.policy: 'nowhere:lru' cannot be imported"):
+        make_policy("nowhere:lru", capacity=9, shards=1)
+
+
 # Repeats
 
 
@@ -353,14 +377,14 @@ def test_mistakes_are_named():
     options = {"capacity": 8, "representatives": 2}
     for change, words in (
         ({"repeats": "never"}, ("repeats", "never", "distinct")),
-        ({"repeats": "distinct"}, ("repeats", "num_ids", "None")),
+        ({"repeats": "distinct"}, ("buffer.num_ids: None", "repeats")),
         ({"policy": "class_balanced"}, ("class_balanced", "num_classes", "None")),
         ({"policy": "herding", "num_classes": 0}, ("herding", "num_classes", "0")),
     ):
         with pytest.raises(UserError) as error:
             make_buffer(record, **(options | change))
         assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
-    with pytest.raises(UserError, match="selection: 'best' is unknown"):
+    with pytest.raises(UserError, match="selection: 'best' is not allowed"):
         one = jnp.zeros(1, jnp.int32)
         selection.rank_rows("best", jax.random.key(0), jnp.zeros((1, 1)), one, one == 0, one, num_classes=1, quota=1)
 

@@ -4,16 +4,55 @@ A policy is written for one device's share. The shares of N devices together hol
 row numbers 0..capacity-1 are dealt round-robin, number g to shard g mod N, so shares differ by at most one row.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.check import Rule, check
 from jaxcl.types import PyTree
 
 INT32_MAX = np.iinfo(np.int32).max
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What every policy is made from.
+
+    Attributes:
+      capacity: rows in the union, at least one a shard.
+      shards: N.
+      num_classes: K, a static bound on the labels; None where it is not known.
+      accept: the paper's c/b; None where it is not known.
+    """
+
+    capacity: int
+    shards: int
+    num_classes: int | None = None
+    accept: float | None = None
+
+    @property
+    def slots(self) -> int:
+        """Rows that every shard has memory for."""
+        return -(-self.capacity // self.shards)
+
+    @property
+    def classes(self) -> int:
+        """K of a policy that has called `check_classes`."""
+        assert self.num_classes is not None
+        return self.num_classes
+
+    def room(self, shard: Any) -> Any:
+        """Rows that `shard`, an int32 scalar or array, may hold."""
+        return share(shard, self.capacity, self.shards)
+
+    def rooms(self) -> np.ndarray:
+        """Rows that each shard may hold, int64 `[N]`."""
+        return dealt(self.capacity, self.shards)
 
 
 class Choose(Protocol):
@@ -37,8 +76,23 @@ class Choose(Protocol):
         """
 
 
+class Moves(NamedTuple):
+    """Which stored rows go where when the shards become another number.
+
+    Attributes:
+      take: int64 `[n]`, the old slot of every stored row, counted over all old shards.
+      shard, slot: int64 `[n]`, the new shard of each and its slot there.
+      meta: the policy's metadata of the new shards, leaves `[N, ...]`.
+    """
+
+    take: np.ndarray
+    shard: np.ndarray
+    slot: np.ndarray
+    meta: dict[str, np.ndarray]
+
+
 class Policy(NamedTuple):
-    """A policy bound to its sizes.
+    """A policy bound to its budget.
 
     Attributes:
       init: `(shard) -> meta`, metadata of an empty shard; leaves `[1, ...]`.
@@ -48,6 +102,8 @@ class Policy(NamedTuple):
       slots: rows a shard has memory for.
       class_sizes: `(meta) -> int32 [K]`, rows of each class in this shard, for policies whose ranks run class by class; else
         None.
+      move: `(meta, label, old) -> Moves` from `old` shards to those of the budget, in NumPy on the host; `meta` and `label`
+        are those of all old shards. None: its memory cannot move.
     """
 
     init: Callable[[jax.Array], PyTree]
@@ -56,9 +112,24 @@ class Policy(NamedTuple):
     size: Callable[[PyTree, jax.Array], jax.Array]
     slots: int
     class_sizes: Callable[[PyTree], jax.Array] | None = None
+    move: Callable[[Any, np.ndarray, int], Moves] | None = None
 
 
-def share(shard: jax.Array, capacity: jax.Array | int, shards: int) -> jax.Array:
+def bind(budget: Budget, *, class_sizes: Callable[[PyTree], jax.Array] | None = None, **functions: Callable) -> Policy:
+    """The policy of these functions by their names in `Policy`; all but `class_sizes` take the budget first."""
+    bound: dict[str, Any] = {name: functools.partial(function, budget) for name, function in functions.items()}
+    return Policy(slots=budget.slots, class_sizes=class_sizes, **bound)
+
+
+def check_classes(budget: Budget, policy: str) -> None:
+    """Raises:
+    UserError: the policy needs `num_classes`.
+    """
+    rule = Rule(lambda x: x is not None and x >= 1, f"a positive number: the policy {policy} needs it")
+    check("buffer.num_classes", budget.num_classes, rule)
+
+
+def share(shard: Any, capacity: Any, shards: int) -> Any:
     """How many of the row numbers 0..capacity-1 are dealt to `shard`: those congruent to it modulo `shards`."""
     return (capacity - shard + shards - 1) // shards
 
@@ -68,3 +139,49 @@ def earlier_same(label: jax.Array, valid: jax.Array) -> jax.Array:
     n = label.shape[0]
     before = jnp.tri(n, k=-1, dtype=bool)
     return jnp.sum((label[:, None] == label[None, :]) & before & valid[None, :], axis=1, dtype=jnp.int32)
+
+
+def rank_is_slot(budget: Budget, meta: PyTree, shard: jax.Array, rank: jax.Array) -> jax.Array:
+    """`locate` of a policy whose stored rows lie in the first slots."""
+    return rank
+
+
+# For moves.
+
+
+def dealt(rows: int, shards: int) -> np.ndarray:
+    """How many of `rows` rows each shard gets, dealt round-robin; int64 `[shards]`."""
+    return share(np.arange(shards), rows, shards)
+
+
+def merge(lists: list[np.ndarray], *, align_ends: bool = False) -> np.ndarray:
+    """One list of several, place by place: all first entries, all second ones, ... or, with `align_ends`, all last ones
+    last."""
+    place = np.concatenate([np.arange(len(x)) - (len(x) if align_ends else 0) for x in lists])
+    return np.concatenate(lists)[np.argsort(place, kind="stable")]
+
+
+def deal_by_class(
+    budget: Budget, take: np.ndarray, label: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Deals rows round-robin class after class, so that classes and shards are balanced to within one row.
+
+    Args:
+      budget: of the new shards.
+      take: int64 `[n]`, old slots.
+      label: int32, of every old slot.
+
+    Returns:
+      take sorted by class, the shard and the slot of each row, and rows of each class on each shard, `[N, K]`.
+    """
+    take = take[np.argsort(label[take], kind="stable")]
+    row = np.arange(len(take))
+    shard = row % budget.shards
+    stored = np.zeros((budget.shards, budget.classes), np.int64)
+    np.add.at(stored, (shard, label[take]), 1)
+    return take, shard, row // budget.shards, stored
+
+
+def int32(**meta: np.ndarray) -> dict[str, np.ndarray]:
+    """Metadata in the type in which it is kept."""
+    return {name: x.astype(np.int32) for name, x in meta.items()}

@@ -18,10 +18,6 @@ What is guaranteed, whatever the threads do:
 
 import contextlib
 import dataclasses
-import errno
-import os
-import pathlib
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,16 +25,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import io_callback
 from jax.sharding import Mesh
 
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer.draw import Plan
-from jaxcl.errors import RunError, UserError
+from jaxcl.buffer.host.rows import allocate, row_type
+from jaxcl.check import at_least, check
+from jaxcl.errors import RunError
 from jaxcl.types import PyTree
 
-TIERS = ("device", "host")
-HANDOVERS = ("callback", "outputs")
 BACKGROUND = ("copy", "populate", "sample", "exchange")
 CHUNK = 2**24  # bytes of rows that are moved at once
 PATIENCE = 1.0  # seconds after which a hand-over that has not come is looked for
@@ -98,8 +93,7 @@ class Store:
     """
 
     def __init__(self, record: PyTree, slots: int, narrow: int, mesh: Mesh, path: str | None, queue: int):
-        if queue < 1:
-            raise UserError(f"buffer.queue: {queue} is not allowed, give at least 1")
+        check("buffer.queue", queue, at_least(1))
         self.row = row_type(record)
         self.slots, self.narrow, self._mesh, self._bound = slots, narrow, mesh, queue
         self._number = {d: i for i, d in enumerate(mesh.devices.flat)}
@@ -185,11 +179,11 @@ class Store:
                 with self._changed:
                     self._check_complete()
 
-    def passed(self, outputs: Handover | tuple[()] = ()) -> None:
-        """The next step has been dispatched, and its hand-overs are `outputs`, if they are not made by callback: global
-        arrays, which may still be computed."""
-        if outputs:
-            parts = [self._parts(x) for x in outputs[1:]]
+    def passed(self, outputs: tuple[Handover, ...] = ()) -> None:
+        """The next step has been dispatched, and its hand-overs are `outputs`, if they are not made by callback: one, of
+        global arrays, which may still be computed."""
+        for handover in outputs:
+            parts = [self._parts(x) for x in handover[1:]]
             for device in self._devices:
                 self.give(device, Handover((self.step,), *(part[device] for part in parts)))
         self.step += 1
@@ -331,67 +325,3 @@ class Store:
         begin = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - begin
-
-
-def hand_over(store: Store, handover: str, device: jax.Array, what: Handover) -> Handover | tuple[()]:
-    """Hands over from within the step, by its name: what is still to be returned from it."""
-    if handover == "outputs":
-        return what
-    io_callback(store.hand_over, None, device, *what, ordered=False)
-    return ()
-
-
-def row_type(record: PyTree) -> np.dtype:
-    """A record as one NumPy dtype without gaps: the bytes that `exchange.pack` makes, each leaf in its own dtype."""
-    leaves = jax.tree_util.tree_leaves_with_path(record)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") or "row" for path, _ in leaves]
-    return np.dtype([(name, x.dtype, x.shape) for name, (_, x) in zip(names, leaves, strict=True)])
-
-
-def allocate(devices: list[int], slots: int, row: np.dtype, path: str | None) -> list[np.ndarray]:
-    """Zeros `[slots]` for each device, in memory or in files of the folder `path`, which are made anew.
-
-    Raises:
-      UserError: they cannot fit; says the bytes asked for and those there are.
-    """
-    each = slots * row.itemsize
-    need = each * len(devices)
-    if path is None:
-        there = free_memory()
-        if need > there:
-            raise UserError(
-                f"buffer.capacity: the rows need {need} bytes of host memory and {there} are there; "
-                "give less, or a folder in buffer.path"
-            )
-        return [np.zeros(slots, row) for _ in devices]
-    folder = pathlib.Path(path)
-    names = [folder / f"shard-{device:05d}.rows" for device in devices]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            name.unlink(missing_ok=True)
-        there = shutil.disk_usage(folder).free
-        if need > there:
-            raise OSError(errno.ENOSPC, "")
-        for name in names:
-            with name.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, each)  # or a full disk would kill the process at some later write
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise UserError(f"buffer.path: {folder} cannot be written: {error.strerror or error}") from error
-        raise UserError(f"buffer.path: the rows need {need} bytes in {folder} and {there} are there") from error
-    return [np.memmap(name, row, "r+", shape=(slots,)) for name in names]
-
-
-def free_memory() -> int:
-    """Bytes of host memory that can be taken without swapping, within the limit of this process's control group."""
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-        there = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number
-        group = pathlib.Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        there = min(there, limit - int(statistics["anon"]))
-    return there

@@ -1,0 +1,276 @@
+"""The functions of the buffer: init, insert, draw and stats. `make_buffer` (`make.py`) binds them to their sizes.
+
+All but `stats` work on one device's part of their arguments, inside `shard_map` where there is a mesh. An insert lets the
+policy choose a slot for each row and writes it there. A draw plans which rows of the union are drawn, alike on all devices
+(`draw.py`), finds where they lie, and carries them to where they are wanted (`exchange/`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
+
+from jaxcl.buffer import draw as draw_lib
+from jaxcl.buffer import repeats, shard
+from jaxcl.buffer import threefry as random
+from jaxcl.buffer.draw import Plan
+from jaxcl.buffer.exchange import base as exchange
+from jaxcl.buffer.exchange.base import Read, Route
+from jaxcl.buffer.policy import Policy
+from jaxcl.buffer.shard import Drawn, Rows, Shard
+from jaxcl.types import PyTree
+
+MEMORIES = ("sharded", "replicated", "independent")
+DRAWS = ("uniform", "class_balanced")
+Staged = tuple[Any, ...]  # of Drawn, in the host tier of Pending
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is static of a buffer; `make_buffer` explains the choices.
+
+    Attributes:
+      record: one record as a pytree of `jax.ShapeDtypeStruct`.
+      capacity: rows of the memory.
+      representatives: R, rows of one draw over all devices.
+      shards: N, the number of devices.
+      axis: of the mesh; None without one.
+      memory: one of `MEMORIES`.
+      sampling: one of `DRAWS`.
+      policy: which slot a row takes, bound to this capacity.
+      routes: of the exchange; () where no row travels.
+      alone: whether every device draws from the rows it holds, without knowing of the others.
+      num_classes: K, a static bound on the labels; None where it is not known.
+      num_ids: a static bound on the ids; None unless copies are refused.
+    """
+
+    record: PyTree
+    capacity: int
+    representatives: int
+    shards: int
+    axis: str | None
+    memory: str
+    sampling: str
+    policy: Policy
+    routes: tuple[Route, ...]
+    alone: bool
+    num_classes: int | None
+    num_ids: int | None
+
+    @property
+    def per_device(self) -> int:
+        """r, rows of one draw on each device."""
+        return self.representatives // self.shards
+
+    def device(self) -> jax.Array:
+        """This device's number, int32."""
+        return jnp.int32(0) if self.axis is None else lax.axis_index(self.axis).astype(jnp.int32)
+
+    def part(self) -> jax.Array:
+        """This device's number among those that divide the capacity."""
+        return self.device() if self.memory == "sharded" else jnp.int32(0)
+
+    def holder(self) -> jax.Array:
+        """The number of this device's shard in a plan."""
+        return self.device() if self.routes else jnp.int32(0)
+
+
+def init(sizes: Sizes) -> Shard:
+    """An empty memory."""
+    state = shard.empty(sizes.record, sizes.policy.slots, sizes.policy.init(sizes.part()))
+    slot_of = None if sizes.num_ids is None else jnp.zeros((sizes.num_ids,), jnp.int32)
+    return dataclasses.replace(state, slot_of=slot_of)
+
+
+# Insert.
+
+
+def insert(sizes: Sizes, state: Shard, rows: Rows, key: jax.Array) -> Shard:
+    """Stores rows `[b, ...]`: of a sharded memory those that this device is given, else those of all devices."""
+    return keep(sizes, state, offered(sizes, rows), key)
+
+
+def keep(sizes: Sizes, state: Shard, rows: Rows, key: jax.Array) -> Shard:
+    """Stores rows that this device is given, whatever the memory."""
+    slot, meta = choose(sizes, state, rows, key)
+    return write(sizes, state, rows, slot, meta)
+
+
+def offered(sizes: Sizes, rows: Rows) -> Rows:
+    """The rows that this device chooses among: its own where devices divide the memory, else those of all."""
+    if sizes.axis is None or sizes.memory == "sharded":
+        return rows
+    packed, unpacked = exchange.pack(rows)
+    return unpacked(lax.all_gather(packed, sizes.axis, tiled=True))
+
+
+def choose(sizes: Sizes, state: Shard, rows: Rows, key: jax.Array) -> tuple[jax.Array, PyTree]:
+    """The slot of each row, int32 `[b]`, unique, out of range where it is not stored; and the policy's new metadata."""
+    # Devices that choose apart have keys apart; those that hold the same rows make the same choice.
+    key = random.fold_in(key, sizes.device() if sizes.memory == "independent" else sizes.part())
+    if sizes.num_ids is not None:
+        rows = repeats.distinct(state, rows, sizes.axis if sizes.memory == "sharded" else None)
+    slot, meta = sizes.policy.choose(state.meta, key, sizes.part(), rows.label, rows.valid)
+    return shard.keep_last(slot, sizes.policy.slots), meta
+
+
+def write(sizes: Sizes, state: Shard, rows: Rows, slot: jax.Array, meta: PyTree) -> Shard:
+    """Stores the rows at these slots."""
+    state = shard.write(state, rows, slot, meta)
+    if state.slot_of is None:
+        return state
+    slot_of = repeats.remember(state.slot_of, rows.id, slot, sizes.policy.slots)
+    return dataclasses.replace(state, slot_of=slot_of)
+
+
+# Draw.
+
+
+def draw(sizes: Sizes, state: Shard, key: jax.Array) -> Drawn:
+    """This device's r of R rows drawn without replacement; invalid where the memory holds fewer."""
+    plan = pick(sizes, state, key)
+    return bring(sizes, plan, lambda position: shard.read(state, locate(sizes, state, plan, position)))
+
+
+def pick(sizes: Sizes, state: Shard, key: jax.Array) -> Plan:
+    """What is drawn: a plan over all shards where there are routes, else one of this device's own rows."""
+    if sizes.routes:
+        return _plan(sizes, state, key, sizes.axis, sizes.representatives)
+    if sizes.alone:
+        key = key if sizes.shards == 1 else random.fold_in(key, sizes.device())
+        return draw_lib.own_plan(_plan(sizes, state, key, None, sizes.per_device).rank)
+    # All hold the same rows: every device takes its share of one draw.
+    key, offset_key = random.split(key, 2)
+    offset = jax.random.randint(offset_key, (), 0, sizes.shards)
+    rank = _plan(sizes, state, key, None, sizes.representatives).rank
+    return draw_lib.own_plan(rank[exchange.dealt_to(sizes.device(), offset, sizes.per_device, sizes.shards)])
+
+
+def _plan(sizes: Sizes, state: Shard, key: jax.Array, axis: str | None, count: int) -> Plan:
+    """A draw of `count` rows from the shards along `axis`, or from this device's alone."""
+    rule = sizes.policy
+
+    def over(x: jax.Array) -> jax.Array:
+        return x[None] if axis is None else lax.all_gather(x, axis)
+
+    if sizes.sampling == "class_balanced" and rule.class_sizes is not None:
+        return draw_lib.make_balanced_plan(key, over(rule.class_sizes(state.meta)), count)
+    return draw_lib.make_plan(key, over(rule.size(state.meta, sizes.part())), count)
+
+
+def locate(sizes: Sizes, state: Shard, plan: Plan, position: jax.Array) -> jax.Array:
+    """The slots of the rows at these positions of the plan, if they are of this shard; else anything."""
+    rank = plan.rank.at[position].get(mode="clip") - plan.base[sizes.holder()]
+    return sizes.policy.locate(state.meta, sizes.part(), rank)
+
+
+def bring(sizes: Sizes, plan: Plan, read: Read) -> Drawn:
+    """Carries what is drawn to where it is wanted; `read` gives (record, label, id), see `exchange.base.run`."""
+    (record, label, ident), source, valid = exchange.run(sizes.routes, plan, sizes.device(), read)
+    return Drawn(record=record, label=label, id=jnp.where(valid, ident, -1), valid=valid, shard=source)
+
+
+def no_rows(sizes: Sizes) -> Drawn:
+    """A draw without a valid row."""
+    r = sizes.per_device
+    record = jax.tree.map(lambda s: jnp.zeros((r, *s.shape), s.dtype), sizes.record)
+    none = jnp.full((r,), -1, jnp.int32)
+    return Drawn(record, jnp.zeros((r,), jnp.int32), none, jnp.zeros((r,), bool), none)
+
+
+# What a training step does.
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """The buffer's functions for use inside an existing `shard_map`, on this device's part of every argument.
+
+    A training step uses `turn` and `receive`, which are the same for both tiers.
+
+    Attributes:
+      init: `() -> state`.
+      insert, draw: as those of `Buffer`; of the device tier alone.
+      keep: as insert, but a device stores of the rows it is given alone, whatever the memory; for a "replicated" one give
+        all devices the same.
+      stage: `(state, keys) -> staged`, a draw for each key.
+      turn: `(state, rows, insert_key, draw_keys, step) -> (state, staged, handover)`: an insert, then a draw for each key.
+        `staged` goes to `receive` in the next step. In the host tier `step` is the number of the step, one more each time,
+        and `handover` goes to `Store.passed`: what is still to be handed over, a tuple of one `Handover` or none.
+      receive: `(staged, arrived) -> tuple of Drawn`; in the host tier `arrived` is what `Store.take` gives.
+      no_rows: `() -> Drawn` (host tier: `Pending`) without a valid row.
+    """
+
+    init: Callable[[], Shard]
+    insert: Callable[[Shard, Rows, jax.Array], Shard]
+    keep: Callable[[Shard, Rows, jax.Array], Shard]
+    draw: Callable[[Shard, jax.Array], Drawn]
+    stage: Callable[[Shard, Sequence[jax.Array]], Staged]
+    turn: Callable[..., tuple[Shard, Staged, tuple[Any, ...]]]
+    receive: Callable[[Staged, jax.Array | None], tuple[Drawn, ...]]
+    no_rows: Callable[[], Any]
+
+
+def bind(sizes: Sizes) -> Local:
+    """The functions of the device tier."""
+    on = functools.partial
+    return Local(
+        init=on(init, sizes),
+        insert=on(insert, sizes),
+        keep=on(keep, sizes),
+        draw=on(draw, sizes),
+        stage=on(stage, sizes),
+        turn=on(turn, sizes),
+        receive=receive,
+        no_rows=on(no_rows, sizes),
+    )
+
+
+def stage(sizes: Sizes, state: Shard, keys: Sequence[jax.Array]) -> tuple[Drawn, ...]:
+    return tuple(draw(sizes, state, key) for key in keys)
+
+
+def turn(
+    sizes: Sizes, state: Shard, rows: Rows, insert_key: jax.Array, draw_keys: Sequence[jax.Array], step: jax.Array
+) -> tuple[Shard, tuple[Drawn, ...], tuple[()]]:
+    state = insert(sizes, state, rows, insert_key)
+    return state, stage(sizes, state, draw_keys), ()
+
+
+def receive(staged: tuple[Drawn, ...], arrived: jax.Array | None = None) -> tuple[Drawn, ...]:
+    return staged
+
+
+def stats(sizes: Sizes, state: Shard) -> dict[str, Any]:
+    """Plain numbers about what the shards of all devices hold.
+
+    Reads every slot's label and id on the host: for reports, not for every step. In a run of several processes all must call
+    it.
+
+    Returns:
+      rows: stored rows over all devices, copies included; rows_per_shard; distinct_ids: different ids among them;
+      overlap: of the rows of a shard, the share that a given other shard holds too, averaged over pairs of shards;
+      class_histogram: stored rows of each class, where `num_classes` is known.
+    """
+    shards = sizes.shards
+    ids, label = (np.asarray(multihost_utils.process_allgather(x, tiled=True)) for x in (state.id, state.label))
+    written = ids >= 0
+    held = [np.unique(row[row >= 0]) for row in ids.reshape(shards, -1)]
+    every = np.concatenate(held)
+    # An id held by c shards makes c (c - 1) of the ordered pairs (row of a shard, other shard that holds it too).
+    copies = np.unique(every, return_counts=True)[1].astype(np.int64)
+    pairs = len(every) * (shards - 1)
+    found = {
+        "rows": int(written.sum()),
+        "rows_per_shard": written.reshape(shards, -1).sum(axis=1).tolist(),
+        "distinct_ids": len(copies),
+        "overlap": float((copies * (copies - 1)).sum() / pairs) if pairs else 0.0,
+    }
+    if sizes.num_classes is not None:
+        found["class_histogram"] = np.bincount(label[written], minlength=sizes.num_classes).tolist()
+    return found

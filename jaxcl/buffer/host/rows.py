@@ -1,0 +1,86 @@
+"""Where the rows of the host tier lie: in memory or in files, and whether there is room for them."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jaxcl.errors import UserError
+from jaxcl.types import PyTree
+
+
+def row_type(record: PyTree) -> np.dtype:
+    """A record as one NumPy dtype without gaps: the bytes that `exchange.pack` makes, each leaf in its own dtype."""
+    leaves = jax.tree_util.tree_leaves_with_path(record)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") or "row" for path, _ in leaves]
+    return np.dtype([(name, x.dtype, x.shape) for name, (_, x) in zip(names, leaves, strict=True)])
+
+
+def allocate(devices: list[int], slots: int, row: np.dtype, path: str | None) -> list[np.ndarray]:
+    """Zeros `[slots]` for each device, in memory or in files of the folder `path`, which are made anew.
+
+    Raises:
+      UserError: they cannot fit; says the bytes asked for and those there are.
+    """
+    each = slots * row.itemsize
+    need = each * len(devices)
+    if path is None:
+        _check_room("buffer.capacity", need, free_memory(), "host memory", "less, or a folder in buffer.path")
+        return [np.zeros(slots, row) for _ in devices]
+    folder = pathlib.Path(path)
+    names = [folder / f"shard-{device:05d}.rows" for device in devices]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            name.unlink(missing_ok=True)
+        there = shutil.disk_usage(folder).free
+        if need > there:
+            raise OSError(errno.ENOSPC, "")
+        for name in names:
+            with name.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, each)  # or a full disk would kill the process at some later write
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise UserError(f"buffer.path: {folder} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"buffer.path: the rows need {need} bytes in {folder} and {there} are there") from error
+    return [np.memmap(name, row, "r+", shape=(slots,)) for name in names]
+
+
+def check_fits(field: str, each: int, devices: Sequence[jax.Device]) -> None:
+    """Whether every one of this process's `devices` can hold `each` bytes more; where a device does not say, it is believed.
+
+    Raises:
+      UserError: it cannot; names the field, the bytes asked for and those there are.
+    """
+    if devices[0].platform == "cpu":  # they share the host's memory
+        _check_room(field, each * len(devices), free_memory(), "host memory", "less")
+        return
+    for device in devices:
+        found = device.memory_stats() or {}
+        if "bytes_limit" in found:
+            there = found["bytes_limit"] - found.get("bytes_in_use", 0)
+            _check_room(field, each, there, f"the memory of {device}", "less")
+
+
+def _check_room(field: str, need: int, there: int, where: str, advice: str) -> None:
+    if need > there:
+        raise UserError(f"{field}: the rows need {need} bytes of {where} and {there} are there, give {advice}")
+
+
+def free_memory() -> int:
+    """Bytes of host memory that can be taken without swapping, within the limit of this process's control group."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        there = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number
+        group = pathlib.Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        there = min(there, limit - int(statistics["anon"]))
+    return there

@@ -1,0 +1,198 @@
+"""`make_buffer`: checks what it is given and binds the buffer's functions to their sizes."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxcl import mesh as mesh_lib
+from jaxcl.buffer import buffer as device_tier
+from jaxcl.buffer.buffer import DRAWS, MEMORIES, Local, Sizes, Staged, stats
+from jaxcl.buffer.exchange import EXCHANGES
+from jaxcl.buffer.host import feed
+from jaxcl.buffer.host.feed import HANDOVERS
+from jaxcl.buffer.host.rows import check_fits
+from jaxcl.buffer.host.store import Pending, Store
+from jaxcl.buffer.policy import make_policy
+from jaxcl.buffer.repeats import REPEATS
+from jaxcl.buffer.shard import Drawn, Rows, Shard
+from jaxcl.check import Rule, check, one_of, refused
+from jaxcl.mesh import AXIS, ROWS, WHOLE
+from jaxcl.types import PyTree
+
+TIERS = ("device", "host")
+LABEL_AND_ID = 8  # bytes of a row beside its record
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """Pure functions over a state pytree, bound to their sizes. Make one with `make_buffer`.
+
+    Attributes:
+      init: `() -> state`, an empty buffer, already split over the mesh.
+      insert: `(state, rows, key) -> state`. `rows` leaves are `[b, ...]` over all devices, split by rows. In place when
+        the state is donated.
+      draw: `(state, key) -> Drawn` of `representatives` rows, split by rows over the devices, without replacement; invalid
+        where the memory holds fewer. Draws with different keys are independent: call it again for a second set.
+      stage: `(state, keys) -> Staged`, a draw for each key, as a training step leaves it for the next one.
+      stats: `(state) -> dict` of plain numbers, see `buffer.stats`.
+      no_rows: `() -> Drawn` (host tier: `Pending`) without a valid row, the first value of double-buffered representatives.
+      local: insert and draw for use inside `shard_map`.
+      capacity: rows in the union of all shards; with `memory` "replicated" or "independent", rows on each device.
+      representatives: rows of one draw over all devices.
+      repeats: as given; a training step offers no row after a task's first epoch if it is "first_epoch".
+      num_bytes: bytes of the whole state over all devices, the rows in host memory included.
+      traffic: rows and bytes that a device puts into collectives for one draw, padding included, and what r rows weigh.
+      host: the rows in host memory; None in the device tier.
+    """
+
+    init: Callable[[], Shard]
+    insert: Callable[[Shard, Rows, jax.Array], Shard]
+    draw: Callable[[Shard, jax.Array], Drawn]
+    stage: Callable[[Shard, Sequence[jax.Array]], Staged]
+    stats: Callable[[Shard], dict[str, Any]]
+    no_rows: Callable[[], Drawn | Pending]
+    local: Local
+    capacity: int
+    representatives: int
+    repeats: str
+    num_bytes: int
+    traffic: dict[str, int]
+    host: Store | None
+
+
+def make_buffer(
+    record: PyTree,
+    *,
+    capacity: int,
+    representatives: int,
+    policy: str = "reservoir",
+    num_classes: int | None = None,
+    accept: float | None = None,
+    mesh: Mesh | None = None,
+    memory: str = "sharded",
+    exchange: str = "mix",
+    sampling: str = "uniform",
+    repeats: str = "all",
+    num_ids: int | None = None,
+    tier: str = "device",
+    path: str | None = None,
+    handover: str = "outputs",
+    queue: int = 4,
+) -> Buffer:
+    """A rehearsal buffer.
+
+    Args:
+      record: one record as a pytree of arrays or `jax.ShapeDtypeStruct`, without the leading axis of rows.
+      capacity: rows of the memory, at least one a device; what it counts is said by `memory`.
+      representatives: rows of one draw over all devices, a multiple of the number of devices, no more than there are.
+      policy: which row makes room for a new one, one of `POLICIES` or `module.path:name`.
+      num_classes: static bound on the labels, for policies and draws by class.
+      accept: probability with which `class_random` stores a row of a full class (the paper's c/b).
+      mesh: devices to share the buffer along the axis `jaxcl.mesh.AXIS`; None keeps it on one device without collectives.
+      memory: "sharded": the devices' shards together hold `capacity` rows, each device choosing among the rows it is given.
+        "replicated": every device holds the same `capacity` rows. "independent": every device holds `capacity` rows of its
+        own choice among the rows of all devices, so the union is up to N times as large and rows may be held twice (DyTox's
+        "distributed memory").
+      exchange: of a sharded memory, one of `EXCHANGES` or `module.path:name`. "mix": every device receives a uniform sample
+        of the union. "balance": the same sample of the union, but drawn rows stay where they lie as far as possible.
+        "local": every device draws from its own shard alone and nothing travels, which is another law: rows of small shards
+        are replayed more often.
+      sampling: "uniform": every stored row is equally likely. "class_balanced": every stored class has the same number of
+        rows in a draw as far as it holds that many, and within a class every row is equally likely; needs a policy that
+        keeps classes apart.
+      repeats: "all": a row that comes again may be stored again. "distinct": a row whose id is stored is not stored again
+        and not counted by the policy, so that the memory holds at most one copy of an id (an "independent" memory: one on
+        each device); int32 a device and id. "first_epoch" is the training step's business and means "all" here.
+      num_ids: of "distinct", a static bound on the ids: they lie in [0, num_ids).
+      tier: where records lie: "device", or "host", in host memory, see `host/`; with the same keys both store and draw the
+        same rows. A buffer of the host tier owns its rows: it serves one state, which only `turn` and `receive` move.
+      path: of the host tier, a folder for memory-mapped files, so that the memory may be larger than RAM.
+      handover: of the host tier, how rows leave the step: as its "outputs" or by "callback".
+      queue: of the host tier, how many steps' rows may wait to be stored.
+
+    Raises:
+      UserError: a size or name that is not allowed, or rows that cannot fit into memory.
+    """
+    check("buffer.memory", memory, one_of(MEMORIES))
+    check("buffer.sampling", sampling, one_of(DRAWS))
+    check("buffer.repeats", repeats, one_of(REPEATS))
+    check("buffer.tier", tier, one_of(TIERS))
+    check("buffer.handover", handover, one_of(HANDOVERS))
+    shards = 1 if mesh is None else mesh.shape[AXIS]
+    multiple = Rule(lambda x: x >= 1 and x % shards == 0, f"a positive multiple of the number of devices, {shards}")
+    check("buffer.representatives", representatives, multiple)
+    parts = shards if memory == "sharded" else 1  # among how many the policy divides `capacity`
+    rule = make_policy(policy, capacity=capacity, shards=parts, num_classes=num_classes, accept=accept)
+    held = capacity * shards if memory == "independent" else capacity
+    if representatives > held:
+        raise refused("buffer.representatives", representatives, f"at most {held}, the rows that the memory holds")
+    if sampling == "class_balanced" and rule.class_sizes is None:
+        raise refused("buffer.sampling", sampling, f"a policy that keeps classes apart, which {policy} does not")
+    if repeats == "distinct":
+        bound = Rule(lambda x: x is not None and x >= 1, "a positive number, which repeats=distinct needs")
+        check("buffer.num_ids", num_ids, bound)
+    routes = EXCHANGES.make(exchange, per_device=representatives // shards, shards=shards, axis=AXIS)
+    alone = shards == 1 or memory == "independent" or not routes
+    sizes = Sizes(
+        record=jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), record),
+        capacity=capacity,
+        representatives=representatives,
+        shards=shards,
+        axis=None if mesh is None else AXIS,
+        memory=memory,
+        sampling=sampling,
+        policy=rule,
+        routes=() if alone or memory == "replicated" else routes,
+        alone=alone,
+        num_classes=num_classes,
+        num_ids=num_ids if repeats == "distinct" else None,
+    )
+    devices = jax.devices()[:1] if mesh is None else mesh.local_devices
+    store, local, on_device = None, device_tier.bind(sizes), _bytes(sizes.record) + LABEL_AND_ID
+    if tier == "host":
+        if mesh is None:
+            raise refused("buffer.tier", tier, "a mesh with it, which may be one of one device")
+        store, on_device = feed.make_store(sizes, mesh, path, queue), LABEL_AND_ID
+        local = feed.bind(sizes, store, handover, on_cpu=devices[0].platform == "cpu")
+    check_fits("buffer.capacity", rule.slots * on_device, devices)
+    return _over_mesh(sizes, mesh, local, store, repeats)
+
+
+def _over_mesh(sizes: Sizes, mesh: Mesh | None, local: Local, store: Store | None, repeats: str) -> Buffer:
+    """The functions on global arrays: rows and state split over the mesh, keys known to all."""
+    init = _split(mesh, local.init)
+    row_bytes = _bytes(sizes.record) + LABEL_AND_ID
+    moved = sizes.routes[0].rows_moved if sizes.routes else 0
+    return Buffer(
+        init=jax.jit(init),
+        insert=_split(mesh, local.insert, ROWS, ROWS, WHOLE),
+        draw=_split(mesh, local.draw, ROWS, WHOLE),
+        stage=_split(mesh, local.stage, ROWS, WHOLE),
+        stats=functools.partial(stats, sizes),
+        no_rows=jax.jit(_split(mesh, local.no_rows)),
+        local=local,
+        capacity=sizes.capacity,
+        representatives=sizes.representatives,
+        repeats=repeats,
+        num_bytes=_bytes(jax.eval_shape(init)) + (store.num_bytes if store else 0),
+        traffic={
+            "rows_needed": sizes.per_device,
+            "rows_moved": moved,
+            "row_bytes": row_bytes,
+            "bytes_moved": moved * row_bytes,
+        },
+        host=store,
+    )
+
+
+def _split(mesh: Mesh | None, function: Callable, *in_specs: PyTree) -> Callable:
+    return function if mesh is None else mesh_lib.over_mesh(mesh, function, in_specs, ROWS)
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

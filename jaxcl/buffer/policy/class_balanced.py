@@ -1,0 +1,150 @@
+"""Class-balancing reservoir sampling of each shard's own stream (Chrysakis & Moens 2020, algorithm 1)."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxcl.buffer import threefry as random
+from jaxcl.buffer.policy.base import (
+    INT32_MAX,
+    Budget,
+    Moves,
+    Policy,
+    bind,
+    check_classes,
+    deal_by_class,
+    dealt,
+    earlier_same,
+    int32,
+)
+
+
+def class_balanced(budget: Budget) -> Policy:
+    """Until the shard is full every row is stored. Then, with m rows of its class stored out of the n that came, itself
+    included: if the shard still holds all earlier rows of the class and another class is larger, the row replaces a uniform
+    row among those of the largest classes; otherwise it replaces a uniform row of its own class with probability m / n.
+    (The paper marks a class "full" once it was largest. Sizes of the largest class never grow in a full shard, so that is
+    the class which is largest or has lost a row, and needs no mark.)
+
+    Laws, of each shard:
+      - The rows stored of a class are a uniform sample without replacement of those of its stream.
+      - Once the shard is full its division is max-min fair: with M rows in the largest class, every class holds M or M - 1
+        rows or all that came. A class that appears takes rows from the largest ones, one for one.
+    Of the union: the class histogram is within N rows of fair where the devices see the classes in like proportions, and a
+    class is then sampled uniformly up to the shards' rounding; a class that comes to one device only fills no more than its
+    part of that shard.
+
+    Slots are kept in the order of their rows' classes (`order`: class 0, class 1, ..., free), so that a uniform row of a
+    class is one look-up. A slot changes class by moving one entry of each class in between: O(K) a row that grows its
+    class, in a loop over the rows. Where no class grows (the shard is full, no class new) all rows are placed at once and
+    the loop takes no step. Labels outside [0, K) are not stored. n saturates at 2**31 - 2.
+
+    Raises:
+      UserError: `num_classes` is missing.
+    """
+    check_classes(budget, "class_balanced")
+    return bind(budget, init=_init, choose=_choose, locate=_locate, size=_size, class_sizes=_class_sizes, move=_move)
+
+
+def _init(budget, shard):
+    stored = jnp.zeros((1, budget.classes + 1), jnp.int32).at[0, budget.classes].set(budget.room(shard))
+    order = jnp.arange(budget.slots, dtype=jnp.int32)[None]
+    return {"order": order, "stored": stored, "seen": jnp.zeros((1, budget.classes), jnp.int32)}
+
+
+def _choose(budget, meta, key, shard, label, valid):
+    order, stored, seen = (meta[name][0] for name in ("order", "stored", "seen"))
+    n, k, slots = label.shape[0], budget.classes, budget.slots
+    words = random.words(key, 2 * n)
+    valid = valid & (label >= 0) & (label < k)
+    label = jnp.clip(label, 0, k - 1)
+    before = seen[label] + jnp.minimum(earlier_same(label, valid), INT32_MAX - 1 - seen[label])
+    drawn = random.below(words[:, :n], before + 1)  # below m with probability m / n, and then uniform
+    # If no row grows its class, sizes stay as they are: what holds for the first row holds for all.
+    at_once = order.at[(jnp.cumsum(stored) - stored)[label] + drawn].get(mode="clip")
+    at_once = jnp.where(valid & (drawn < stored[label]), at_once, slots)
+    steps = jnp.where(jnp.any(_grows(stored, label, before, valid)), n, 0)
+    one = functools.partial(_take, slots, label, valid, before, drawn, words[:, n:])
+    order, stored, slot = lax.fori_loop(0, steps, one, (order, stored, at_once))
+    classes = jnp.arange(k, dtype=jnp.int32)
+    added = jnp.sum((label[:, None] == classes[None, :]) & valid[:, None], axis=0, dtype=jnp.int32)
+    seen = seen + jnp.minimum(added, INT32_MAX - 1 - seen)
+    return slot, {"order": order[None], "stored": stored[None], "seen": seen[None]}
+
+
+def _grows(stored, label, before, valid):
+    """Whether a row makes its class larger; the free slots are the last class of `stored`."""
+    held = stored[label]
+    return valid & ((stored[-1] > 0) | ((held == before) & (held < jnp.max(stored[:-1]))))
+
+
+def _take(slots, label, valid, before, drawn, words, i, carry):
+    """Row i of the batch."""
+    order, stored, slot = carry
+    free = len(stored) - 1
+    classes = jnp.arange(free + 1, dtype=jnp.int32)
+    c = label[i]
+    grow = _grows(stored, c, before[i], valid[i])
+    top = jnp.maximum(jnp.max(stored[:free]), 1)
+    largest = stored[:free] == top
+    pick = random.below(words[:, i], jnp.maximum(jnp.sum(largest, dtype=jnp.int32), 1) * top)
+    victim = jnp.argmax(jnp.cumsum(largest) > pick // top).astype(jnp.int32)
+    victim, rank = jnp.where(stored[free] > 0, free, victim), jnp.where(stored[free] > 0, 0, pick % top)
+    begin = jnp.cumsum(stored) - stored
+    end = begin + stored
+    at = jnp.where(grow, begin[victim] + rank, begin[c] + jnp.minimum(drawn[i], stored[c] - 1))
+    # The victim's entry nearest to c fills the gap; each class in between moves its near end to its far end.
+    down = victim > c
+    between = ((classes > c) & (classes < victim)) | ((classes < c) & (classes > victim))
+    near = jnp.where(down, begin, end - 1)
+    far = jnp.where(down, end, begin - 1)
+    far = jnp.where(classes == victim, at, far)
+    moved = (between & (stored > 0)) | (classes == c) | ((classes == victim) & (near != at))
+    # One read, on which the write depends: XLA would otherwise copy `order`.
+    entry = order.at[jnp.append(near, at)].get(mode="clip")
+    taken = entry[-1]
+    order = order.at[jnp.where(grow & moved, far, slots + classes)].set(
+        jnp.where(classes == c, taken, entry[:-1]), mode="drop", unique_indices=True
+    )
+    kept = grow | (valid[i] & (drawn[i] < stored[c]))
+    change = grow * ((classes == c).astype(jnp.int32) - (classes == victim))
+    return order, stored + change, slot.at[i].set(jnp.where(kept, taken, slots))
+
+
+def _locate(budget, meta, shard, rank):
+    return meta["order"][0].at[rank].get(mode="clip")
+
+
+def _size(budget, meta, shard):
+    return jnp.sum(meta["stored"][0, : budget.classes])
+
+
+def _class_sizes(meta):
+    return meta["stored"][0, :-1]
+
+
+def _move(budget: Budget, meta: dict[str, np.ndarray], label: np.ndarray, old: int) -> Moves:
+    """What a class has lost is counted on the shards that hold some of it, so that the others may still take its rows."""
+    before, k = Budget(budget.capacity, old), budget.classes
+    held = meta["stored"][:, :k].sum(axis=1)
+    rows = [s * before.slots + meta["order"][s, :n] for s, n in enumerate(held)]
+    take, shard, slot, stored = deal_by_class(budget, np.concatenate(rows).astype(np.int64), label)
+    seen = stored.copy()
+    lost = meta["seen"].sum(axis=0, dtype=np.int64) - stored.sum(axis=0)
+    for c in range(k):
+        holders = np.flatnonzero(stored[:, c])
+        if len(holders):
+            seen[holders, c] += dealt(int(lost[c]), len(holders))
+    free = budget.rooms() - stored.sum(axis=1)
+    return Moves(
+        take,
+        shard,
+        slot,
+        int32(
+            order=np.tile(np.arange(budget.slots), (budget.shards, 1)),
+            stored=np.concatenate([stored, free[:, None]], axis=1),
+            seen=np.minimum(seen, INT32_MAX - 1),
+        ),
+    )
