@@ -4,9 +4,22 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from jaxcl.check import FRACTION, NAME, NOT_NEGATIVE, POSITIVE, SEED, Rule, between, each, is_number, one_of, refused
+from jaxcl.check import (
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    Rule,
+    between,
+    each,
+    found_in,
+    is_number,
+    one_of,
+    refused,
+)
 from jaxcl.contrastive.step import NEGATIVES, PAIRS
 from jaxcl.contrastive.storage import STORAGES
+from jaxcl.data import AUGMENTATIONS
 from jaxcl.errors import UserError
 from jaxcl.fields import Field, Fields, check_fields, default_of
 from jaxcl.training.config import CHECKPOINT, IMAGES, OPTIMIZER, check_evenly, check_optimizer
@@ -53,7 +66,7 @@ def fields() -> Fields:
             "split_seed": Field(0, "of the pairs held out", NOT_NEGATIVE),
             "length": Field(48, "tokens of a text", between(1, 2**16)),
             "vocabulary": Field(4096, "buckets that words and parts of words are hashed to", between(2, 2**28)),
-            "augment": Field((), "crop, flip and others: on device", each(NAME)),
+            "augment": Field((), "of the images: on device", each(found_in(AUGMENTATIONS))),
             **IMAGES,
         },
         "model": {

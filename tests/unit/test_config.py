@@ -101,7 +101,7 @@ def test_values_of_another_type_are_refused(kind):
         ({"data__mean": (math.inf,)}, "data.mean: (inf,)"),
         (
             {"data__augment": (3,)},
-            "data.augment: (3,) is not allowed, give a list with each item a name, or module:name",
+            "data.augment: (3,) is not allowed, give a list with each item one of crop, flip, or module:name",
         ),
         ({"eval__metrics": ("a:b:c",)}, "eval.metrics: ('a:b:c',)"),
         ({"finetune__frozen": (None,)}, "finetune.frozen: (None,)"),
@@ -124,7 +124,7 @@ def test_values_of_another_type_are_refused(kind):
         ({"strategy": "module:"}, "strategy: 'module:'"),
         ({"strategies__mir": 3}, "strategies.mir: 3 is not allowed, give a group of fields"),
         ({"strategies__er": {"a": 1}}, "strategies.er: no such field; did you mean der?"),
-        ({"data__scenario": "scattered"}, "data.scenario: 'scattered' is not allowed, give one of class, "),
+        ({"data__scenario": "scattered"}, "data.scenario: 'scattered' is not allowed, give one of blurry, domain, "),
         ({"data__scattered": 1.5}, "data.scattered: 1.5 is not allowed, give a number from 0 to 1"),
         ({"buffer__policy": "lru"}, "buffer.policy: 'lru' is not allowed, give one of "),
         ({"optimizer__warmup_epochs": 1.0}, "optimizer.warmup_epochs: 1.0 is not allowed, give less than epochs = 1"),
