@@ -1,9 +1,12 @@
-"""The README's program runs as printed, and its figures are those of the results it names."""
+"""The README's program runs as printed, and configs expect the accuracies that it shows."""
 
+import importlib
 import pathlib
 import re
 import subprocess
 import sys
+
+import pytest
 
 README = (pathlib.Path(__file__).resolve().parents[2] / "README.md").read_text()
 
@@ -24,3 +27,12 @@ def test_the_library_example_runs():
 
 def test_no_placeholder_is_left():
     assert "@@" not in README
+
+
+@pytest.mark.parametrize("number, config", enumerate(["digits", "split_mnist", "split_cifar10"]))
+def test_a_config_expects_the_accuracies_of_its_table(number, config):
+    tables = re.findall(
+        r"^from_scratch +\d+ +([\d.]+).*\nincremental +\d+ +([\d.]+).*\ner +\d+ +([\d.]+)", README, re.M
+    )
+    expected = importlib.import_module(f"configs.{config}").__doc__.partition("Expected:")[2]
+    assert tuple(re.findall(r"([\d.]+) %", expected)) == tables[number]
