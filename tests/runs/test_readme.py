@@ -29,7 +29,7 @@ def test_no_placeholder_is_left():
     assert "@@" not in README
 
 
-@pytest.mark.parametrize("number, config", enumerate(["digits", "split_mnist", "split_cifar10"]))
+@pytest.mark.parametrize(("number", "config"), list(enumerate(["digits", "split_mnist", "split_cifar10"])))
 def test_a_config_expects_the_accuracies_of_its_table(number, config):
     tables = re.findall(
         r"^from_scratch +\d+ +([\d.]+).*\nincremental +\d+ +([\d.]+).*\ner +\d+ +([\d.]+)", README, re.M
