@@ -36,7 +36,7 @@ from jaxcl.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A buffer to measure: an adapter of `experiments/bench/peers`, how many devices it uses, what it needs to run."""
+    """A buffer to measure: its module in `experiments/bench/peers`, how many devices it uses, what it needs to run."""
 
     name: str
     module: str
@@ -124,14 +124,14 @@ def measure(
         check("--capacities", capacity, at_least(batch))
     if shutil.which(peer_python) is None:
         raise UserError(f"--peer_python: {peer_python} cannot be run")
-    own = {n: Contender("jaxcl", "jaxcl_peer", n) for n in (1, many)}
+    own = {n: Contender("jaxcl", "jax_peers", n) for n in (1, many)}
     peers = [
-        Contender("flashbax", "flashbax_peer", 1, peer_python),
-        Contender("brax", "brax_peer", 1, peer_python),
-        Contender("brax_sharded", "brax_peer", many, peer_python),
-        Contender("mammoth", "mammoth_peer", 1, peer_python, mammoth),
-        Contender("mammoth_late", "mammoth_peer", 1, peer_python, mammoth),
-        Contender("avalanche", "avalanche_peer", 1, peer_python, avalanche),
+        Contender("flashbax", "jax_peers", 1, peer_python),
+        Contender("brax", "jax_peers", 1, peer_python),
+        Contender("brax_sharded", "jax_peers", many, peer_python),
+        Contender("mammoth", "torch_peers", 1, peer_python, mammoth),
+        Contender("mammoth_late", "torch_peers", 1, peer_python, mammoth),
+        Contender("avalanche", "torch_peers", 1, peer_python, avalanche),
     ]
     print(f"{'':<13} devices capacity     median        p10        p90      n  bytes/rows    temporaries")
     results: list[Result] = []

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.bench.peers import torch_peer
+from experiments.bench.peers import torch_peers
 
 CLASSES = {
     "er": ("models.er", "Er"),
@@ -38,7 +38,7 @@ def import_strategy(name: str, path: str) -> tuple[type, str]:
     """Mammoth's class for a strategy, and the checkout's version. Its base class and argument parser are stand-ins."""
     import torch
 
-    checkout = torch_peer.enter(path, "models/der.py")
+    checkout = torch_peers.enter(path, "models/der.py")
     importlib.import_module("PIL.Image")  # Mammoth relies on torchvision having done so
 
     class ContinualModel(torch.nn.Module):
@@ -48,15 +48,15 @@ def import_strategy(name: str, path: str) -> tuple[type, str]:
             self.device = torch.device("cpu")
             self.opt = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.optim_mom)
 
-    torch_peer.empty("torchvision", transforms=None)
-    torch_peer.empty("torchvision.transforms", functional=None)
-    torch_peer.empty("utils.kornia_utils", KorniaAugNoGrad=type("KorniaAugNoGrad", (), {}))
-    torch_peer.empty("utils.args", add_rehearsal_args=None, ArgumentParser=argparse.ArgumentParser)
-    torch_peer.bare_package("models", checkout / "models")
-    torch_peer.bare_package("models.utils", checkout / "models" / "utils")
-    torch_peer.empty("models.utils.continual_model", ContinualModel=ContinualModel)
+    torch_peers.empty("torchvision", transforms=None)
+    torch_peers.empty("torchvision.transforms", functional=None)
+    torch_peers.empty("utils.kornia_utils", KorniaAugNoGrad=type("KorniaAugNoGrad", (), {}))
+    torch_peers.empty("utils.args", add_rehearsal_args=None, ArgumentParser=argparse.ArgumentParser)
+    torch_peers.empty("models", __path__=[str(checkout / "models")])
+    torch_peers.empty("models.utils", __path__=[str(checkout / "models" / "utils")])
+    torch_peers.empty("models.utils.continual_model", ContinualModel=ContinualModel)
     file, cls = CLASSES[name]
-    return getattr(importlib.import_module(file), cls), torch_peer.version(checkout)
+    return getattr(importlib.import_module(file), cls), torch_peers.version(checkout)
 
 
 def network(model: dict[str, Any], inputs: int, num_classes: int) -> Any:
