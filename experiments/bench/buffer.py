@@ -27,9 +27,8 @@ from matplotlib.figure import Figure
 
 from experiments import cli
 from experiments.bench import harness
-from experiments.bench.harness import Json
 from experiments.bench.peers.protocol import Result
-from experiments.pages.page import ROOT
+from experiments.pages.page import ROOT, Json
 from jaxcl.check import at_least, check
 from jaxcl.errors import UserError
 

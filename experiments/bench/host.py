@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from experiments.bench import harness
-from experiments.bench.harness import CLASSES, SHAPE, Contender, Json
+from experiments.bench.harness import CLASSES, SHAPE, Contender
+from experiments.pages.page import Json
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Buffer, Rows, make_buffer
 from jaxcl.buffer.host import Store

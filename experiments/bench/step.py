@@ -26,7 +26,8 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
 from experiments.bench import harness
-from experiments.bench.harness import CLASSES, SHAPE, Contender, Json
+from experiments.bench.harness import CLASSES, SHAPE, Contender
+from experiments.pages.page import Json
 from jaxcl import data
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import HANDOVERS, Buffer, make_buffer

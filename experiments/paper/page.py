@@ -7,8 +7,8 @@ import json
 import pathlib
 
 from experiments.pages import page
+from experiments.pages.page import Json
 from experiments.paper import accuracy, draw, memory, phases, scaling, sweep, uniformity
-from experiments.studies.grid import Json
 
 # Each has a TITLE, and measure(study) -> found, picture(found) and markdown(found).
 FIGURES = {

@@ -18,11 +18,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.bench.harness import Contender, in_turn, spread
-from experiments.pages.page import table
+from experiments.pages.page import Json, table
 from experiments.paper.draw import panels
 from experiments.paper.step_model import DEVICES, Load, Machine, all_reduce, exchange, fit, run_time
 from experiments.paper.study import STRATEGIES, Study, begun
-from experiments.studies.grid import Json
 from jaxcl.report import color_of
 
 TITLE = "3. Run time against the number of devices"

@@ -15,8 +15,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.pages import page
+from experiments.pages.page import Json
 from experiments.paper.study import Study
-from experiments.studies.grid import Json, changed
+from experiments.studies.grid import changed
 from jaxcl import mesh as mesh_lib
 from jaxcl.training.batches import train_batches
 from jaxcl.training.build import build

@@ -28,8 +28,9 @@ from matplotlib.figure import Figure
 
 from experiments import cli
 from experiments.pages import page
+from experiments.pages.page import Json
 from experiments.studies import grid
-from experiments.studies.grid import Json, Setting
+from experiments.studies.grid import Setting
 from jaxcl import report
 from jaxcl.buffer.selection import SELECTIONS
 from jaxcl.check import check, one_of, refused
