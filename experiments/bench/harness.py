@@ -208,8 +208,9 @@ def made_up(mesh: jax.sharding.Mesh, rows: int, shape: Sequence[int] = SHAPE, cl
     return mesh_lib.shard_rows(mesh, batch)
 
 
-def as_rows(batch: Batch) -> Rows:
+def made_up_rows(mesh: jax.sharding.Mesh, rows: int) -> Rows:
     """The same as candidates of a buffer."""
+    batch = made_up(mesh, rows)
     return Rows({"image": batch["image"]}, batch["label"], batch["id"], batch["valid"])
 
 

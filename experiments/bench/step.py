@@ -136,12 +136,7 @@ def one_model(sizes: Sizes, model: str) -> Json:
 
 
 def compiled(one: Contender) -> Contender:
-    return dataclasses.replace(one, step=jitted(one).lower(one.state, one.batch).compile())
-
-
-def jitted(one: Contender) -> Any:
-    """The step's one program."""
-    return one.step.program
+    return dataclasses.replace(one, step=one.step.program.lower(one.state, one.batch).compile())
 
 
 def with_bare_collectives(mesh: Mesh, plain: Contender, traffic: dict[str, int]) -> Contender:
@@ -149,7 +144,7 @@ def with_bare_collectives(mesh: Mesh, plain: Contender, traffic: dict[str, int])
     size = mesh_lib.shard_rows(mesh, np.ones(mesh.size, np.int32))
     rows = traffic["rows_moved"] // mesh.size * mesh.size
     packed = mesh_lib.shard_rows(mesh, np.zeros((rows * mesh.size, traffic["row_bytes"]), np.uint8))
-    bare, train = mesh_lib.over_mesh(mesh, collectives, (ROWS, ROWS), (ROWS, ROWS)), jitted(plain)
+    bare, train = mesh_lib.over_mesh(mesh, collectives, (ROWS, ROWS), (ROWS, ROWS)), plain.step.program
 
     def step(state: Any, batch: Any) -> Any:
         trained, sent = state
@@ -168,7 +163,7 @@ def collectives(size: jax.Array, packed: jax.Array) -> tuple[jax.Array, jax.Arra
 def alone(sizes: Sizes, buffer: Buffer) -> dict[str, float]:
     """Milliseconds of insert and of draw, each compiled alone."""
     stored, key = full(buffer, sizes.mesh), jax.random.key(0)
-    rows = harness.as_rows(harness.made_up(sizes.mesh, sizes.new * sizes.mesh.size))
+    rows = harness.made_up_rows(sizes.mesh, sizes.new * sizes.mesh.size)
     draw, insert = jax.jit(buffer.draw), jax.jit(buffer.insert, donate_argnums=0)
     drawing = Contender(lambda _, __: (draw(stored, key), None), None)
     drawing.run(1)
@@ -225,19 +220,18 @@ def hidden_share(host: Contender, store: Store, steps: int) -> float:
 
 def full(buffer: Buffer, mesh: Mesh) -> Any:
     """The state of a buffer into which more rows than it holds have been put."""
-    state, rows = buffer.init(), harness.as_rows(harness.made_up(mesh, 64 * mesh.size))
+    state, rows = buffer.init(), harness.made_up_rows(mesh, 64 * mesh.size)
     times = range(-(-buffer.capacity // (64 * mesh.size)) + 1)
     if buffer.host is None:
         insert = jax.jit(buffer.insert, donate_argnums=0)
         for i in times:
             state = insert(state, rows, jax.random.key(i))
         return state
-    turn = mesh_lib.on_mesh(
-        mesh,
-        lambda shard, rows, key, number: buffer.local.turn(shard, rows, key, (), number),
-        (ROWS, ROWS, WHOLE, WHOLE),
-        ROWS,
-    )
+
+    def one_turn(shard: Any, rows: Any, key: jax.Array, number: jax.Array) -> Any:
+        return buffer.local.turn(shard, rows, key, (), number)
+
+    turn = mesh_lib.on_mesh(mesh, one_turn, (ROWS, ROWS, WHOLE, WHOLE), ROWS)
     with buffer.host.serving(0) as store:
         for i in times:
             state, _, handover = turn(state, rows, jax.random.key(i), np.int32(i))
