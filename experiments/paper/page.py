@@ -11,14 +11,7 @@ from experiments.pages.page import Json
 from experiments.paper import accuracy, draw, memory, phases, scaling, sweep, uniformity
 
 # Each has a TITLE, and measure(study) -> found, picture(found) and markdown(found).
-FIGURES = {
-    "accuracy": accuracy,
-    "sweep": sweep,
-    "scaling": scaling,
-    "phases": phases,
-    "memory": memory,
-    "uniformity": uniformity,
-}
+FIGURES = {one.__name__.rpartition(".")[2]: one for one in (accuracy, sweep, scaling, phases, memory, uniformity)}
 PAGE, FRONT, IMAGES = page.ROOT / "docs" / "paper.md", page.ROOT / "README.md", page.ROOT / "docs" / "images"
 
 
