@@ -72,7 +72,8 @@ class Sizes:
         )
 
     def contender(self, model_name: str, buffer: Buffer | None) -> Contender:
-        """The step of `make_train_step`, its state and batch: rehearsal with `buffer` on b rows a device, or plain on b + r."""
+        """The step of `make_train_step`, of the device tier its program: rehearsal with `buffer` on b rows a device, or plain
+        on b + r."""
         options: dict[str, Any] = {"hidden": (100, 100)} if model_name == "mlp" else {"width": self.width}
         model = make_model(model_name, CLASSES, options=options, dtype=self.dtype, axis_name=AXIS)
         strategy = make_strategy("incremental" if buffer is None else "er")
@@ -84,7 +85,8 @@ class Sizes:
         if buffer is not None:
             state = dataclasses.replace(state, buffer=full(buffer, self.mesh))
         rows = self.new + (self.drawn if buffer is None else 0)
-        return Contender(step, state, harness.made_up(self.mesh, rows * self.mesh.size))
+        program: Any = step if buffer is not None and buffer.host is not None else step.program
+        return Contender(program, state, harness.made_up(self.mesh, rows * self.mesh.size))
 
 
 def measure(
@@ -136,7 +138,7 @@ def one_model(sizes: Sizes, model: str) -> Json:
 
 
 def compiled(one: Contender) -> Contender:
-    return dataclasses.replace(one, step=one.step.program.lower(one.state, one.batch).compile())
+    return dataclasses.replace(one, step=one.step.lower(one.state, one.batch).compile())
 
 
 def with_bare_collectives(mesh: Mesh, plain: Contender, traffic: dict[str, int]) -> Contender:
@@ -144,7 +146,7 @@ def with_bare_collectives(mesh: Mesh, plain: Contender, traffic: dict[str, int])
     size = mesh_lib.shard_rows(mesh, np.ones(mesh.size, np.int32))
     rows = traffic["rows_moved"] // mesh.size * mesh.size
     packed = mesh_lib.shard_rows(mesh, np.zeros((rows * mesh.size, traffic["row_bytes"]), np.uint8))
-    bare, train = mesh_lib.over_mesh(mesh, collectives, (ROWS, ROWS), (ROWS, ROWS)), plain.step.program
+    bare, train = mesh_lib.over_mesh(mesh, collectives, (ROWS, ROWS), (ROWS, ROWS)), plain.step
 
     def step(state: Any, batch: Any) -> Any:
         trained, sent = state
