@@ -143,7 +143,6 @@ def measure(
         flat[devices] = max(turn_ratio(a, b) for a in workers for b in workers) if complete else None
         results += some
         print(*map(describe, some), sep="\n", flush=True)
-    aims = list(own_goals(results, flat))
     for peer in peers:
         for capacity in capacities:
             workers = [Worker(peer, capacity, batch)]
@@ -153,7 +152,7 @@ def measure(
             pair = compare(*workers) if beside and not (result.missing or beside[0].missing) else None
             pairs += [pair] if pair else []
             print(describe(result), f"{pair['jaxcl_over_peer']:.4g} of its time" if pair else "", flush=True)
-    aims += peer_goals(pairs)
+    aims = list(goals(results, flat, pairs))
     for aim in aims:
         value = "not measured" if aim["value"] is None else f"{aim['value']:.4g}"
         print(f"{aim['goal']} {aim['limit']:g}: {value}{ {None: '', True: ', met', False: ', NOT MET'}[aim['met']] }")
@@ -180,18 +179,15 @@ def goal(text: str, value: float | None, limit: float, *, least: bool = False) -
     return {"goal": f"{text}, at {'least' if least else 'most'}", "value": value, "limit": limit, "met": met}
 
 
-def own_goals(own: Sequence[Result], flat: dict[int, float | None]) -> Iterable[Json]:
+def goals(results: Sequence[Result], flat: dict[int, float | None], pairs: Sequence[Json]) -> Iterable[Json]:
     for devices, slowest in flat.items():
         yield goal(f"slowest over fastest capacity, {devices} device(s)", slowest, 1.3)
-        measured = [r for r in own if r.devices == devices and not r.missing]
+        measured = [r for r in results if (r.name, r.devices) == ("jaxcl", devices) and not r.missing]
         temps = [r.temp_bytes for r in measured if r.temp_bytes is not None]
         growth = max(temps) - min(temps) if len(temps) > 1 else None
         yield goal(f"growth of temporaries with capacity, bytes, {devices} device(s)", growth, 0)
         excess = [abs(r.bytes / r.bytes_expected - 1) for r in measured if r.bytes and r.bytes_expected]
         yield goal(f"memory beyond the rows, fraction, {devices} device(s)", max(excess, default=None), 0.05)
-
-
-def peer_goals(pairs: Sequence[Json]) -> Iterable[Json]:
     worst = {p["peer"]: max(q["jaxcl_over_peer"] for q in pairs if q["peer"] == p["peer"]) for p in pairs}
     yield goal("time over flashbax's, one device", worst.get("flashbax"), 1.25)
     for peer in ("mammoth", "mammoth_late", "avalanche"):
