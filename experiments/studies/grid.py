@@ -104,7 +104,7 @@ def from_flags(seeds: int, least: int = 1, **fields: Any) -> Grid:
       UserError: a flag is missing, or --seeds is below `least`.
     """
     options = cli.run_options() | fields.pop("options", {})
-    config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
+    config, workdir = cli.config_and_workdir()
     return Grid(config, workdir, cli.seeds(seeds, least), options=options, **fields)
 
 
