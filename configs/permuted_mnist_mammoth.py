@@ -10,11 +10,9 @@ Data: `tfds:mnist`, prepared in TFDS_DIR (TFDS's default folder if not given), o
 
 from ml_collections import ConfigDict
 
-from jaxcl.errors import UserError
-from jaxcl.training.config import default_config
+from configs.split_mnist_mammoth import Rows, protocol
 
-# row: learning rate, options of the strategy
-ROWS: dict[str, tuple[float, dict[str, float]]] = {
+ROWS: Rows = {
     "incremental": (0.2, {}),
     "er-500": (0.2, {}),
     "ewc": (0.1, {"strength": 0.7, "gamma": 1.0}),
@@ -22,28 +20,10 @@ ROWS: dict[str, tuple[float, dict[str, float]]] = {
 
 
 def get_config(row: str = "er-500") -> ConfigDict:
-    if row not in ROWS:
-        raise UserError(
-            f"--config=configs/permuted_mnist_mammoth.py:{row}: no such row, choose one of {', '.join(ROWS)}"
-        )
-    strategy, _, capacity = row.partition("-")
-    learning_rate, options = ROWS[row]
-    config = default_config()
+    config = protocol("permuted_mnist_mammoth", ROWS, row, batch_size=128, capacity=500)
     config.name = f"Permuted-MNIST, Mammoth's protocol, {row}"
-    config.strategy = strategy
-    if options:
-        config.strategies[strategy].update(options)
-    config.batch_size = 128
     config.log_every = 500
     config.data.source = "tfds:mnist"
     config.data.scenario = "permuted"
     config.data.tasks = 10
-    config.model.name = "mlp"
-    config.model.options = {"hidden": (100, 100), "kernel_init": "xavier"}
-    config.optimizer.learning_rate = learning_rate
-    config.buffer.capacity = int(capacity or 500)
-    config.buffer.policy = "reservoir"
-    config.buffer.representatives = 128
-    config.buffer.candidates = 128
-    config.eval.batch_size = 1000
     return config

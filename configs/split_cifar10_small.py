@@ -14,11 +14,9 @@ norm then sees each by itself; here all rows pass together. Time: about 6 s a ru
 from ml_collections import ConfigDict
 
 from configs.split_cifar10 import MEAN, STD
-from jaxcl.errors import UserError
-from jaxcl.training.config import default_config
+from configs.split_mnist_mammoth import Rows, protocol
 
-# row: learning rate, options of the strategy
-ROWS: dict[str, tuple[float, dict[str, float]]] = {
+ROWS: Rows = {
     "er-200": (0.03, {}),
     "er-500": (0.03, {}),
     "der-200": (0.03, {"alpha": 0.3}),
@@ -29,26 +27,10 @@ ROWS: dict[str, tuple[float, dict[str, float]]] = {
 
 
 def get_config(row: str = "er-200") -> ConfigDict:
-    if row not in ROWS:
-        raise UserError(f"--config=configs/split_cifar10_small.py:{row}: no such row, choose one of {', '.join(ROWS)}")
-    strategy, _, capacity = row.partition("-")
-    learning_rate, options = ROWS[row]
-    config = default_config()
+    config = protocol("split_cifar10_small", ROWS, row, batch_size=10)
     config.name = f"Split-CIFAR-10 cut down, {row}"
-    config.strategy = strategy
-    if options:
-        config.strategies[strategy].update(options)
-    config.batch_size = 10
     config.log_every = 100
     config.data.source = "npz:cifar10_small.npz"
     config.data.tasks = 5
     config.data.mean, config.data.std = MEAN, STD
-    config.model.name = "mlp"
-    config.model.options = {"hidden": (100, 100), "kernel_init": "xavier"}
-    config.optimizer.learning_rate = learning_rate
-    config.buffer.capacity = int(capacity)
-    config.buffer.policy = "reservoir"
-    config.buffer.representatives = 10
-    config.buffer.candidates = 10
-    config.eval.batch_size = 1000
     return config

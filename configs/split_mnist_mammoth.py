@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 from jaxcl.errors import UserError
 from jaxcl.training.config import default_config
 
-# row: learning rate, options of the strategy
-ROWS: dict[str, tuple[float, dict[str, float]]] = {
+Rows = dict[str, tuple[float, dict[str, float]]]  # row -> learning rate, options of the strategy
+
+ROWS: Rows = {
     "incremental": (0.03, {}),
     "joint": (0.03, {}),
     "er-200": (0.01, {}),
@@ -29,26 +30,29 @@ ROWS: dict[str, tuple[float, dict[str, float]]] = {
 }
 
 
-def get_config(row: str = "er-200") -> ConfigDict:
-    if row not in ROWS:
-        raise UserError(f"--config=configs/split_mnist_mammoth.py:{row}: no such row, choose one of {', '.join(ROWS)}")
-    strategy, _, capacity = row.partition("-")
-    learning_rate, options = ROWS[row]
+def protocol(file: str, rows: Rows, row: str, batch_size: int, capacity: int = 0) -> ConfigDict:
+    """What the rows of Mammoth's protocols share, of a batch that is replayed as large as it is new; `capacity` of a row that
+    names none."""
+    if row not in rows:
+        raise UserError(f"--config=configs/{file}.py:{row}: no such row, choose one of {', '.join(rows)}")
     config = default_config()
-    config.name = f"Split-MNIST, Mammoth's protocol, {row}"
-    config.strategy = strategy
+    config.strategy, _, named = row.partition("-")
+    config.optimizer.learning_rate, options = rows[row]
     if options:
-        config.strategies[strategy].update(options)
-    config.batch_size = 10
+        config.strategies[config.strategy].update(options)
+    config.batch_size = config.buffer.representatives = config.buffer.candidates = batch_size
+    config.buffer.capacity = int(named or capacity)
+    config.buffer.policy = "reservoir"
+    config.eval.batch_size = 1000
+    config.model.name = "mlp"
+    config.model.options = {"hidden": (100, 100), "kernel_init": "xavier"}
+    return config
+
+
+def get_config(row: str = "er-200") -> ConfigDict:
+    config = protocol("split_mnist_mammoth", ROWS, row, batch_size=10, capacity=200)
+    config.name = f"Split-MNIST, Mammoth's protocol, {row}"
     config.log_every = 500
     config.data.source = "tfds:mnist"
     config.data.tasks = 5
-    config.model.name = "mlp"
-    config.model.options = {"hidden": (100, 100), "kernel_init": "xavier"}
-    config.optimizer.learning_rate = learning_rate
-    config.buffer.capacity = int(capacity or 200)
-    config.buffer.policy = "reservoir"
-    config.buffer.representatives = 10
-    config.buffer.candidates = 10
-    config.eval.batch_size = 1000
     return config

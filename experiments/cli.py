@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -80,6 +81,11 @@ def required(flag: flags.FlagHolder) -> Any:
     if flag.value is None:
         raise UserError(f"--{flag.name}: missing")
     return flag.value
+
+
+def config_and_workdir() -> tuple[Any, pathlib.Path]:
+    """What nearly every command needs: both are `required`."""
+    return required(CONFIG), pathlib.Path(required(WORKDIR))
 
 
 def run_options() -> dict[str, Any]:

@@ -7,8 +7,6 @@ Each run has its own folder, DIR/STRATEGY/SEED; those that are finished are not 
 --vmap trains the seeds of a strategy together, as one program: see jaxcl/search/seeds.py.
 """
 
-import pathlib
-
 import jax
 from absl import flags
 
@@ -23,7 +21,7 @@ STRATEGIES = flags.DEFINE_list("strategies", ["from_scratch", "incremental", "er
 
 
 def main() -> None:
-    config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
+    config, workdir = cli.config_and_workdir()
     count, names = cli.seeds(default=1), STRATEGIES.value
     check("--strategies", names, Rule(lambda x: x and len({short(name) for name in x}) == len(x), "each strategy once"))
     runs = []

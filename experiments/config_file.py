@@ -62,15 +62,11 @@ def _check_arguments(call: Callable[..., Any], arguments: list[str]) -> None:
 
 def _line(error: Exception, file: str) -> int:
     """Where in the file it happened: the last line of it that was running; 0 if none was."""
-    if isinstance(error, SyntaxError) and _same(error.filename, file):
-        return error.lineno or 0
-    return next(
-        (x.lineno or 0 for x in reversed(traceback.extract_tb(error.__traceback__)) if _same(x.filename, file)), 0
-    )
-
-
-def _same(one: str | None, other: str) -> bool:
-    return one is not None and os.path.abspath(one) == os.path.abspath(other)
+    places = [(x.filename, x.lineno) for x in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        places.append((error.filename or "", error.lineno))
+    lines = [line for name, line in places if os.path.abspath(name) == os.path.abspath(file)]
+    return (lines or [0])[-1] or 0
 
 
 def brief(error: Exception) -> str:

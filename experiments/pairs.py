@@ -8,8 +8,6 @@ An unfinished run in DIR is continued from its last checkpoint, on any number of
 experiments.train. What the kinds of negatives are worth is measured by experiments.studies.memory_bank.
 """
 
-import pathlib
-
 import jax
 
 from experiments import cli
@@ -18,7 +16,7 @@ from jaxcl.contrastive.train import train_and_evaluate
 
 
 def main() -> None:
-    config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
+    config, workdir = cli.config_and_workdir()
     result = train_and_evaluate(config, workdir, **cli.run_options())
     if jax.process_index() == 0:
         for scores in result["evaluations"]:

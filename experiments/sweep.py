@@ -9,8 +9,6 @@ test set. Each run has its own folder below DIR; those that are finished are not
 Leaves DIR/sweep.json and DIR/report.html.
 """
 
-import pathlib
-
 import jax
 
 from experiments import cli
@@ -20,7 +18,7 @@ from jaxcl.search.sweep import Sweep, rows, run_sweep
 
 
 def main() -> None:
-    config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
+    config, workdir = cli.config_and_workdir()
     sweep = load_sweep(cli.config_path())
     found = run_sweep(config, sweep, workdir, together=cli.VMAP.value, **cli.run_options())
     if jax.process_index() > 0:

@@ -8,8 +8,6 @@ many: the same command for each, with --distributed or with --coordinator=HOST:P
 docs/distributed.md.
 """
 
-import pathlib
-
 import jax
 
 from experiments import cli
@@ -18,7 +16,7 @@ from jaxcl.training.loop import train_and_evaluate
 
 
 def main() -> None:
-    config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
+    config, workdir = cli.config_and_workdir()
     train_and_evaluate(config, workdir, **cli.run_options())
     if jax.process_index() == 0:
         print(report.table(report.load_runs([workdir])))

@@ -9,8 +9,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.bench import harness
-from experiments.bench.harness import Contender, Json
+from experiments.bench.harness import Contender
 from experiments.bench.peers.protocol import free_bytes
+from experiments.pages.page import Json
 from jaxcl import mesh as mesh_lib
 from jaxcl.contrastive.bank import BankState, make_bank
 from jaxcl.contrastive.step import NEGATIVES, ContrastiveState, initial_state, make_step

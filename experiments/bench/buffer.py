@@ -27,16 +27,15 @@ from matplotlib.figure import Figure
 
 from experiments import cli
 from experiments.bench import harness
-from experiments.bench.harness import Json
 from experiments.bench.peers.protocol import Result
-from experiments.pages.page import ROOT
+from experiments.pages.page import ROOT, Json
 from jaxcl.check import at_least, check
 from jaxcl.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A buffer to measure: an adapter of `experiments/bench/peers`, how many devices it uses, what it needs to run."""
+    """A buffer to measure: its module in `experiments/bench/peers`, how many devices it uses, what it needs to run."""
 
     name: str
     module: str
@@ -124,14 +123,14 @@ def measure(
         check("--capacities", capacity, at_least(batch))
     if shutil.which(peer_python) is None:
         raise UserError(f"--peer_python: {peer_python} cannot be run")
-    own = {n: Contender("jaxcl", "jaxcl_peer", n) for n in (1, many)}
+    own = {n: Contender("jaxcl", "jax_peers", n) for n in (1, many)}
     peers = [
-        Contender("flashbax", "flashbax_peer", 1, peer_python),
-        Contender("brax", "brax_peer", 1, peer_python),
-        Contender("brax_sharded", "brax_peer", many, peer_python),
-        Contender("mammoth", "mammoth_peer", 1, peer_python, mammoth),
-        Contender("mammoth_late", "mammoth_peer", 1, peer_python, mammoth),
-        Contender("avalanche", "avalanche_peer", 1, peer_python, avalanche),
+        Contender("flashbax", "jax_peers", 1, peer_python),
+        Contender("brax", "jax_peers", 1, peer_python),
+        Contender("brax_sharded", "jax_peers", many, peer_python),
+        Contender("mammoth", "torch_peers", 1, peer_python, mammoth),
+        Contender("mammoth_late", "torch_peers", 1, peer_python, mammoth),
+        Contender("avalanche", "torch_peers", 1, peer_python, avalanche),
     ]
     print(f"{'':<13} devices capacity     median        p10        p90      n  bytes/rows    temporaries")
     results: list[Result] = []
@@ -144,7 +143,6 @@ def measure(
         flat[devices] = max(turn_ratio(a, b) for a in workers for b in workers) if complete else None
         results += some
         print(*map(describe, some), sep="\n", flush=True)
-    aims = list(own_goals(results, flat))
     for peer in peers:
         for capacity in capacities:
             workers = [Worker(peer, capacity, batch)]
@@ -154,7 +152,7 @@ def measure(
             pair = compare(*workers) if beside and not (result.missing or beside[0].missing) else None
             pairs += [pair] if pair else []
             print(describe(result), f"{pair['jaxcl_over_peer']:.4g} of its time" if pair else "", flush=True)
-    aims += peer_goals(pairs)
+    aims = list(goals(results, flat, pairs))
     for aim in aims:
         value = "not measured" if aim["value"] is None else f"{aim['value']:.4g}"
         print(f"{aim['goal']} {aim['limit']:g}: {value}{ {None: '', True: ', met', False: ', NOT MET'}[aim['met']] }")
@@ -181,18 +179,15 @@ def goal(text: str, value: float | None, limit: float, *, least: bool = False) -
     return {"goal": f"{text}, at {'least' if least else 'most'}", "value": value, "limit": limit, "met": met}
 
 
-def own_goals(own: Sequence[Result], flat: dict[int, float | None]) -> Iterable[Json]:
+def goals(results: Sequence[Result], flat: dict[int, float | None], pairs: Sequence[Json]) -> Iterable[Json]:
     for devices, slowest in flat.items():
         yield goal(f"slowest over fastest capacity, {devices} device(s)", slowest, 1.3)
-        measured = [r for r in own if r.devices == devices and not r.missing]
+        measured = [r for r in results if (r.name, r.devices) == ("jaxcl", devices) and not r.missing]
         temps = [r.temp_bytes for r in measured if r.temp_bytes is not None]
         growth = max(temps) - min(temps) if len(temps) > 1 else None
         yield goal(f"growth of temporaries with capacity, bytes, {devices} device(s)", growth, 0)
         excess = [abs(r.bytes / r.bytes_expected - 1) for r in measured if r.bytes and r.bytes_expected]
         yield goal(f"memory beyond the rows, fraction, {devices} device(s)", max(excess, default=None), 0.05)
-
-
-def peer_goals(pairs: Sequence[Json]) -> Iterable[Json]:
     worst = {p["peer"]: max(q["jaxcl_over_peer"] for q in pairs if q["peer"] == p["peer"]) for p in pairs}
     yield goal("time over flashbax's, one device", worst.get("flashbax"), 1.25)
     for peer in ("mammoth", "mammoth_late", "avalanche"):

@@ -20,7 +20,8 @@ import jax
 
 from configs import digits
 from experiments.bench import harness
-from experiments.bench.harness import Contender, Json
+from experiments.bench.harness import Contender
+from experiments.pages.page import Json
 from jaxcl.runs.checkpoint import Checkpoints, abstract, newest
 from jaxcl.training.build import build
 from jaxcl.training.state import initial_state

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import harness
-from experiments.bench.harness import Json
+from experiments.pages.page import Json
 from jaxcl.buffer import EXCHANGES, draw
 from jaxcl.buffer.exchange.base import six_sigma
 from jaxcl.buffer.exchange.mix import compact_hops

@@ -26,13 +26,12 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from experiments import cli
-from experiments.pages.page import ROOT
+from experiments.pages.page import ROOT, Json, as_json
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Rows
 from jaxcl.check import POSITIVE, check, refused
 from jaxcl.types import Batch
 
-Json = dict[str, Any]
 CLASSES, SHAPE = 100, (32, 32, 3)  # of the rows that are made up
 _DEFINE: dict[Any, Callable[..., Any]] = {
     bool: flags.DEFINE_bool,
@@ -98,24 +97,13 @@ def _value(name: str, kind: Any) -> Any:
 
 def _publish(record: Json, plot: Callable[[Json], Figure] | None) -> None:
     if cli.JSON.value is None:
-        print(one_a_line(record))
+        print(as_json(record), end="")
         return
     path = pathlib.Path(cli.JSON.value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(one_a_line(record) + "\n")
+    path.write_text(as_json(record))
     if plot is not None:
         plot(record).savefig(path.with_suffix(".png"), dpi=150)
-
-
-def one_a_line(record: Json) -> str:
-    """A record as JSON: each of its fields, and each item of a list of records, on a line of its own."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, list) and any(isinstance(x, dict) for x in value):
-            return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
-        return json.dumps(value)
-
-    return "{\n " + ",\n ".join(f"{json.dumps(name)}: {text(value)}" for name, value in record.items()) + "\n}"
 
 
 def show(record: Json) -> None:
@@ -220,8 +208,9 @@ def made_up(mesh: jax.sharding.Mesh, rows: int, shape: Sequence[int] = SHAPE, cl
     return mesh_lib.shard_rows(mesh, batch)
 
 
-def as_rows(batch: Batch) -> Rows:
+def made_up_rows(mesh: jax.sharding.Mesh, rows: int) -> Rows:
     """The same as candidates of a buffer."""
+    batch = made_up(mesh, rows)
     return Rows({"image": batch["image"]}, batch["label"], batch["id"], batch["valid"])
 
 

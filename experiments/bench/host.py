@@ -8,14 +8,14 @@ arrival of the rows it drew.
 """
 
 import contextlib
-import dataclasses
 from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 
 from experiments.bench import harness
-from experiments.bench.harness import CLASSES, SHAPE, Contender, Json
+from experiments.bench.harness import CLASSES, SHAPE, Contender
+from experiments.pages.page import Json
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Buffer, Rows, make_buffer
 from jaxcl.buffer.host import Store
@@ -61,10 +61,10 @@ def one_size(buffer: Buffer, mesh: jax.sharding.Mesh, batch: int, fill: int, ste
     program = insert_and_draw(buffer, mesh)
     state: Any = (mesh_lib.replicate(mesh, np.int32(0)), buffer.init(), (buffer.no_rows(),))
     with store.serving(0, state[2]):
-        filling = contender(program, store, state, rows_of(mesh, fill))
+        filling = contender(program, store, state, harness.made_up_rows(mesh, fill))
         filling.run(1)
         fill_seconds = filling.run(-(-int(1.02 * buffer.capacity) // fill))
-        stepping = contender(program, store, filling.state, rows_of(mesh, batch))
+        stepping = contender(program, store, filling.state, harness.made_up_rows(mesh, batch))
         stepping.run(20)
         before = dict(store.seconds)
         step_ms = stepping.turns(steps)
@@ -83,27 +83,16 @@ def one_size(buffer: Buffer, mesh: jax.sharding.Mesh, batch: int, fill: int, ste
     }
 
 
-def rows_of(mesh: jax.sharding.Mesh, count: int) -> Rows:
-    return harness.as_rows(harness.made_up(mesh, count))
-
-
 def contender(program: Any, store: Store, state: Any, batch: Rows) -> Contender:
-    return Contender(
-        Waiting(HostStep(store, program).prepare(state, batch, contextlib.nullcontext), store), state, batch
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Waiting:
     """A step of the host tier that returns when the rows it drew have arrived."""
+    step = HostStep(store, program).prepare(state, batch, contextlib.nullcontext)
 
-    step: Any
-    store: Store
-
-    def __call__(self, state: Any, batch: Rows) -> tuple[Any, Any]:
-        found = self.step(state, batch)
-        self.store.take()
+    def waiting(state: Any, batch: Rows) -> tuple[Any, Any]:
+        found = step(state, batch)
+        store.take()
         return found
+
+    return Contender(waiting, state, batch)
 
 
 def insert_and_draw(buffer: Buffer, mesh: jax.sharding.Mesh) -> Any:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from experiments import cli
 from experiments.bench import harness
-from experiments.bench.harness import Json
+from experiments.pages.page import Json
 from jaxcl.runs.steps import STEPPING
 from jaxcl.search.seeds import check_together, train_seeds
 

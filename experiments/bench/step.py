@@ -26,7 +26,8 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
 from experiments.bench import harness
-from experiments.bench.harness import CLASSES, SHAPE, Contender, Json
+from experiments.bench.harness import CLASSES, SHAPE, Contender
+from experiments.pages.page import Json
 from jaxcl import data
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import HANDOVERS, Buffer, make_buffer
@@ -71,7 +72,8 @@ class Sizes:
         )
 
     def contender(self, model_name: str, buffer: Buffer | None) -> Contender:
-        """The step of `make_train_step`, its state and batch: rehearsal with `buffer` on b rows a device, or plain on b + r."""
+        """The step of `make_train_step`, of the device tier its program: rehearsal with `buffer` on b rows a device, or plain
+        on b + r."""
         options: dict[str, Any] = {"hidden": (100, 100)} if model_name == "mlp" else {"width": self.width}
         model = make_model(model_name, CLASSES, options=options, dtype=self.dtype, axis_name=AXIS)
         strategy = make_strategy("incremental" if buffer is None else "er")
@@ -83,7 +85,8 @@ class Sizes:
         if buffer is not None:
             state = dataclasses.replace(state, buffer=full(buffer, self.mesh))
         rows = self.new + (self.drawn if buffer is None else 0)
-        return Contender(step, state, harness.made_up(self.mesh, rows * self.mesh.size))
+        program: Any = step if buffer is not None and buffer.host is not None else step.program
+        return Contender(program, state, harness.made_up(self.mesh, rows * self.mesh.size))
 
 
 def measure(
@@ -135,12 +138,7 @@ def one_model(sizes: Sizes, model: str) -> Json:
 
 
 def compiled(one: Contender) -> Contender:
-    return dataclasses.replace(one, step=jitted(one).lower(one.state, one.batch).compile())
-
-
-def jitted(one: Contender) -> Any:
-    """The step's one program."""
-    return one.step.program
+    return dataclasses.replace(one, step=one.step.lower(one.state, one.batch).compile())
 
 
 def with_bare_collectives(mesh: Mesh, plain: Contender, traffic: dict[str, int]) -> Contender:
@@ -148,7 +146,7 @@ def with_bare_collectives(mesh: Mesh, plain: Contender, traffic: dict[str, int])
     size = mesh_lib.shard_rows(mesh, np.ones(mesh.size, np.int32))
     rows = traffic["rows_moved"] // mesh.size * mesh.size
     packed = mesh_lib.shard_rows(mesh, np.zeros((rows * mesh.size, traffic["row_bytes"]), np.uint8))
-    bare, train = mesh_lib.over_mesh(mesh, collectives, (ROWS, ROWS), (ROWS, ROWS)), jitted(plain)
+    bare, train = mesh_lib.over_mesh(mesh, collectives, (ROWS, ROWS), (ROWS, ROWS)), plain.step
 
     def step(state: Any, batch: Any) -> Any:
         trained, sent = state
@@ -167,7 +165,7 @@ def collectives(size: jax.Array, packed: jax.Array) -> tuple[jax.Array, jax.Arra
 def alone(sizes: Sizes, buffer: Buffer) -> dict[str, float]:
     """Milliseconds of insert and of draw, each compiled alone."""
     stored, key = full(buffer, sizes.mesh), jax.random.key(0)
-    rows = harness.as_rows(harness.made_up(sizes.mesh, sizes.new * sizes.mesh.size))
+    rows = harness.made_up_rows(sizes.mesh, sizes.new * sizes.mesh.size)
     draw, insert = jax.jit(buffer.draw), jax.jit(buffer.insert, donate_argnums=0)
     drawing = Contender(lambda _, __: (draw(stored, key), None), None)
     drawing.run(1)
@@ -224,19 +222,18 @@ def hidden_share(host: Contender, store: Store, steps: int) -> float:
 
 def full(buffer: Buffer, mesh: Mesh) -> Any:
     """The state of a buffer into which more rows than it holds have been put."""
-    state, rows = buffer.init(), harness.as_rows(harness.made_up(mesh, 64 * mesh.size))
+    state, rows = buffer.init(), harness.made_up_rows(mesh, 64 * mesh.size)
     times = range(-(-buffer.capacity // (64 * mesh.size)) + 1)
     if buffer.host is None:
         insert = jax.jit(buffer.insert, donate_argnums=0)
         for i in times:
             state = insert(state, rows, jax.random.key(i))
         return state
-    turn = mesh_lib.on_mesh(
-        mesh,
-        lambda shard, rows, key, number: buffer.local.turn(shard, rows, key, (), number),
-        (ROWS, ROWS, WHOLE, WHOLE),
-        ROWS,
-    )
+
+    def one_turn(shard: Any, rows: Any, key: jax.Array, number: jax.Array) -> Any:
+        return buffer.local.turn(shard, rows, key, (), number)
+
+    turn = mesh_lib.on_mesh(mesh, one_turn, (ROWS, ROWS, WHOLE, WHOLE), ROWS)
     with buffer.host.serving(0) as store:
         for i in times:
             state, _, handover = turn(state, rows, jax.random.key(i), np.int32(i))

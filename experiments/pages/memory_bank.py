@@ -3,6 +3,7 @@
 python -m experiments.pages.memory_bank
 """
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ PAGE, IMAGES = ROOT / "docs" / "memory_bank.md", ROOT / "docs" / "images"
 RECALLS = [f"{way}@{k}" for way in ("left_to_right", "right_to_left") for k in (1, 5, 10)]
 SHOWN = RECALLS[2]
 HEAD = ("negatives", "stored or drawn", "option", "devices", "batch", "negatives of an anchor", "steps")
+NEGATIVES = operator.itemgetter("negatives_of_an_anchor")
 WAYS = ("image to text @1", "@5", "@10", "text to image @1", "@5", "@10")
 COLORS = {
     "gathered": "#0072B2",
@@ -102,13 +104,13 @@ def plot_accuracy(part: Json) -> Figure:
         for i, ((negatives, name), several) in enumerate(lines.items()):
             if len(several) < 3:
                 continue
-            several = sorted([first, *(x for x in several if x is not first)], key=_negatives)
+            several = sorted([first, *(x for x in several if x is not first)], key=NEGATIVES)
             y = 100 * np.array([one["recall"][way] for one in several])
             solid = name in ("", "as many steps") or name.endswith((" 0", "m 0.99"))
             style = {"fmt": "o-" if solid else "o--", "color": COLORS[negatives], "ms": 4, "capsize": 2, "zorder": i}
             deviation = y.std(1, ddof=1) if part["seeds"] > 1 else np.zeros(len(y))
             axes.errorbar(
-                [*map(_negatives, several)], y.mean(1), deviation, label=f"{negatives} {name}".strip(), **style
+                [*map(NEGATIVES, several)], y.mean(1), deviation, label=f"{negatives} {name}".strip(), **style
             )
         axes.set_xscale("log", base=2)
         axes.set_xlabel("negatives of an anchor")
@@ -118,10 +120,6 @@ def plot_accuracy(part: Json) -> Figure:
     panels[0].set_ylim(bottom=0)
     _legend(panels[1])
     return figure
-
-
-def _negatives(one: Json) -> int:
-    return one["negatives_of_an_anchor"]
 
 
 def _legend(axes: Axes) -> None:

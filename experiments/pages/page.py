@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "experiments" / "results"
 PLACE = re.compile(r"(<!-- (?!end -->)(.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -37,6 +39,36 @@ def filled(text: str, parts: Mapping[str, str]) -> str:
 def load(name: str) -> Json:
     """The result file `experiments/results/NAME.json`."""
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def as_json(found: Json) -> str:
+    """JSON with a record a line: records are the elements of a list, or those of a dict that holds nothing else."""
+    return _lines(found, "", opened=True) + "\n"
+
+
+def _lines(x: Any, indent: str, opened: bool = False) -> str:
+    inner = indent + " "
+    if isinstance(x, dict) and (opened or _holds_records(x)):
+        body = [f"{_line(str(key))}: {_lines(value, inner)}" for key, value in x.items()]
+        return "{\n" + ",\n".join(inner + line for line in body) + f"\n{indent}}}"
+    if _is_records(x):
+        return "[\n" + ",\n".join(inner + _line(one) for one in x) + f"\n{indent}]"
+    return _line(x)
+
+
+def _line(x: Any) -> str:
+    return json.dumps(x, ensure_ascii=False, default=lambda value: np.asarray(value).tolist())
+
+
+def _is_records(x: Any) -> bool:
+    return isinstance(x, list) and bool(x) and isinstance(x[0], dict)
+
+
+def _holds_records(x: Any) -> bool:
+    if not isinstance(x, dict) or not x:
+        return False
+    values = x.values()
+    return all(isinstance(y, dict) for y in values) or any(_is_records(y) or _holds_records(y) for y in values)
 
 
 def table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from experiments.pages.page import ROOT, Json, fill, load, spread, table, where
+from jaxcl import report
 
 PAGE = ROOT / "docs" / "performance.md"
 MET = {True: "met", False: "**not met**", None: "not measured"}
@@ -99,14 +100,8 @@ def accuracy(found: Json) -> str:
     return rows(
         "model | exchange | seeds | accuracy, % | rows moved a device and step | bytes moved",
         "{model} | {exchange} | {seeds} | {percent} | {traffic[rows_moved]} | {traffic[bytes_moved]:,}",
-        (s | {"seeds": len(s["accuracies"]), "percent": percent(s["accuracies"])} for s in found["settings"]),
+        (s | {"seeds": len(s["accuracies"]), "percent": report.spread(s["accuracies"])} for s in found["settings"]),
     )
-
-
-def percent(values: Iterable[float]) -> str:
-    """Mean and sample deviation of shares, in per cent."""
-    values = [100 * x for x in values]
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
 def repeats(found: Json) -> str:
@@ -116,7 +111,7 @@ def repeats(found: Json) -> str:
         (
             setting
             | one
-            | {"option": option, "percent": percent(one["average_accuracy"])}
+            | {"option": option, "percent": report.spread(one["average_accuracy"])}
             | {"distinct": statistics.mean(one["distinct_ids"])}
             for setting in found["settings"]
             for option, one in setting["options"].items()

@@ -8,10 +8,9 @@ trains on b, so its run time over the incremental one's can be (b + r) / b at be
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.pages.page import table
+from experiments.pages.page import Json, table
 from experiments.paper.draw import panels
 from experiments.paper.study import STRATEGIES, Study
-from experiments.studies.grid import Json
 from jaxcl.errors import UserError
 from jaxcl.report import color_of, spread
 from jaxcl.runs.steps import STEPPING

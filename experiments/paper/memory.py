@@ -9,10 +9,9 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
-from experiments.pages.page import table
+from experiments.pages.page import Json, table
 from experiments.paper.draw import panels
 from experiments.paper.study import Study, begun
-from experiments.studies.grid import Json
 from jaxcl.training.build import Parts
 from jaxcl.training.state import TrainState
 from jaxcl.types import Batch

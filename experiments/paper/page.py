@@ -7,18 +7,11 @@ import json
 import pathlib
 
 from experiments.pages import page
+from experiments.pages.page import Json
 from experiments.paper import accuracy, draw, memory, phases, scaling, sweep, uniformity
-from experiments.studies.grid import Json
 
 # Each has a TITLE, and measure(study) -> found, picture(found) and markdown(found).
-FIGURES = {
-    "accuracy": accuracy,
-    "sweep": sweep,
-    "scaling": scaling,
-    "phases": phases,
-    "memory": memory,
-    "uniformity": uniformity,
-}
+FIGURES = {one.__name__.rpartition(".")[2]: one for one in (accuracy, sweep, scaling, phases, memory, uniformity)}
 PAGE, FRONT, IMAGES = page.ROOT / "docs" / "paper.md", page.ROOT / "README.md", page.ROOT / "docs" / "images"
 
 

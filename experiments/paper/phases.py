@@ -11,10 +11,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from experiments.pages.page import table
+from experiments.pages.page import Json, table
 from experiments.paper.draw import panels
 from experiments.paper.study import Study
-from experiments.studies.grid import Fields, Json
+from experiments.studies.grid import Fields
 from jaxcl.report.pictures import BACKGROUND, STEP
 from jaxcl.runs.steps import STEPPING
 

@@ -18,11 +18,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.bench.harness import Contender, in_turn, spread
-from experiments.pages.page import table
+from experiments.pages.page import Json, table
 from experiments.paper.draw import panels
 from experiments.paper.step_model import DEVICES, Load, Machine, all_reduce, exchange, fit, run_time
 from experiments.paper.study import STRATEGIES, Study, begun
-from experiments.studies.grid import Json
 from jaxcl.report import color_of
 
 TITLE = "3. Run time against the number of devices"
@@ -30,6 +29,7 @@ RUNS, STEPS = 15, 2  # of each kind and number of devices
 WARM_UP = 6  # steps that fill the memory beyond what a draw wants
 MILLION = 10**6
 KINDS = ("incremental", "er")
+KIND_OF = {"from_scratch": "incremental", "incremental": "incremental", "er": "er"}
 SHOWN = (1, 16, 128, 1024)  # devices modelled that the page shows
 
 
@@ -109,14 +109,10 @@ def seconds_a_million(found: Json, strategy: str, devices: int, ms: float) -> fl
     return times * 1e-3 * ms * MILLION / (found["sizes"]["new"] * devices)
 
 
-def of_kind(strategy: str) -> str:
-    return "er" if strategy == "er" else "incremental"
-
-
 def picture(found: Json) -> Figure:
     figure, ((left, right),) = panels(2, width=4.2, height=3.2)
     for strategy, label in STRATEGIES.items():
-        kind = of_kind(strategy)
+        kind = KIND_OF[strategy]
         style: Any = {"color": color_of(strategy), "ms": 4}
         for marker, points in (
             ("o-", [(x["devices"], x["step_ms"][kind]["median"]) for x in found["measured"]]),
@@ -173,7 +169,7 @@ def measured_rows(found: Json) -> Iterator[tuple[Any, ...]]:
     guess = {(x["devices"], x["kind"]): x for x in found["checked"]}
     for x in found["measured"]:
         n, ms = x["devices"], {kind: x["step_ms"][kind]["median"] for kind in KINDS}
-        seconds = [seconds_a_million(found, strategy, n, ms[of_kind(strategy)]) for strategy in STRATEGIES]
+        seconds = [seconds_a_million(found, strategy, n, ms[KIND_OF[strategy]]) for strategy in STRATEGIES]
         guessed = [guess.get((n, kind)) for kind in KINDS]
         yield (
             n,

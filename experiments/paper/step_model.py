@@ -27,8 +27,8 @@ from matplotlib.figure import Figure
 from scipy.optimize import nnls
 
 from experiments import cli
+from experiments.pages.page import Json
 from experiments.studies import grid
-from experiments.studies.grid import Json
 from jaxcl.buffer.exchange.mix import compact_hops
 from jaxcl.check import POSITIVE, check
 

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from experiments.studies.grid import Fields, Grid, Json, changed, get
+from experiments.pages.page import Json
+from experiments.studies.grid import Fields, Grid, changed, get
 from jaxcl import mesh as mesh_lib
 from jaxcl.check import near
 from jaxcl.errors import UserError

@@ -8,11 +8,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from experiments.pages.page import table
+from experiments.pages.page import Json, table
 from experiments.paper.accuracy import last, mean, summary
 from experiments.paper.draw import panels
 from experiments.paper.study import STRATEGIES, Study
-from experiments.studies.grid import Json
 from jaxcl.report import color_of
 
 TITLE = "2. Accuracy against the size of the memory, r and c"

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.pages import page
+from experiments.pages.page import Json, table
 from experiments.paper.study import Study
-from experiments.studies.grid import Json, changed
+from experiments.studies.grid import changed
 from jaxcl import mesh as mesh_lib
 from jaxcl.training.batches import train_batches
 from jaxcl.training.build import build
@@ -116,21 +116,18 @@ def picture(found: Json) -> Figure:
     return figure
 
 
-def table(found: Json) -> str:
+def markdown(found: Json) -> str:
     """By shard and by class: the largest deviation, and the range of rows drawn over rows expected."""
-    rows = []
+    rows, shards = [], found["rows_per_shard"]
     for axis in ("shard", "class"):
         x = found[axis]
         ratios = ([r for r, e in zip(x[key], x["expected"], strict=True) if e] for key in RATIOS)
         rows.append(
             (axis, f"{np.abs(x['z']).max():.2f}", *(f"{min(ratio):.3f} to {max(ratio):.3f}" for ratio in ratios))
         )
-    return page.table(("by", "largest deviation, z", "drawn / expected", "the reference's rule / expected"), rows)
-
-
-def markdown(found: Json) -> str:
-    shards = found["rows_per_shard"]
+    head = ("by", "largest deviation, z", "drawn / expected", "the reference's rule / expected")
     return (
         f"{found['name']}; {found['draws']} draws, {sum(found['shard']['drawn']):,.0f} rows, {len(shards)} shards of"
-        f" {min(shards)} to {max(shards)} rows, {sum(x > 0 for x in found['class']['expected'])} classes:\n\n{table(found)}"
+        f" {min(shards)} to {max(shards)} rows, {sum(x > 0 for x in found['class']['expected'])} classes:\n\n"
+        f"{table(head, rows)}"
     )

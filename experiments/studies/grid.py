@@ -6,20 +6,19 @@ can be interrupted, extended and drawn again.
 
 import dataclasses
 import functools
-import json
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from experiments import cli
 from experiments.bench.harness import environment
+from experiments.pages.page import Json, as_json
 from jaxcl import report
 from jaxcl.errors import UserError
 from jaxcl.search.seeds import train_seeds
@@ -28,7 +27,6 @@ MODELS = flags.DEFINE_list("models", [], "of the models that a study knows by na
 
 ONE_BY_ONE = functools.partial(train_seeds, together=False)
 
-Json = dict[str, Any]
 Fields = Mapping[str, Any]  # config field, with dots -> value
 
 
@@ -106,7 +104,7 @@ def from_flags(seeds: int, least: int = 1, **fields: Any) -> Grid:
       UserError: a flag is missing, or --seeds is below `least`.
     """
     options = cli.run_options() | fields.pop("options", {})
-    config, workdir = cli.required(cli.CONFIG), pathlib.Path(cli.required(cli.WORKDIR))
+    config, workdir = cli.config_and_workdir()
     return Grid(config, workdir, cli.seeds(seeds, least), options=options, **fields)
 
 
@@ -148,42 +146,7 @@ def write(path: str | pathlib.Path, found: Json, picture: Callable[[Json], Figur
     """Writes a result file, what was found and where, and a picture of it beside it. Makes their folder."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(as_json(stamped(found)))
+    path.write_text(as_json({**found, **environment()}))
     if picture is not None:
         path.with_suffix(".png").write_bytes(report.png(functools.partial(picture, found)))
     print(f"wrote {path}")
-
-
-def stamped(found: Json) -> Json:
-    """What was found, and where: devices, machine, versions, command."""
-    return {**found, **environment()}
-
-
-def as_json(found: Json) -> str:
-    """JSON with a record a line: records are the elements of a list, or those of a dict that holds nothing else."""
-    return _lines(found, "", opened=True) + "\n"
-
-
-def _lines(x: Any, indent: str, opened: bool = False) -> str:
-    inner = indent + " "
-    if isinstance(x, dict) and (opened or _holds_records(x)):
-        body = [f"{_line(str(key))}: {_lines(value, inner)}" for key, value in x.items()]
-        return "{\n" + ",\n".join(inner + line for line in body) + f"\n{indent}}}"
-    if _is_records(x):
-        return "[\n" + ",\n".join(inner + _line(one) for one in x) + f"\n{indent}]"
-    return _line(x)
-
-
-def _line(x: Any) -> str:
-    return json.dumps(x, ensure_ascii=False, default=lambda value: np.asarray(value).tolist())
-
-
-def _is_records(x: Any) -> bool:
-    return isinstance(x, list) and bool(x) and isinstance(x[0], dict)
-
-
-def _holds_records(x: Any) -> bool:
-    if not isinstance(x, dict) or not x:
-        return False
-    values = x.values()
-    return all(isinstance(y, dict) for y in values) or any(_is_records(y) or _holds_records(y) for y in values)

@@ -31,8 +31,10 @@ from ml_collections import ConfigDict
 
 from experiments import cli
 from experiments.bench import bank as bank_cost
+from experiments.bench.harness import environment
+from experiments.pages.page import Json, as_json
 from experiments.studies import grid
-from experiments.studies.grid import Fields, Grid, Json, Setting
+from experiments.studies.grid import Fields, Grid, Setting
 from jaxcl import report
 from jaxcl.check import check, one_of, refused
 from jaxcl.contrastive import storage
@@ -182,8 +184,8 @@ def main() -> None:
         whole = json.loads(path.read_text()) if path.exists() else {}
         about = {"name": config.name, "batch_size": config.batch_size, "epochs": config.epochs}
         about |= {"bank_start": config.bank.start, "seeds": 1 if part == "staleness" else study.seeds}
-        whole[part] = grid.stamped({**about, "settings": found})
-        path.write_text(grid.as_json(whole))
+        whole[part] = {**about, "settings": found, **environment()}
+        path.write_text(as_json(whole))
 
 
 if __name__ == "__main__":

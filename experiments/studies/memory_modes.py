@@ -28,8 +28,9 @@ from matplotlib.figure import Figure
 
 from experiments import cli
 from experiments.pages import page
+from experiments.pages.page import Json
 from experiments.studies import grid
-from experiments.studies.grid import Json, Setting
+from experiments.studies.grid import Setting
 from jaxcl import report
 from jaxcl.buffer.selection import SELECTIONS
 from jaxcl.check import check, one_of, refused
@@ -229,7 +230,7 @@ def write() -> None:
 def main() -> None:
     study = grid.from_flags(seeds=3, least=2, train=train_seeds)
     capacity = study.config.buffer.capacity
-    counts, selections = check_flags(capacity)
+    counts, selections = check_flags(capacity), SELECT.value
     # Settings differ in data more than in steps.
     jax.config.update("jax_compilation_cache_dir", str(study.workdir / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -249,8 +250,8 @@ def main() -> None:
     grid.write(cli.JSON.value or study.workdir / "memory_modes.json", result, picture)
 
 
-def check_flags(capacity: int) -> tuple[list[int], list[str]]:
-    """Numbers of devices and selections.
+def check_flags(capacity: int) -> list[int]:
+    """The numbers of devices.
 
     Raises:
       UserError: one line on what is wrong with flags or config.
@@ -264,7 +265,7 @@ def check_flags(capacity: int) -> tuple[list[int], list[str]]:
         check("--selections", by, one_of(SELECTIONS))
     if capacity % counts[-1]:
         raise refused("buffer.capacity", capacity, f"a multiple of {counts[-1]}, the number of devices")
-    return counts, SELECT.value
+    return counts
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from ml_collections import ConfigDict
 
 from experiments import cli
 from experiments.pages import page
-from experiments.studies import grid
-from experiments.studies.grid import Grid, Json
+from experiments.pages.page import Json
+from experiments.studies.grid import Grid
 from jaxcl import data, summaries
 from jaxcl.check import refused
 from jaxcl.errors import UserError
@@ -64,7 +64,7 @@ def run_ours(protocol: str, workdir: pathlib.Path, seeds: list[int]) -> None:
         print(f"{row}: {figure(found)}", flush=True)
         rows = ours_of(protocol) | {row: found}
         path = page.RESULTS / f"{protocol}.json"
-        path.write_text(grid.as_json({name: rows[name] for name in module.ROWS if name in rows}))
+        path.write_text(page.as_json({name: rows[name] for name in module.ROWS if name in rows}))
 
 
 def run_reference(protocol: str, checkout: str, seeds: list[int]) -> None:
@@ -81,7 +81,7 @@ def run_reference(protocol: str, checkout: str, seeds: list[int]) -> None:
         print(f"{row}: {figure(found)}", flush=True)
         reference = page.load(f"{protocol}.reference")
         reference["rows"][row] = found
-        (page.RESULTS / f"{protocol}.reference.json").write_text(grid.as_json(reference))
+        (page.RESULTS / f"{protocol}.reference.json").write_text(page.as_json(reference))
 
 
 def config_of(module: Any, row: str) -> ConfigDict:

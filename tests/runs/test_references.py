@@ -85,5 +85,5 @@ def test_every_row_has_a_config_and_a_reference(protocol):
 def test_mir_cannot_replay_more_than_is_drawn():
     config = default_config()
     config.strategy, config.buffer.representatives, config.strategies.mir.replayed = "mir", 8, 9
-    with pytest.raises(UserError, match=r"^strategies.mir.replayed: 9 is more than a step draws, give at most buffer"):
+    with pytest.raises(UserError, match=r"^strategies.mir.replayed: 9 is not allowed, give at most buffer"):
         check_config(config, devices=1)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import bench
-from experiments.bench import harness
+from experiments.bench import harness, step
 from experiments.bench.harness import Contender
 from experiments.pages import page, performance
 
@@ -60,6 +60,13 @@ def test_options_are_those_of_the_signature(tmp_path):
     assert found["revision"] and found["command"].endswith("--sizes=2,0.25 --host --json=JSON")
     wrong = command("--sizes=2,-1")
     assert wrong.returncode == 2 and wrong.stderr == "error: --sizes: -1.0 is not allowed, give a positive number\n"
+
+
+@pytest.mark.slow
+def test_the_step_benchmark_measures_every_kind(mesh_of):
+    sizes = step.Sizes(mesh_of(2), "float32", width=4, new=4, drawn=2, capacity=64, runs=1, steps=1)
+    found = step.one_model(sizes, "mlp")
+    assert all(found[kind]["median"] > 0 for kind in step.KINDS) and found["alone_ms"]["insert"] > 0
 
 
 def test_contenders_take_turns():

@@ -4,8 +4,8 @@ Peers are optional; nothing of theirs is copied here. One environment can hold t
 
     pip install jax==0.10.2 flashbax==0.1.3 brax==0.14.2 torch==2.13.0
 
-Mammoth and Avalanche are read from a checkout (`--path`); their torchvision is not needed. Each adapter runs by itself, for as
+Mammoth and Avalanche are read from a checkout (`--path`); their torchvision is not needed. Each peer runs by itself, for as
 many seconds as it is told:
 
-    echo 2.0 | python -m experiments.bench.peers.flashbax_peer --capacity=32768
+    echo 2.0 | python -m experiments.bench.peers.jax_peers --peer=flashbax --capacity=32768
 """

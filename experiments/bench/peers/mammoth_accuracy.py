@@ -16,12 +16,11 @@ import json
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from experiments.bench.peers import torch_peer
+from experiments.bench.peers import torch_peers
 
 CLASSES = {
     "er": ("models.er", "Er"),
@@ -38,7 +37,7 @@ def import_strategy(name: str, path: str) -> tuple[type, str]:
     """Mammoth's class for a strategy, and the checkout's version. Its base class and argument parser are stand-ins."""
     import torch
 
-    checkout = torch_peer.enter(path, "models/der.py")
+    checkout = torch_peers.enter(path, "models/der.py")
     importlib.import_module("PIL.Image")  # Mammoth relies on torchvision having done so
 
     class ContinualModel(torch.nn.Module):
@@ -48,15 +47,15 @@ def import_strategy(name: str, path: str) -> tuple[type, str]:
             self.device = torch.device("cpu")
             self.opt = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.optim_mom)
 
-    torch_peer.empty("torchvision", transforms=None)
-    torch_peer.empty("torchvision.transforms", functional=None)
-    torch_peer.empty("utils.kornia_utils", KorniaAugNoGrad=type("KorniaAugNoGrad", (), {}))
-    torch_peer.empty("utils.args", add_rehearsal_args=None, ArgumentParser=argparse.ArgumentParser)
-    torch_peer.bare_package("models", checkout / "models")
-    torch_peer.bare_package("models.utils", checkout / "models" / "utils")
-    torch_peer.empty("models.utils.continual_model", ContinualModel=ContinualModel)
+    torch_peers.empty("torchvision", transforms=None)
+    torch_peers.empty("torchvision.transforms", functional=None)
+    torch_peers.empty("utils.kornia_utils", KorniaAugNoGrad=type("KorniaAugNoGrad", (), {}))
+    torch_peers.empty("utils.args", add_rehearsal_args=None, ArgumentParser=argparse.ArgumentParser)
+    torch_peers.empty("models", __path__=[str(checkout / "models")])
+    torch_peers.empty("models.utils", __path__=[str(checkout / "models" / "utils")])
+    torch_peers.empty("models.utils.continual_model", ContinualModel=ContinualModel)
     file, cls = CLASSES[name]
-    return getattr(importlib.import_module(file), cls), torch_peer.version(checkout)
+    return getattr(importlib.import_module(file), cls), torch_peers.version(checkout)
 
 
 def network(model: dict[str, Any], inputs: int, num_classes: int) -> Any:
@@ -106,48 +105,38 @@ def run(protocol: Protocol, strategy: type, seed: int, data: dict[str, Any]) -> 
     )
     net = network(protocol["model"], data["x_train"][0].numel(), int(data["y_train"].max()) + 1)
     model = strategy(net, torch.nn.functional.cross_entropy, args, None)
-    tasks = [Task(data, classes, protocol["permuted"]) for classes in protocol["tasks"]]
-    for task in tasks:
+    tasks = [task(data, classes, protocol["permuted"]) for classes in protocol["tasks"]]
+
+    def batches(images: Any, labels: Any) -> list[tuple[Any, Any]]:
+        """Training rows in a new order."""
+        order = torch.randperm(len(labels)).split(protocol["batch_size"])
+        return [(images[rows], labels[rows]) for rows in order]
+
+    for number, (train, _) in enumerate(tasks, start=1):
         net.train()
         for epoch in range(protocol["epochs"]):
-            for images, labels in task.batches(protocol["batch_size"]):
+            for images, labels in batches(*train):
                 model.observe(images, labels, images, epoch=epoch)
-        if hasattr(model, "end_task") and task is not tasks[-1]:  # after the last one nothing would come of it
-            model.end_task(types.SimpleNamespace(train_loader=list(task.batches(protocol["batch_size"]))))
+        if hasattr(model, "end_task") and number < len(tasks):  # after the last one nothing would come of it
+            model.end_task(types.SimpleNamespace(train_loader=batches(*train)))
     net.eval()
     with torch.no_grad():
-        return float(np.mean([task.accuracy(net) for task in tasks]))
+        right = [torch.cat([net(x).argmax(1) for x in images.split(1000)]) == labels for _, (images, labels) in tasks]
+    return float(np.mean([x.float().mean().item() for x in right]))
 
 
-class Task:
-    """The rows of some classes, their pixels permuted at random if asked for."""
+def task(data: dict[str, Any], classes: list[int], permuted: bool) -> list[tuple[Any, Any]]:
+    """Images and labels of some classes, to train on and to test on; their pixels permuted at random if asked for."""
+    import torch
 
-    def __init__(self, data: dict[str, Any], classes: list[int], permuted: bool):
-        import torch
-
-        def part(name: str) -> tuple[Any, Any]:
-            images, labels = data[f"x_{name}"], data[f"y_{name}"]
-            rows = torch.isin(labels, torch.tensor(classes))
-            images = images[rows]
-            if permuted:
-                images = images.flatten(1)[:, order].view(images.shape)
-            return images, labels[rows]
-
-        order = torch.randperm(data["x_train"][0].numel())
-        self.train, self.test = part("train"), part("test")
-
-    def batches(self, size: int) -> Iterator[tuple[Any, Any]]:
-        """The training rows in a new order."""
-        import torch
-
-        for rows in torch.randperm(len(self.train[1])).split(size):
-            yield self.train[0][rows], self.train[1][rows]
-
-    def accuracy(self, net: Any) -> float:
-        import torch
-
-        found = torch.cat([net(x).argmax(1) for x in self.test[0].split(1000)])
-        return (found == self.test[1]).float().mean().item()
+    order, found = torch.randperm(data["x_train"][0].numel()), []
+    for split in ("train", "test"):
+        rows = torch.isin(data[f"y_{split}"], torch.tensor(classes))
+        images = data[f"x_{split}"][rows]
+        if permuted:
+            images = images.flatten(1)[:, order].view(images.shape)
+        found.append((images, data[f"y_{split}"][rows]))
+    return found
 
 
 def load(file: str, mean: list[float] | None, std: list[float] | None) -> dict[str, Any]:
@@ -160,9 +149,9 @@ def load(file: str, mean: list[float] | None, std: list[float] | None) -> dict[s
             x = (x - np.array(mean, np.float32)) / np.array(std, np.float32)
         return torch.from_numpy(x).permute(0, 3, 1, 2)
 
-    convert: dict[str, Callable] = {"x": images, "y": lambda y: torch.from_numpy(y.astype(np.int64))}
     with np.load(file) as pack:
-        return {name: convert[name[0]](pack[name]) for name in ("x_train", "y_train", "x_test", "y_test")}
+        labels = {name: torch.from_numpy(pack[name].astype(np.int64)) for name in ("y_train", "y_test")}
+        return labels | {name: images(pack[name]) for name in ("x_train", "x_test")}
 
 
 def main() -> None:

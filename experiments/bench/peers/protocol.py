@@ -14,7 +14,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -23,7 +22,6 @@ ROW_SHAPE = (32, 32, 3)
 ROW_BYTES = math.prod(ROW_SHAPE) + 4  # with its label
 CLASSES = 100
 BASE_BYTES = 500_000_000  # a Python process with its frameworks
-FILL_ROWS = 8192  # rows handed over at once while a buffer is filled
 
 Images = tuple[np.ndarray, np.ndarray]  # uint8 [n, H, W, C], int32 [n]
 
@@ -33,13 +31,7 @@ class Missing(Exception):
 
 
 class Sizes(NamedTuple):
-    """Of a measurement.
-
-    Attributes:
-      capacity: rows a device.
-      batch: rows in, and rows out, a device and step.
-      path: of the peer's checkout, if it needs one.
-    """
+    """Of a measurement: rows a device, rows in and rows out a device and step; and where the peer's checkout is, if needed."""
 
     capacity: int
     batch: int
@@ -56,6 +48,7 @@ class Peer(abc.ABC):
       peak: memory it needs at its worst, from the largest resident size seen, in units of `capacity * devices` rows as
         they arrive.
       one_device: it has no buffer over several.
+      chunk: rows handed over at once while it is filled.
       version: of its package, or commit, and of what it runs on.
       device: where it ran.
       temp_bytes: temporary memory of one compiled step; None where there is no compiler to ask.
@@ -68,14 +61,10 @@ class Peer(abc.ABC):
     version: str
     device: str = "host memory, CPU"
     temp_bytes: int | None = None
+    chunk: int = 8192
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
-
-    def fill(self) -> None:
-        """Fills the buffer to capacity."""
-        for rows in fill_chunks(self.sizes.capacity * self.sizes.devices):
-            self.insert(self.place(rows))
 
     @abc.abstractmethod
     def place(self, rows: Images) -> Any:
@@ -96,15 +85,12 @@ class Peer(abc.ABC):
 
 @dataclasses.dataclass
 class Result:
-    """One line of the benchmark; the fields are the keys of its JSON.
+    """One line of the benchmark; the fields are the keys of its JSON. Those not named here are as in `Sizes` and `Peer`.
 
     Attributes:
-      capacity: rows a device.
-      batch: rows in, and rows out, a device and step.
       insert_draw_ms: median, p10, p90 and n of the step times in milliseconds; None if missing.
-      bytes: what the buffer occupies over all devices. bytes_expected: capacity * devices * (row + label).
-      temp_bytes: temporaries of one compiled step, if known.
-      note: how this one's step differs from the others.
+      bytes: what the buffer occupies over all devices.
+      bytes_expected: capacity * devices * (row + label).
       missing: why there are no figures, or None.
     """
 
@@ -129,11 +115,12 @@ def random_rows(count: int, seed: int) -> Images:
     return rows, rng.integers(0, CLASSES, count).astype(np.int32)
 
 
-def fill_chunks(count: int, chunk: int = FILL_ROWS) -> Iterator[Images]:
-    """The `count` rows every buffer is filled with, in equal chunks of at most `chunk` rows (one jit trace)."""
-    pieces = next(k for k in range(math.ceil(count / chunk), count + 1) if count % k == 0)
+def fill(peer: Peer) -> None:
+    """Fills its buffer to capacity, in equal chunks of at most `peer.chunk` rows (one jit trace)."""
+    count = peer.sizes.capacity * peer.sizes.devices
+    pieces = next(k for k in range(math.ceil(count / peer.chunk), count + 1) if count % k == 0)
     for i in range(pieces):
-        yield random_rows(count // pieces, seed=1000 + i)
+        peer.insert(peer.place(random_rows(count // pieces, seed=1000 + i)))
 
 
 def free_bytes() -> int | None:
@@ -162,7 +149,7 @@ def build(peer_type: type[Peer], sizes: Sizes) -> Peer:
         peer = peer_type(sizes)
     except ImportError as error:
         raise Missing(f"cannot be imported: {error}") from error
-    peer.fill()
+    fill(peer)
     return peer
 
 
