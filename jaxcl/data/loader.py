@@ -4,8 +4,9 @@ The law of this file: the rows of global batch t depend only on the seed, the ep
 on the number of devices or processes. Each process reads its own contiguous slice of every global batch.
 """
 
-import threading
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import TypedDict, Unpack
 
 import grain
@@ -30,6 +31,7 @@ class Reading(TypedDict, total=False):
     num_threads: int
 
 
+@dataclass(frozen=True, eq=False)
 class Loader:
     """The batches of a training phase or an evaluation, by number.
 
@@ -42,73 +44,69 @@ class Loader:
       valid: bool [b], False for the padding that fills the last batch of an epoch (image 0, label 0, id -1);
       target: the source's targets by name, [b, ...], where it has any.
 
-    Args:
+    Attributes:
       source: where the rows are.
       order: epoch -> the rows of that epoch, int64, in order.
-      num_rows: of an epoch, padding included.
+      rows_per_epoch: padding included.
       window_seed: chooses, with epoch and row, the window of an image that is cut at random; None: images as `read` gives them.
       others: as in `train_batches`.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        order: Callable[[int], np.ndarray],
-        num_rows: int,
-        *,
-        batch_size: int,
-        epochs: int,
-        process_index: int = 0,
-        process_count: int = 1,
-        num_threads: int = 2,
-        by_class: bool = False,
-        window_seed: tuple[int, ...] | None = None,
-    ):
-        check("batch_size", batch_size, at_least(1))
-        check("epochs", epochs, at_least(1))
-        check("process_count", process_count, at_least(1))
-        check("process_index", process_index, between(0, process_count - 1))
-        check("data.threads", num_threads, at_least(0))
-        if batch_size % process_count:
-            raise refused("batch_size", batch_size, f"a multiple of the {process_count} processes")
-        if not num_rows:
+    source: Source
+    order: Callable[[int], np.ndarray]
+    rows_per_epoch: int
+    _: KW_ONLY
+    batch_size: int
+    epochs: int
+    process_index: int = 0
+    process_count: int = 1
+    num_threads: int = 2
+    by_class: bool = False
+    window_seed: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check("batch_size", self.batch_size, at_least(1))
+        check("epochs", self.epochs, at_least(1))
+        check("process_count", self.process_count, at_least(1))
+        check("process_index", self.process_index, between(0, self.process_count - 1))
+        check("data.threads", self.num_threads, at_least(0))
+        if self.batch_size % self.process_count:
+            raise refused("batch_size", self.batch_size, f"a multiple of the {self.process_count} processes")
+        if not self.rows_per_epoch:
             raise UserError("indices: there is no row to make batches of, give at least 1")
-        self._source, self._order = source, order
-        self._batch_size, self._local = batch_size, batch_size // process_count
-        self._offset = process_index * self._local
-        self._num_threads, self._by_class = num_threads, by_class
-        self._window_seed = window_seed
-        self.rows_per_epoch = num_rows
-        self.steps_per_epoch = -(-num_rows // batch_size)
-        self._steps = epochs * self.steps_per_epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.rows_per_epoch // self.batch_size)
 
     def __len__(self) -> int:
-        return self._steps
+        return self.epochs * self.steps_per_epoch
 
     def __getitem__(self, t: int) -> Batch:
-        if not 0 <= t < self._steps:
-            raise IndexError(f"batch {t} of {self._steps}")
+        if not 0 <= t < len(self):
+            raise IndexError(f"batch {t} of {len(self)}")
         epoch, step = divmod(t, self.steps_per_epoch)
-        rows = self._order(epoch)[step * self._batch_size : (step + 1) * self._batch_size]
-        if self._by_class:
-            rows = rows[np.argsort(self._source.labels[rows], kind="stable")]
-        rows = rows[self._offset : self._offset + self._local]  # short, or empty, at the end of an epoch
-        if self._window_seed is None or self._source.read_random is None:
-            images = self._source.read(rows)
+        rows = self.order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+        if self.by_class:
+            rows = rows[np.argsort(self.source.labels[rows], kind="stable")]
+        size = self.batch_size // self.process_count
+        rows = rows[self.process_index * size :][:size]  # short, or empty, at the end of an epoch
+        if self.window_seed is None or self.source.read_random is None:
+            images = self.source.read(rows)
         else:
-            images = self._source.read_random(rows, (*self._window_seed, epoch))
+            images = self.source.read_random(rows, (*self.window_seed, epoch))
         batch: Batch = {
-            "image": _pad(images, self._local, 0),
-            "label": _pad(self._source.labels[rows], self._local, 0),
-            "id": _pad(rows.astype(np.int32), self._local, -1),
-            "valid": _pad(np.ones(len(rows), bool), self._local, False),
+            "image": _pad(images, size, 0),
+            "label": _pad(self.source.labels[rows], size, 0),
+            "id": _pad(rows.astype(np.int32), size, -1),
+            "valid": _pad(np.ones(len(rows), bool), size, False),
         }
-        if self._source.targets:
-            batch["target"] = {name: _pad(x[rows], self._local, 0) for name, x in self._source.targets.items()}
+        if self.source.targets:
+            batch["target"] = {name: _pad(x[rows], size, 0) for name, x in self.source.targets.items()}
         return batch
 
     def __iter__(self) -> grain.DatasetIterator[Batch]:
-        options = grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=2 * self._num_threads)
+        options = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=2 * self.num_threads)
         return iter(grain.MapDataset.source(self).to_iter_dataset(options))
 
 
@@ -144,7 +142,9 @@ def train_batches(
     """
     if not seed or any(s < 0 for s in seed):
         raise refused("seed", tuple(seed), "one or more integers from 0")
-    order = _Shuffle(np.array(indices, np.int64), seed, np.array(memory, np.int64), part)
+    rows = np.array(indices, np.int64), np.array(memory, np.int64)
+    # Two epochs are kept, as threads that read ahead cross the border between them.
+    order = functools.lru_cache(maxsize=2)(functools.partial(_shuffled, *rows, part, tuple(map(int, seed))))
     return Loader(
         source,
         order,
@@ -174,33 +174,14 @@ def blank_batches(
     return Loader(source, lambda epoch: nothing, rows, batch_size=batch_size, epochs=epochs, **reading)
 
 
-class _Shuffle:
-    """epoch -> the rows in that epoch's order. Keeps two, as threads that read ahead cross the border of epochs."""
-
-    def __init__(self, rows: np.ndarray, seed: Sequence[int], memory: np.ndarray, part: int):
-        self._rows, self._seed = rows, tuple(int(s) for s in seed)
-        self._memory, self._part = memory, part
-        self._lock = threading.Lock()
-        self._orders: dict[int, np.ndarray] = {}
-
-    def __call__(self, epoch: int) -> np.ndarray:
-        with self._lock:
-            if epoch not in self._orders:
-                while len(self._orders) > 1:
-                    del self._orders[min(self._orders)]
-                # The length comes first because a SeedSequence takes (1,) and (1, 0) for the same entropy.
-                entropy = (len(self._seed), *self._seed, epoch)
-                rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
-                self._orders[epoch] = rng.permutation(np.concatenate([self._rows, self._replayed(rng)]))
-            return self._orders[epoch]
-
-    def _replayed(self, rng: np.random.Generator) -> np.ndarray:
-        """The memory's rows of an epoch: all, or one of every `part` neighbours."""
-        if self._part == 1:
-            return self._memory
-        begin = np.arange(0, len(self._memory), self._part)
-        size = np.minimum(self._part, len(self._memory) - begin)
-        return self._memory[begin + rng.integers(size)]
+def _shuffled(rows: np.ndarray, memory: np.ndarray, part: int, seed: tuple[int, ...], epoch: int) -> np.ndarray:
+    """An epoch's rows in its order; of the memory all, or one of every `part` neighbours."""
+    # The length comes first because a SeedSequence takes (1,) and (1, 0) for the same entropy.
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((len(seed), *seed, epoch))))
+    if part > 1:
+        begin = np.arange(0, len(memory), part)
+        memory = memory[begin + rng.integers(np.minimum(part, len(memory) - begin))]
+    return rng.permutation(np.concatenate([rows, memory]))
 
 
 def _pad(rows: np.ndarray, size: int, value: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Networks, as pure functions: the only folder that imports Flax (Linen). One file a model.
 
-A file NAME.py has a function `NAME(num_classes, *, ..., option=default, ...) -> nn.Module`. It is called with keywords, of
+A file NAME.py has `NAME`, a class of Linen modules or a function that gives one or a `Model`. It is called with keywords, of
 which it names those that it uses:
 
     num_classes  K, outputs of the head
@@ -8,9 +8,8 @@ which it names those that it uses:
     axis_name    mesh axis of the batch, over which a norm may sum its statistics
     classes      bool [T, K], the classes of each task
 
-A parameter with a default is an option, see `_options`. The module is called as `module(images, train=..., mask=...)`, see
-`Apply`. A model from outside may as well be a class of such modules, or a function that gives a `Model`. The rest of jaxcl sees
-parameters, batch statistics and outputs, never a module.
+A field or parameter with a default is an option, see `_options`. The module is called as `module(images, train=..., mask=...)`,
+see `Apply`. The rest of jaxcl sees parameters, batch statistics and outputs, never a module.
 """
 
 from collections.abc import Callable, Mapping
@@ -81,11 +80,10 @@ def make_model(
 
     Args:
       name: one of `MODELS`, or `module.path:name`.
-      num_classes: K, outputs of the head.
+      num_classes, axis_name: see above; norm = "sync" uses the axis, norm = "local" does not.
       options: of the model; what is left out keeps its default.
-      dtype: of the computation, "float32" or "bfloat16"; parameters, statistics and outputs are float32.
-      axis_name: mesh axis of the batch; norm = "sync" sums its statistics over it, norm = "local" leaves it unused.
-      classes: bool [T, K], the classes of each task, for a model that grows with the tasks (dytox); None: one task.
+      dtype: "float32" or "bfloat16".
+      classes: for a model that grows with the tasks (dytox); None: one task.
 
     Raises:
       UserError: for an unknown name or option, or a value that is not allowed.
@@ -102,18 +100,12 @@ def make_model(
     made = bind(name, make, options or {}, given)
     if isinstance(made, Model):
         return made
-    return Model(partial(_init, jax.jit(partial(_variables, made))), partial(_apply, made), name)
+    return Model(partial(_init, jax.jit(partial(made.init, train=False))), partial(_apply, made), name)
 
 
-def _init(
-    variables: Callable[..., dict[str, PyTree]], key: jax.Array, image_shape: tuple[int, int, int]
-) -> dict[str, PyTree]:
-    # `variables` is compiled: the forward pass that only gives the shapes is then dead code.
-    return variables(key, jnp.zeros((1, *image_shape)))
-
-
-def _variables(module: nn.Module, key: jax.Array, images: jax.Array) -> dict[str, PyTree]:
-    variables = module.init(key, images, train=False)
+def _init(init: Callable[..., PyTree], key: jax.Array, image_shape: tuple[int, int, int]) -> dict[str, PyTree]:
+    # `init` is compiled: the forward pass that only gives the shapes is then dead code.
+    variables = init(key, jnp.zeros((1, *image_shape)))
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 

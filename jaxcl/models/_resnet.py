@@ -6,6 +6,7 @@ ImageNet's stem (torchvision), 11,173,962 for ResNet-18 with 10 classes and the 
 """
 
 from functools import partial
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxcl.models._blocks import he_fan_out
 from jaxcl.models._norm import MaskedBatchNorm
+from jaxcl.models._options import Norm, Size, Stem
 
 
 class _Block(nn.Module):
@@ -50,30 +52,28 @@ class ResNet(nn.Module):
     """Residual blocks in four stages, global average pooling, a linear head.
 
     Attributes:
-      num_classes: K.
-      blocks: of each stage; (2, 2, 2, 2) makes ResNet-18, (3, 4, 6, 3) with `bottleneck` ResNet-50.
+      blocks: of each stage.
       bottleneck: the kind of block; it widens the features from 8 to 32 times `width`.
       width: channels of the first stage; each stage doubles them.
       stem: "small" (3x3, for 32x32 images) or "imagenet" (7x7 with stride 2, then a 3x3 max-pool with stride 2).
       zero_init: start each block as the identity, its last norm at scale 0 (Goyal et al. 2017).
-      axis_name: mesh axis over which the norm sums its statistics, None for local ones.
-      dtype: of the computation; parameters, statistics, features and logits are float32.
     """
 
+    blocks: ClassVar[tuple[int, ...]]
+    bottleneck: ClassVar[bool]
     num_classes: int
-    blocks: tuple[int, ...]
-    bottleneck: bool
-    width: int
-    stem: str
-    zero_init: bool
-    axis_name: str | None
     dtype: jnp.dtype
+    axis_name: str | None
+    width: Size = 64
+    norm: Norm = "local"
+    stem: Stem = "small"
+    zero_init: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
         """images [B, H, W, C] floats, mask [B] -> logits [B, K], features [B, D], D = 8 or 32 times width."""
         conv = partial(nn.Conv, use_bias=False, kernel_init=he_fan_out, dtype=self.dtype)
-        norm = partial(MaskedBatchNorm, axis_name=self.axis_name, dtype=self.dtype)
+        norm = partial(MaskedBatchNorm, axis_name=self.axis_name if self.norm == "sync" else None, dtype=self.dtype)
         last_scale_init = nn.initializers.zeros if self.zero_init else nn.initializers.ones
         x = images.astype(self.dtype)
         if self.stem == "imagenet":

@@ -10,32 +10,23 @@ from jaxcl.models._norm import MaskedBatchNorm
 from jaxcl.models._options import Norm, Size
 
 
-def convnet(
-    num_classes: int, *, dtype: jnp.dtype, axis_name: str | None, width: Size = 32, norm: Norm = "local"
-) -> nn.Module:
-    """Options: `width` channels in the first block, features have 4 * width."""
-    return ConvNet(num_classes, width, axis_name if norm == "sync" else None, dtype)
-
-
 class ConvNet(nn.Module):
     """Three blocks of (3x3 convolution, norm, ReLU, 2x2 max-pool), global average pooling, a linear head.
 
     Attributes:
-      num_classes: K.
       width: channels of the first block; each block doubles them, features have 4 * width.
-      axis_name: mesh axis over which the norm sums its statistics, None for local ones.
-      dtype: of the computation; parameters, statistics, features and logits are float32.
     """
 
     num_classes: int
-    width: int
-    axis_name: str | None
     dtype: jnp.dtype
+    axis_name: str | None
+    width: Size = 32
+    norm: Norm = "local"
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
         """images [B, H, W, C] floats of any size, mask [B] -> logits [B, K], features [B, 4 * width]."""
-        norm = partial(MaskedBatchNorm, axis_name=self.axis_name, dtype=self.dtype)
+        norm = partial(MaskedBatchNorm, axis_name=self.axis_name if self.norm == "sync" else None, dtype=self.dtype)
         x = images.astype(self.dtype)
         for channels in (self.width, 2 * self.width, 4 * self.width):
             x = nn.Conv(channels, (3, 3), use_bias=False, kernel_init=nn.initializers.he_normal(), dtype=self.dtype)(x)
@@ -43,3 +34,6 @@ class ConvNet(nn.Module):
             x = nn.max_pool(x, (2, 2), (2, 2), "SAME")  # SAME: 1x1 stays 1x1, so that small images pass
         features = x.astype(jnp.float32).mean((1, 2))
         return {"logits": nn.Dense(self.num_classes, name="head")(features), "features": features}
+
+
+convnet = ConvNet

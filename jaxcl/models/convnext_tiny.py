@@ -16,11 +16,6 @@ _DEPTHS = (3, 3, 9, 3)
 _init = nn.initializers.truncated_normal(0.02)
 
 
-def convnext_tiny(num_classes: int, *, dtype: jnp.dtype, width: Size = 96, stem: Stem = "small") -> nn.Module:
-    """Options: see `ConvNeXt`; `width` channels in the first stage, features have 8 * width."""
-    return ConvNeXt(num_classes, width, stem, dtype)
-
-
 class _Block(nn.Module):
     """7x7 depthwise convolution, layer norm, two dense layers, a scale that starts at 1e-6, beside the identity."""
 
@@ -40,16 +35,14 @@ class ConvNeXt(nn.Module):
     """Stages of 3, 3, 9 and 3 blocks, each entered by a strided convolution, global average pooling, a linear head.
 
     Attributes:
-      num_classes: K.
-      width: channels of the first stage; each stage doubles them, features have 8 * width. 96 is ConvNeXt-tiny.
+      width: channels of the first stage; each stage doubles them, features have 8 * width.
       stem: "small" (2x2 patches, for 32x32 images) or "imagenet" (4x4 patches).
-      dtype: of the computation; parameters, features and logits are float32.
     """
 
     num_classes: int
-    width: int
-    stem: str
     dtype: jnp.dtype
+    width: Size = 96
+    stem: Stem = "small"
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
@@ -69,3 +62,6 @@ class ConvNeXt(nn.Module):
                 x = _Block(self.dtype)(x)
         features = nn.LayerNorm(name="last_norm")(x.astype(jnp.float32).mean((1, 2)))
         return {"logits": nn.Dense(self.num_classes, kernel_init=_init, name="head")(features), "features": features}
+
+
+convnext_tiny = ConvNeXt

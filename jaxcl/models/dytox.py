@@ -31,7 +31,6 @@ _EPS = 1e-5  # of the layer norms: PyTorch's
 
 
 def dytox(
-    num_classes: int,
     *,
     dtype: jnp.dtype,
     classes: np.ndarray,
@@ -45,22 +44,12 @@ def dytox(
     if width % heads:
         raise refused("model.options.heads", heads, f"a divisor of width = {width}")
     task_of_class = np.where(classes.any(axis=0), np.argmax(classes, axis=0), -1)
-    return DyTox(num_classes, tuple(task_of_class.tolist()), width, depth, heads, patch, divergence, dtype)
-
-
-def _torch_linear(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32, *, inputs: int) -> jax.Array:
-    """PyTorch's default of a linear layer, weights and biases alike: uniform within 1 / sqrt(inputs)."""
-    return jax.random.uniform(key, shape, dtype, -1.0, 1.0) / np.sqrt(inputs)
+    return DyTox(tuple(task_of_class.tolist()), width, depth, heads, patch, divergence, dtype)
 
 
 class GatedAttention(nn.Module):
     """Self-attention with a gate for each head between content and position (ConViT, section 3). At first a head looks at one
-    place of a window around its patch, sigmoid(1) = 73 % by position.
-
-    Attributes:
-      heads: divide the width.
-      dtype: of the computation.
-    """
+    place of a window around its patch, sigmoid(1) = 73 % by position."""
 
     heads: int
     dtype: jnp.dtype = jnp.float32
@@ -162,7 +151,6 @@ class Heads(nn.Module):
 
     Attributes:
       task_of: of each output, the task by whose embedding it is told; -1: any.
-      dtype: of the computation.
     """
 
     task_of: tuple[int, ...]
@@ -172,11 +160,12 @@ class Heads(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, outputs] float32."""
         _, tasks, width = x.shape
-        init = nn.initializers.ones, nn.initializers.zeros
-        scale, shift = (self.param(n, f, (tasks, width)) for n, f in zip(("scale", "shift"), init, strict=True))
+        scale = self.param("scale", nn.initializers.ones, (tasks, width))
+        shift = self.param("shift", nn.initializers.zeros, (tasks, width))
 
         def uniform(key: jax.Array, shape: Sequence[int]) -> jax.Array:
-            return _torch_linear(key, shape, inputs=width)
+            """PyTorch's default of a linear layer, weights and biases alike."""
+            return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) / np.sqrt(width)
 
         kernel = self.param("kernel", uniform, (width, len(self.task_of)))
         bias = self.param("bias", uniform, (len(self.task_of),))
@@ -189,17 +178,14 @@ class DyTox(nn.Module):
     """See above.
 
     Attributes:
-      num_classes: K.
       task_of_class: the task that each class belongs to, [K], -1 for a class that does not come; T of them.
       width: D; the paper's embed_dim.
       depth: self-attention blocks.
       heads: of attention; divide the width.
       patch: side of the square patches, which divides the image's.
       divergence: whether it has divergence heads: for each task one that tells its classes apart, and all earlier ones as one.
-      dtype: of the computation; parameters and outputs are float32.
     """
 
-    num_classes: int
     task_of_class: tuple[int, ...]
     width: int
     depth: int

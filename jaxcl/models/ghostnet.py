@@ -35,19 +35,6 @@ _BOTTLENECKS = (
 )
 
 
-def ghostnet(
-    num_classes: int,
-    *,
-    dtype: jnp.dtype,
-    axis_name: str | None,
-    width: Scale = 1.0,
-    norm: Norm = "local",
-    stem: Stem = "small",
-) -> nn.Module:
-    """Options: see `GhostNet`; `width` is a factor, features have 1,280."""
-    return GhostNet(num_classes, width, stem, axis_name if norm == "sync" else None, dtype)
-
-
 class _Ghost(nn.Module):
     """A 1x1 convolution to half the channels, a 3x3 depthwise one of its output to the other half."""
 
@@ -92,23 +79,21 @@ class GhostNet(nn.Module):
     """Sixteen ghost bottlenecks, global average pooling, a hidden layer of 1,280 units, a linear head.
 
     Attributes:
-      num_classes: K.
       width: multiplies the channels of every layer but the hidden one.
       stem: "small" (stride 1, for 32x32 images) or "imagenet" (stride 2); both 3x3 and of the same parameters.
-      axis_name: mesh axis over which the norm sums its statistics, None for local ones.
-      dtype: of the computation; parameters, statistics, features and logits are float32.
     """
 
     num_classes: int
-    width: float
-    stem: str
-    axis_name: str | None
     dtype: jnp.dtype
+    axis_name: str | None
+    width: Scale = 1.0
+    norm: Norm = "local"
+    stem: Stem = "small"
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
         """images [B, H, W, C] floats, mask [B] -> logits [B, K], features [B, 1280]."""
-        norm = partial(MaskedBatchNorm, axis_name=self.axis_name, dtype=self.dtype)
+        norm = partial(MaskedBatchNorm, axis_name=self.axis_name if self.norm == "sync" else None, dtype=self.dtype)
         layer = partial(ConvNorm, norm=norm, dtype=self.dtype)
 
         def scaled(channels: int) -> int:
@@ -123,3 +108,6 @@ class GhostNet(nn.Module):
         x = layer(scaled(960), 1, name="last")(x, train=train, mask=mask).astype(jnp.float32).mean((1, 2))
         features = nn.relu(nn.Dense(1280, dtype=self.dtype, name="hidden")(x)).astype(jnp.float32)
         return {"logits": nn.Dense(self.num_classes, name="head")(features), "features": features}
+
+
+ghostnet = GhostNet

@@ -11,31 +11,18 @@ from jaxcl.models._options import Sizes
 KERNEL_INITS = {"lecun": nn.initializers.lecun_normal(), "xavier": nn.initializers.xavier_uniform()}
 
 
-def mlp(
-    num_classes: int,
-    *,
-    dtype: jnp.dtype,
-    hidden: Sizes = (100, 100),
-    kernel_init: Literal["lecun", "xavier"] = "lecun",
-) -> nn.Module:
-    """Options: see `MLP`; features are the last of `hidden`."""
-    return MLP(num_classes, hidden, kernel_init, dtype)
-
-
 class MLP(nn.Module):
     """Dense + ReLU layers and a linear head; features are the last hidden layer. Biases start at zero.
 
     Attributes:
-      num_classes: K.
       hidden: units of each hidden layer; () makes a linear model.
       kernel_init: "lecun" (normal) or "xavier" (uniform, as Mammoth's).
-      dtype: of the computation; parameters, features and logits are float32.
     """
 
     num_classes: int
-    hidden: tuple[int, ...]
-    kernel_init: str
     dtype: jnp.dtype
+    hidden: Sizes = (100, 100)
+    kernel_init: Literal["lecun", "xavier"] = "lecun"
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
@@ -47,3 +34,6 @@ class MLP(nn.Module):
             x = nn.relu(nn.Dense(units, kernel_init=init, dtype=self.dtype)(x))
         features = x.astype(jnp.float32)
         return {"logits": nn.Dense(self.num_classes, kernel_init=init, name="head")(features), "features": features}
+
+
+mlp = MLP

@@ -31,32 +31,24 @@ _RESIDUALS = (
 )
 
 
-def mobilenet_v3_small(
-    num_classes: int, *, dtype: jnp.dtype, axis_name: str | None, norm: Norm = "local", stem: Stem = "small"
-) -> nn.Module:
-    """Options: see `MobileNetV3Small`; features have 1,024."""
-    return MobileNetV3Small(num_classes, stem, axis_name if norm == "sync" else None, dtype)
-
-
 class MobileNetV3Small(nn.Module):
     """Eleven inverted residuals, global average pooling, a hidden layer of 1,024 units, a linear head.
 
     Attributes:
-      num_classes: K.
       stem: "small" (stride 1, for 32x32 images) or "imagenet" (stride 2); both 3x3 and of the same parameters.
-      axis_name: mesh axis over which the norm sums its statistics, None for local ones.
-      dtype: of the computation; parameters, statistics, features and logits are float32.
     """
 
     num_classes: int
-    stem: str
-    axis_name: str | None
     dtype: jnp.dtype
+    axis_name: str | None
+    norm: Norm = "local"
+    stem: Stem = "small"
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
         """images [B, H, W, C] floats, mask [B] -> logits [B, K], features [B, 1024]."""
-        norm = partial(MaskedBatchNorm, axis_name=self.axis_name, momentum=0.99, epsilon=1e-3, dtype=self.dtype)
+        axis = self.axis_name if self.norm == "sync" else None
+        norm = partial(MaskedBatchNorm, axis_name=axis, momentum=0.99, epsilon=1e-3, dtype=self.dtype)
         layer = partial(ConvNorm, norm=norm, dtype=self.dtype)
         rows: Any = {"train": train, "mask": mask}
         stride = 2 if self.stem == "imagenet" else 1
@@ -73,3 +65,6 @@ class MobileNetV3Small(nn.Module):
         x = layer(576, 1, activation=nn.hard_swish, name="last")(x, **rows).astype(jnp.float32).mean((1, 2))
         features = nn.hard_swish(nn.Dense(1024, dtype=self.dtype, name="hidden")(x)).astype(jnp.float32)
         return {"logits": nn.Dense(self.num_classes, name="head")(features), "features": features}
+
+
+mobilenet_v3_small = MobileNetV3Small

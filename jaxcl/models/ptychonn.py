@@ -16,21 +16,15 @@ from jaxcl.models._options import Size
 _LEVELS = 4  # poolings; images halve at each
 
 
-def ptychonn(*, dtype: jnp.dtype, width: Size = 32) -> nn.Module:
-    """Options: see `PtychoNN`. It reconstructs, whatever the rows' classes."""
-    return PtychoNN(width, dtype)
-
-
 class PtychoNN(nn.Module):
     """Blocks of two 3x3 convolutions with ReLU, each followed by a 2x2 max-pool (encoder) or bilinear upsampling (decoders).
 
     Attributes:
       width: channels of the first block; those of the encoder are 1, 2, 4 and 8 times as many.
-      dtype: of the computation; parameters and outputs are float32.
     """
 
-    width: int
     dtype: jnp.dtype
+    width: Size = 32
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
@@ -62,3 +56,6 @@ class PtychoNN(nn.Module):
         for channels in encoder:
             x = nn.max_pool(block(x, channels), (2, 2), (2, 2))
         return {"amplitude": decode(x), "phase": jnp.pi * jnp.tanh(decode(x))}
+
+
+ptychonn = PtychoNN

@@ -317,7 +317,7 @@ def test_a_failed_download_gives_its_cause_in_the_same_line(tmp_path, monkeypatc
 
 
 def test_images_of_several_sizes_are_refused_before_any_download(tmp_path, monkeypatch):
-    monkeypatch.setattr(tfds_source, "_download", lambda *_: pytest.fail("downloaded"))
+    monkeypatch.setattr(tfds_source, "_prepare", lambda *_: pytest.fail("downloaded"))
     message = _error("tfds:imagenet2012", tmp_path)
     assert message == (
         "data.source: 'tfds:imagenet2012' has images of shape (None, None, 3), give data.image_size, or a set whose images"

@@ -8,13 +8,13 @@ determined by the data and a seed. One pass over any of them (`epochs` = 1) is a
 (task-incremental) is `data.loss_classes` = "task".
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxcl.check import at_least, between, check, refused
+from jaxcl.check import between, check, refused
 from jaxcl.data.scenarios._class import class_
-from jaxcl.data.scenarios.base import Make, Scenario, Split, Task, class_incremental
+from jaxcl.data.scenarios.base import Made, Scenario, Split, Task, Tasks, class_incremental
 from jaxcl.data.source import Source
 from jaxcl.registry import Registry
 
@@ -23,7 +23,7 @@ __all__ = ["SCENARIOS", "Scenario", "Split", "Task", "class_incremental", "make_
 MOST_TASKS = 10_000  # every pair of tasks has a number in the accuracy matrix
 _MOST_CELLS = 2**30  # of the table of tasks and classes, a byte each
 
-SCENARIOS: Registry[Make] = Registry("data.scenario", __name__)
+SCENARIOS: Registry[Callable[[Split], Made]] = Registry("data.scenario", __name__)
 SCENARIOS.register(class_, "class")
 
 
@@ -31,13 +31,13 @@ def make_scenario(
     train: Source,
     test: Source,
     kind: str = "class",
-    tasks: int | Sequence[Sequence[int]] = 5,
+    tasks: Tasks = 5,
     *,
     class_order_seed: int | None = None,
     seed: int = 0,
     scattered: float = 0.1,
     disjoint: float = 0.5,
-) -> tuple[Scenario, Source, Source]:
+) -> Made:
     """Splits a data set into tasks; the sources returned are those that the tasks' rows number.
 
     Args:
@@ -55,10 +55,8 @@ def make_scenario(
     make = SCENARIOS[kind]
     check("data.scattered", scattered, between(0, 1))
     check("data.disjoint", disjoint, between(0, 1))
-    if class_order_seed is not None:
-        check("data.class_order_seed", class_order_seed, at_least(0))
     number = tasks if isinstance(tasks, int | np.integer) else len(tasks) if isinstance(tasks, Sequence) else 1
     most = min(MOST_TASKS, _MOST_CELLS // train.num_classes)
     if number > most:
         raise refused("data.tasks", tasks if isinstance(tasks, int | np.integer) else number, f"at most {most} tasks")
-    return make(Split(kind, train, test, tasks, class_order_seed, seed, scattered, disjoint))
+    return make(Split(train, test, kind, tasks, class_order_seed, seed, scattered, disjoint))

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -64,21 +63,11 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Split:
-    """What a scenario is given: a data set, and how the config wants it split.
+    """What a scenario is given: the arguments of `make_scenario`."""
 
-    Attributes:
-      scenario: its name in the config.
-      train, test: the data.
-      tasks: how many tasks, or the classes of each.
-      class_order_seed: shuffles the classes; None keeps 0, 1, 2...
-      seed: of everything else that is drawn.
-      scattered: share of rows that come with another task, 0..1.
-      disjoint: share of classes that come with one task only, 0..1.
-    """
-
-    scenario: str
     train: Source
     test: Source
+    kind: str
     tasks: Tasks
     class_order_seed: int | None
     seed: int
@@ -101,11 +90,11 @@ class Split:
           UserError: it is no such number, or there is a `class_order_seed`.
         """
         if not isinstance(self.tasks, int | np.integer):
-            raise refused("data.tasks", self.tasks, f"a number of tasks with data.scenario = {self.scenario}")
+            raise refused("data.tasks", self.tasks, f"a number of tasks with data.scenario = {self.kind}")
         if not 1 <= self.tasks <= most:
             raise refused("data.tasks", self.tasks, f"1..{most}, {of}")
         if self.class_order_seed is not None:
-            raise refused("data.class_order_seed", self.class_order_seed, f"None with data.scenario = {self.scenario}")
+            raise refused("data.class_order_seed", self.class_order_seed, f"None with data.scenario = {self.kind}")
         return int(self.tasks)
 
     def repeats(self) -> int:
@@ -115,17 +104,12 @@ class Split:
           UserError: as `number_of_tasks`; there are more rows than an id can number; images are to be reconstructed.
         """
         if self.train.targets:
-            raise refused("data.scenario", self.scenario, "one that leaves images as they are, to be reconstructed")
+            raise refused("data.scenario", self.kind, "one that leaves images as they are, to be reconstructed")
         most = (2**31 - 1) // max(len(self.train), len(self.test))
         return self.number_of_tasks(most, "so that an int32 numbers all rows")
 
 
-class Make(Protocol):
-    """A scenario: (how to split) -> (tasks, and the train and test sources that their rows number)."""
-
-    __name__: str
-
-    def __call__(self, split: Split) -> tuple[Scenario, Source, Source]: ...
+Made = tuple[Scenario, Source, Source]  # tasks, and the train and test sources that their rows number
 
 
 def appear(labels: np.ndarray) -> tuple[int, ...]:
@@ -222,16 +206,13 @@ def scatter(
 # ---- all rows in every task, changed ----
 
 
-def repeat(split: Split, change: Change) -> tuple[Scenario, Source, Source]:
+def repeat(split: Split, change: Change) -> Made:
     """Every task has all rows, as `change` makes them: row t * n + i is row i in task t."""
     tasks, classes = split.repeats(), appear(split.train.labels)
     train, test = (_repeated(source, tasks, change) for source in (split.train, split.test))
     rows, test_rows = (np.arange(len(source)).reshape(tasks, -1) for source in (train, test))
-    return (
-        Scenario(tuple(Task(t, classes, rows[t], test_rows[t]) for t in range(tasks)), train.num_classes),
-        train,
-        test,
-    )
+    made = tuple(Task(t, classes, rows[t], test_rows[t]) for t in range(tasks))
+    return Scenario(made, train.num_classes), train, test
 
 
 def _repeated(source: Source, tasks: int, change: Change) -> Source:

@@ -2,11 +2,10 @@
 
 import numpy as np
 
-from jaxcl.data.scenarios.base import Scenario, Split, scatter
-from jaxcl.data.source import Source
+from jaxcl.data.scenarios.base import Made, Split, scatter
 
 
-def blurry(split: Split) -> tuple[Scenario, Source, Source]:
+def blurry(split: Split) -> Made:
     every = np.ones(split.train.num_classes, bool)
     made = scatter(split.by_class(), split.train.labels, split.scattered, every, split.rng())
     return made, split.train, split.test

@@ -4,11 +4,10 @@ import dataclasses
 
 import numpy as np
 
-from jaxcl.data.scenarios.base import Scenario, Split, Task
-from jaxcl.data.source import Source
+from jaxcl.data.scenarios.base import Made, Scenario, Split, Task
 
 
-def domain(split: Split) -> tuple[Scenario, Source, Source]:
+def domain(split: Split) -> Made:
     """Labels count in the order in which a task lists its classes."""
     by_class = split.by_class()
     most = max(len(task.classes) for task in by_class.tasks)

@@ -2,11 +2,10 @@
 
 import numpy as np
 
-from jaxcl.data.scenarios.base import Scenario, Split, Task, appear
-from jaxcl.data.source import Source
+from jaxcl.data.scenarios.base import Made, Scenario, Split, Task, appear
 
 
-def instance(split: Split) -> tuple[Scenario, Source, Source]:
+def instance(split: Split) -> Made:
     train, test, rng = split.train, split.test, split.rng()
     tasks = split.number_of_tasks(min(len(train), len(test)), "the number of rows")
     parts = zip(_deal(train.labels, tasks, rng), _deal(test.labels, tasks, rng), strict=True)

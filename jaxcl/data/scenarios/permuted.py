@@ -3,11 +3,10 @@ al. 2017."""
 
 import numpy as np
 
-from jaxcl.data.scenarios.base import Scenario, Split, repeat
-from jaxcl.data.source import Source
+from jaxcl.data.scenarios.base import Made, Split, repeat
 
 
-def permuted(split: Split) -> tuple[Scenario, Source, Source]:
+def permuted(split: Split) -> Made:
     (height, width, channels), rng = split.train.image_shape, split.rng()
     order = [rng.permutation(height * width) for _ in range(split.repeats())]
 

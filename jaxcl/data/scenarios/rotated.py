@@ -4,11 +4,10 @@ black outside. Lopez-Paz & Ranzato 2017."""
 import numpy as np
 import scipy.ndimage
 
-from jaxcl.data.scenarios.base import Scenario, Split, repeat
-from jaxcl.data.source import Source
+from jaxcl.data.scenarios.base import Made, Split, repeat
 
 
-def rotated(split: Split) -> tuple[Scenario, Source, Source]:
+def rotated(split: Split) -> Made:
     angle = split.rng().uniform(0, 180, split.repeats())
 
     def change(task: int, images: np.ndarray) -> np.ndarray:

@@ -3,11 +3,11 @@
 
 import numpy as np
 
-from jaxcl.data.scenarios.base import Scenario, Split, class_incremental, scatter
-from jaxcl.data.source import Source, rows_of_each
+from jaxcl.data.scenarios.base import Made, Split, class_incremental, scatter
+from jaxcl.data.source import rows_of_each
 
 
-def si_blurry(split: Split) -> tuple[Scenario, Source, Source]:
+def si_blurry(split: Split) -> Made:
     """Section 3 of the paper: borders between tasks are drawn among the shuffled classes, for those that stay disjoint and for
     the others apart. Before that every task gets one class, so that none is left without."""
     train, test, rng, k = split.train, split.test, split.rng(), split.train.num_classes

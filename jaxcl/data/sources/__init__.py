@@ -1,12 +1,8 @@
 """Where images come from; one file a kind of source.
 
 A file NAME.py has a function `NAME(*, rest, ..., **_) -> (train, test)`. It is called with keywords, of which it names those
-that it uses:
-
-    rest         what `data.source` says behind the kind: "FILE" of "npz:FILE", "" of "digits"
-    data_dir     folder of prepared sets, or None
-    image_size   side to which images of many sizes are cut, or None; a source that does not name it refuses any other
-    cache_bytes  a set up to this size is decoded into memory
+that it uses: `rest`, what `data.source` says behind the kind ("FILE" of "npz:FILE", "" of "digits"), and `data_dir`,
+`cache_bytes` and `image_size`, see `open_source`. A source that does not name `image_size` takes no other than None.
 """
 
 import difflib
@@ -14,23 +10,14 @@ import importlib.util
 import inspect
 import os
 import sys
-from typing import Any, Protocol
+from collections.abc import Callable
 
 from jaxcl.check import at_least, check
 from jaxcl.data.source import Source
 from jaxcl.errors import UserError
 from jaxcl.registry import Registry
 
-
-class Open(Protocol):
-    """What opens a kind of source: see above."""
-
-    __name__: str
-
-    def __call__(self, **given: Any) -> tuple[Source, Source]: ...
-
-
-SOURCES: Registry[Open] = Registry("data.source", __name__)
+SOURCES: Registry[Callable[..., tuple[Source, Source]]] = Registry("data.source", __name__)
 
 
 def open_source(

@@ -27,19 +27,20 @@ def npz(*, rest: str, **_: Any) -> tuple[Source, Source]:
     if not rest:
         raise wrong("npz", "is not allowed, give npz:FILE")
     arrays = read_arrays(name, rest, _ARRAYS, ("class_names",))
-    splits = {split: _images(name, split, arrays[f"x_{split}"], arrays[f"y_{split}"]) for split in ("train", "test")}
-    sides = [images.shape[1:] for images, _ in splits.values()]
-    if sides[0] != sides[1]:
-        raise wrong(name, f"has images {sides[0]} in x_train and {sides[1]} in x_test, give one shape")
-    class_names = _class_names(arrays.get("class_names"), [arrays["y_train"], arrays["y_test"]])
-    for split in splits:
-        check_labels(name, f"y_{split}", arrays[f"y_{split}"], len(class_names))
-    train, test = (array_source(images, labels, class_names) for images, labels in splits.values())
+    labels = {split: arrays[f"y_{split}"] for split in ("train", "test")}
+    images = {split: _images(name, split, arrays[f"x_{split}"], y) for split, y in labels.items()}
+    one, other = (x.shape[1:] for x in images.values())
+    if one != other:
+        raise wrong(name, f"has images {one} in x_train and {other} in x_test, give one shape")
+    class_names = _class_names(arrays.get("class_names"), list(labels.values()))
+    for split, y in labels.items():
+        check_labels(name, f"y_{split}", y, len(class_names))
+    train, test = (array_source(images[split], y, class_names) for split, y in labels.items())
     return train, test
 
 
-def _images(name: str, split: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Images with an axis of channels, and labels."""
+def _images(name: str, split: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Images with an axis of channels, one for each label."""
     if x.dtype != np.uint8:
         raise wrong(name, f"has x_{split} of {x.dtype}, give uint8")
     if x.ndim not in (3, 4) or 0 in x.shape[1:]:
@@ -48,7 +49,7 @@ def _images(name: str, split: str, x: np.ndarray, y: np.ndarray) -> tuple[np.nda
         raise wrong(name, f"has y_{split} of {y.dtype} and shape {y.shape}, give integers [n]")
     if len(x) != len(y):
         raise wrong(name, f"has {len(x)} rows in x_{split} and {len(y)} in y_{split}, give as many")
-    return (x if x.ndim == 4 else x[..., None]), y
+    return x if x.ndim == 4 else x[..., None]
 
 
 def _class_names(given: np.ndarray | None, labels: Sequence[np.ndarray]) -> list[str]:

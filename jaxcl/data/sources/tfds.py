@@ -38,7 +38,7 @@ def open_builder(
 ) -> tuple[Source, Source]:
     """The (train, test) sources of a builder, which is prepared if it is not yet."""
     image_key, label_key, shape = _features(name, builder.info, image_size)  # before a download of hours
-    builder = _ready(name, builder, data_dir)
+    builder = _prepare(name, builder, data_dir)
     found = builder.info.splits
     splits = ("train", "test" if "test" in found else "validation")
     if not set(splits) <= set(found):
@@ -50,9 +50,10 @@ def open_builder(
     for split in splits:
         examples = _Examples(_encoded(name, builder, split, image_key), image_key, label_key, shape)
         if cached:
-            labels, images = examples.load()
+            images = np.empty((len(examples.rows), *shape), np.uint8)
+            labels = examples.scan(images)
         else:
-            labels = label_cache.cached(builder, split, len(examples.rows), examples.labels)
+            labels = label_cache.cached(builder, split, len(examples.rows), examples.scan)
         check_labels(name, f"split {split}", labels, len(class_names))
         read = images.__getitem__ if cached else examples.read if image_size is None else examples.read_middle
         sources.append(Source(labels, shape, class_names, read, None if image_size is None else examples.read_random))
@@ -66,7 +67,7 @@ def open_examples(name: str, data_dir: str | None, splits: Sequence[str]) -> lis
     Raises:
       UserError: the set is unknown or cannot be prepared, or has no such split.
     """
-    builder = _ready(name, _builder(name.partition(":")[2], data_dir), data_dir)
+    builder = _prepare(name, _builder(name.partition(":")[2], data_dir), data_dir)
     if not set(splits) <= set(builder.info.splits):
         raise wrong(name, f"has splits {', '.join(builder.info.splits)}, give a set with {', '.join(splits)}")
     return [_encoded(name, builder, split, "image") for split in splits]
@@ -100,16 +101,8 @@ class _Examples:
         pairs = zip(self._files(indices), np.asarray(indices).tolist(), strict=True)
         return self._stack([window.random(file, self.shape, (*seed, row)) for file, row in pairs])
 
-    def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """All labels and images: int32 [n], uint8 [n, H, W, C]."""
-        images = np.empty((len(self.rows), *self.shape), np.uint8)
-        return self._scan(images), images
-
-    def labels(self) -> np.ndarray:
-        """All labels, int32 [n]; no image is decoded."""
-        return self._scan(None)
-
-    def _scan(self, images: np.ndarray | None) -> np.ndarray:
+    def scan(self, images: np.ndarray | None = None) -> np.ndarray:
+        """All labels, int32 [n]; all images are written to `images`, uint8 [n, H, W, C], and without it none is decoded."""
         labels = np.empty(len(self.rows), np.int32)
 
         def load(start: int) -> None:
@@ -205,14 +198,12 @@ def _prepared(builder: Any) -> bool:
     return (builder.data_path / "dataset_info.json").exists()  # as builder.is_prepared(), which logs a warning if not
 
 
-def _ready(name: str, builder: Any, data_dir: str | None) -> Any:
-    return builder if _prepared(builder) else _download(name, builder, data_dir)
-
-
-def _download(name: str, builder: Any, data_dir: str | None) -> Any:
-    """Downloads and prepares the set and returns a builder that reads it."""
+def _prepare(name: str, builder: Any, data_dir: str | None) -> Any:
+    """A builder that reads the set, which is downloaded and prepared if it is not yet."""
     import tensorflow_datasets
 
+    if _prepared(builder):
+        return builder
     where = f"is not prepared in {builder.data_dir}"
     if importlib.util.find_spec("tensorflow") is None:
         # Most builders encode images by TensorFlow, after the download: better to fail in the first second.
