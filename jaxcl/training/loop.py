@@ -83,8 +83,8 @@ def run_tasks(lanes: Lanes[TrainState], parts: Parts, progress: bool) -> list[di
     own = [own_batches(lanes, parts, task.index) for task in tasks]
     assert own[0], "the first task has no rows"
     state, scores = start(lanes, parts), []  # type: TrainState, list[Scores]
-    if parts.buffer is not None and parts.buffer.host is not None:
-        lanes.sessions[0].serve(parts.buffer.host, int(state.step), state.staged)
+    if parts.host is not None:
+        lanes.sessions[0].serve(parts.host, int(state.step), state.staged)
     with lanes.phases("compile"):
         first = lanes.batch([loader[0] for loader in own[0]])
         step = parts.train_step.prepare(state, first, lanes.phases)
@@ -117,9 +117,10 @@ def results(lanes: Lanes[TrainState], parts: Parts, state: TrainState, scores: l
         init = jax.jit(lanes.each(parts.strategy.init), out_shardings=mesh_lib.replicated(parts.mesh))
         untrained = scores_of(lanes, parts, (params, batch_stats, init(params, batch_stats)))
     measure = MEASURES[bool(parts.train.targets)]
-    host = None if parts.buffer is None else parts.buffer.host
     more: dict[str, Any] = {"seeds_together": len(lanes)} if len(lanes) > 1 else {}
-    more |= {} if host is None else {"background_seconds": dict(host.seconds)}  # of this session's first process
+    more |= (
+        {} if parts.host is None else {"background_seconds": dict(parts.host.seconds)}
+    )  # of this session's first process
     each = zip(lanes.configs, lanes.sessions, scores, untrained, strict=True)
     return [
         summarize(config, parts, session.progress, lanes.one(state, i), mine, before[measure]) | more

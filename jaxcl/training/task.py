@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from jaxcl import data
-from jaxcl.buffer.host import Store
 from jaxcl.errors import UserError
 from jaxcl.runs.lanes import Lanes
 from jaxcl.runs.session import Session
@@ -56,11 +55,6 @@ class Course:
     step: Step
     bar: tqdm
     review_step: Step | None = None
-
-    @property
-    def host(self) -> Store | None:
-        """The rows in host memory, where the buffer keeps them there."""
-        return None if self.parts.buffer is None else self.parts.buffer.host
 
 
 def run_task(course: Course, state: TrainState, task: int) -> tuple[TrainState, list[Scores]]:
@@ -97,13 +91,13 @@ def train(course: Course, state: TrainState, task: int, own: Loaders) -> TrainSt
 
 def store(course: Course, state: TrainState, task: int) -> TrainState:
     """The task's exemplars enter the memory."""
-    if course.parts.store_exemplars is None:
+    store_exemplars = course.parts.store_exemplars
+    if store_exemplars is None:
         return state
 
     def one(config: ConfigDict, session: Session, state: TrainState) -> TrainState:
-        assert course.parts.store_exemplars is not None
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), SELECTING), task)
-        return course.parts.store_exemplars(state, task, key, _rows(course, config, session, task))
+        return store_exemplars(state, task, key, _rows(course, config, session, task))
 
     return _each_lane(course.lanes, one, state)
 
@@ -134,11 +128,12 @@ def review(course: Course, state: TrainState, task: int) -> TrainState:
 
 def end(course: Course, state: TrainState, task: int) -> TrainState:
     """What the strategy does when all steps of the task are done."""
-    if course.parts.strategy.end_task is None:
+    end_task = course.parts.end_task
+    if end_task is None:
         return state
 
     def one(config: ConfigDict, session: Session, state: TrainState) -> TrainState:
-        return course.parts.end_task(state, _rows(course, config, session, task))
+        return end_task(state, _rows(course, config, session, task))
 
     return _each_lane(course.lanes, one, state)
 
@@ -151,7 +146,7 @@ def evaluate(course: Course, state: TrainState, task: int) -> list[Scores]:
     for session, mine in zip(lanes.sessions, scores, strict=True):
         rows = add_scores(session.progress, mine)
         session.log.write("evaluation", lanes.at.step, {"task": task, **rows})
-        background = course.host.seconds if course.host else {}
+        background = course.parts.host.seconds if course.parts.host else {}
         session.log.write_seconds(lanes.at.step, session.phases.seconds, background)
         so_far = {name: float(np.mean(row[: task + 1])) for name, row in rows.items()}
         shown = {name: f"{100 * x:.1f} %" if name in SHARES else f"{x:.4f}" for name, x in so_far.items()}
