@@ -136,10 +136,9 @@ class Session:
         stack.callback(self.log.close)
         self._stack, self._store = stack, None  # type: tuple[contextlib.ExitStack, Store | None]
 
-    def serve(self, store: Store, step: int, staged: tuple[Pending, ...]) -> Store:
+    def serve(self, store: Store, step: int, staged: tuple[Pending, ...]) -> None:
         """Rows in host memory are served until the session ends, and saved with the state."""
         self._store = self._stack.enter_context(store.serving(step, staged))
-        return store
 
     @property
     def writer_failed(self) -> bool:

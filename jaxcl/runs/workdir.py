@@ -92,11 +92,6 @@ def claim(workdir: pathlib.Path, config: ConfigDict, overwrite: bool = False) ->
         return Claim(None, found)
 
 
-def finish(workdir: pathlib.Path, result: dict[str, Any]) -> None:
-    """Leaves result.json, which makes the run a finished one; `result` must be `files.sealed`."""
-    files.write_json(workdir / RESULT, result)
-
-
 def clear(workdir: pathlib.Path) -> None:
     """Removes a run, and nothing else, from `workdir`."""
     for name in (CONFIG, RESULT, log.NAME):
