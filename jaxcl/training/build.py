@@ -53,12 +53,10 @@ class Parts:
       strategy: with the selection that the config asks for.
       train, test, scenario: the rows, and the tasks that number them.
       buffer: None for a strategy without one.
-      new_weights: `(key) -> (params, batch_stats, opt_state)`, see `make_weights`.
-      train_step: see `make_train_step`.
+      new_weights, train_step, evaluate: made by the functions called `make_` and that name.
       review: None for a task of one phase.
-      store_exemplars: see `make_store_exemplars`; None where rows enter the memory as they arrive.
-      end_task: see `make_end_task`; None where the strategy does nothing then.
-      evaluate: see `make_evaluate`.
+      store_exemplars: made likewise; None where rows enter the memory as they arrive.
+      end_task: made likewise; None where the strategy does nothing then.
     """
 
     mesh: jax.sharding.Mesh

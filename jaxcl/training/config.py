@@ -116,7 +116,7 @@ BUFFER: Fields = {
     ),
     "exchange": Field("mix", "which drawn rows move between devices", found_in(EXCHANGES)),
     "sampling": Field("uniform", "how rows are drawn", one_of(DRAWS)),
-    "replay": Field("draw", "how the memory takes part in a task: see jaxcl/training/replay.py", one_of(REPLAYS)),
+    "replay": Field("draw", "how the memory takes part in a task: see jaxcl/training/batches.py", one_of(REPLAYS)),
     "repeats": Field("all", "what happens to a row that comes by again", one_of(REPEATS)),
     "tier": Field("device", "where records lie", one_of(TIERS)),
     "path": Field(None, "of the host tier: a folder for memory-mapped files", kind=str),
