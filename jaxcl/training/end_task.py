@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,23 +27,23 @@ def make_end_task(bound: Bound) -> Callable[[TrainState, Batches], TrainState]:
     `batches()` are this process's rows of the task, each row once, not augmented; they are read only if the strategy
     visits the task's rows. The state passed in is used up.
     """
-    visit = visit_shard if bound.strategy.visits == "buffer" else visit_batch
-    add = on_mesh(bound.mesh, functools.partial(visit, bound), (WHOLE, WHOLE, ROWS), WHOLE, donate=1)
-    conclude = jax.jit(functools.partial(finish, bound), out_shardings=mesh_lib.replicated(bound.mesh))
-    return functools.partial(end_task, bound, add, conclude)
+    mesh, visit = bound.mesh, visit_shard if bound.strategy.visits == "buffer" else visit_batch
+    add = on_mesh(mesh, functools.partial(visit, bound), (WHOLE, WHOLE, ROWS), WHOLE, donate=1)
+    conclude = jax.jit(functools.partial(finish, bound), out_shardings=mesh_lib.replicated(mesh))
 
+    def end_task(state: TrainState, batches: Batches) -> TrainState:
+        for _ in range(bound.strategy.rounds):
+            weights, visited = state.weights, None
+            for rows, like in to_visit(bound, state, batches):
+                if visited is None:
+                    shapes = jax.eval_shape(functools.partial(visit_rows, bound), weights, like)
+                    visited = mesh_lib.replicate(mesh, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+                visited = add(weights, visited, rows)
+            params, own = conclude(weights, visited)
+            state = dataclasses.replace(state, params=params, strategy_state=own)
+        return state
 
-def end_task(bound: Bound, add: Any, conclude: Any, state: TrainState, batches: Batches) -> TrainState:
-    """See `make_end_task`. `add(weights, total, rows)` visits rows, `conclude(weights, visited)` makes something of it."""
-    for _ in range(bound.strategy.rounds):
-        weights, visited = state.weights, None
-        for rows, like in to_visit(bound, state, batches):
-            if visited is None:
-                visited = zeros(bound, weights, like)
-            visited = add(weights, visited, rows)
-        params, own = conclude(weights, visited)
-        state = dataclasses.replace(state, params=params, strategy_state=own)
-    return state
+    return end_task
 
 
 def to_visit(bound: Bound, state: TrainState, batches: Batches) -> Iterable[tuple[Shard | Batch, Batch]]:
@@ -58,12 +57,6 @@ def to_visit(bound: Bound, state: TrainState, batches: Batches) -> Iterable[tupl
     assert state.buffer is not None, "the strategy visits the buffer and has none"
     stored = stored_rows(state.buffer) | {"valid": np.zeros(1, bool)}
     yield state.buffer, {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in stored.items()}
-
-
-def zeros(bound: Bound, weights: Weights, batch: Batch) -> PyTree:
-    """The sum over no rows."""
-    shapes = jax.eval_shape(functools.partial(visit_rows, bound), weights, batch)
-    return mesh_lib.replicate(bound.mesh, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
 
 
 def visit_rows(bound: Bound, weights: Weights, rows: Batch) -> PyTree:

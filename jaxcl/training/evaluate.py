@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
 
 from jaxcl import mesh as mesh_lib
 from jaxcl.check import refused
@@ -16,14 +15,15 @@ from jaxcl.mesh import AXIS, ROWS, WHOLE, on_mesh, over_mesh
 from jaxcl.metrics import METRICS, EvalRows
 from jaxcl.registry import short
 from jaxcl.training.learn import Bound
-from jaxcl.types import Batch, PyTree
+from jaxcl.training.state import Weights
+from jaxcl.types import Batch
 
 CLASSIFICATION = ("accuracy", "top5", "accuracy_in_task")
 RECONSTRUCTION = ("error",)
 
 Counts = dict[str, Any]
 Metric = Callable[[EvalRows], jax.Array]
-Evaluate = Callable[[PyTree, PyTree, PyTree, Iterable[Batch]], dict[str, np.ndarray]]
+Evaluate = Callable[[Weights, Iterable[Batch]], dict[str, np.ndarray]]
 
 
 def make_evaluate(
@@ -34,7 +34,7 @@ def make_evaluate(
     reconstructs: bool = False,
     metrics: Sequence[str] = (),
 ) -> Evaluate:
-    """`evaluate(params, batch_stats, strategy_state, batches) -> scores`, each task's test rows apart:
+    """`evaluate(weights, batches) -> scores`, each task's test rows apart:
 
     of classification the means accuracy, top5 and accuracy_in_task, float64 [T], and confusion: int32 [K, K], test rows by
     label and by the class ranked first; of reconstruction the mean error, float64 [T]; the mean of every other metric, float64
@@ -42,7 +42,7 @@ def make_evaluate(
 
     Args:
       task_of_row: int32 [n], the task of each test row.
-      seeds: params, batch_stats and strategy_state have a leading axis of seeds, and so has every score.
+      seeds: the weights have a leading axis of seeds, and so has every score.
       reconstructs: whether the batches hold a "target" that the model reconstructs, instead of classifying.
       metrics: names of other metrics of `METRICS`.
 
@@ -50,13 +50,33 @@ def make_evaluate(
       UserError: a metric is unknown, or its name is that of another one.
     """
     found = named_metrics((*(RECONSTRUCTION if reconstructs else CLASSIFICATION), *metrics))
-    count: Callable[..., Counts] = functools.partial(count_rows, bound, found, reconstructs)
-    add: Callable[..., Counts] = functools.partial(add_rows, count)
+    count: Callable[..., Counts] = functools.partial(count_rows, bound, found)
     if seeds:
-        count, add = jax.vmap(count, (0, 0, 0, None)), jax.vmap(add, (0, 0, 0, 0, None))
-    count = over_mesh(bound.mesh, count, (WHOLE, WHOLE, WHOLE, ROWS), WHOLE)
-    add = on_mesh(bound.mesh, add, (WHOLE, WHOLE, WHOLE, WHOLE, ROWS), WHOLE, donate=0)
-    return functools.partial(evaluate, bound.mesh, task_of_row, count, add)
+        count = jax.vmap(count, (0, None))
+
+    def add(counts: Counts, weights: Weights, batch: Batch) -> Counts:
+        return jax.tree.map(jnp.add, counts, count(weights, batch))
+
+    mesh = bound.mesh
+    counts_of = over_mesh(mesh, count, (WHOLE, ROWS), WHOLE)
+    added = on_mesh(mesh, add, (WHOLE, WHOLE, ROWS), WHOLE, donate=0)
+
+    def evaluate(weights: Weights, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
+        counts = None
+        for batch in batches:
+            inputs: Batch = {name: batch[name] for name in ("image", "label", "valid", "target") if name in batch}
+            inputs["task"] = task_of_row[batch["id"]]  # that of padding, whose id is -1, does not count
+            inputs = mesh_lib.shard_rows(mesh, inputs)
+            if counts is None:
+                shapes = jax.eval_shape(counts_of, weights, inputs)
+                counts = mesh_lib.replicate(mesh, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+            counts = added(counts, weights, inputs)
+        assert counts is not None, "there are no rows to evaluate on"
+        found = jax.device_get(counts)
+        confusion = {"confusion": found["confusion"]} if "confusion" in found else {}
+        return {name: x / found["rows"] for name, x in found["scores"].items()} | confusion
+
+    return evaluate
 
 
 def named_metrics(names: Sequence[str]) -> dict[str, Metric]:
@@ -73,48 +93,10 @@ def named_metrics(names: Sequence[str]) -> dict[str, Metric]:
     return found
 
 
-def evaluate(
-    mesh: Mesh,
-    task_of_row: np.ndarray,
-    count: Callable[..., Counts],
-    add: Callable[..., Counts],
-    params: PyTree,
-    batch_stats: PyTree,
-    strategy_state: PyTree,
-    batches: Iterable[Batch],
-) -> dict[str, np.ndarray]:
-    """See `make_evaluate`. `count` gives the counts of a batch, `add` adds them to those before."""
-    counts = None
-    for batch in batches:
-        inputs: Batch = {name: batch[name] for name in ("image", "label", "valid", "target") if name in batch}
-        inputs["task"] = task_of_row[batch["id"]]  # that of padding, whose id is -1, does not count
-        inputs = mesh_lib.shard_rows(mesh, inputs)
-        if counts is None:
-            shapes = jax.eval_shape(count, params, batch_stats, strategy_state, inputs)
-            counts = mesh_lib.replicate(mesh, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
-        counts = add(counts, params, batch_stats, strategy_state, inputs)
-    assert counts is not None, "there are no rows to evaluate on"
-    found = jax.device_get(counts)
-    confusion = {"confusion": found["confusion"]} if "confusion" in found else {}
-    return {name: x / found["rows"] for name, x in found["scores"].items()} | confusion
-
-
-def add_rows(count: Callable[..., Counts], counts: Counts, *inputs: PyTree) -> Counts:
-    return jax.tree.map(jnp.add, counts, count(*inputs))
-
-
-def count_rows(
-    bound: Bound,
-    metrics: dict[str, Metric],
-    reconstructs: bool,
-    params: PyTree,
-    batch_stats: PyTree,
-    strategy_state: PyTree,
-    batch: Batch,
-) -> Counts:
+def count_rows(bound: Bound, metrics: dict[str, Metric], weights: Weights, batch: Batch) -> Counts:
     """Of a batch, over all devices: "rows" int32 [T]; "scores", the sum [T] of each metric; "confusion"."""
-    outputs = bound.predict(params, batch_stats, bound.normalize(batch["image"]))
-    ranking = None if reconstructs else bound.strategy.scores(outputs, strategy_state)
+    outputs = bound.predict(weights.params, weights.batch_stats, bound.normalize(batch["image"]))
+    ranking = None if "target" in batch else bound.strategy.scores(outputs, weights.strategy_state)
     classes, label, task, valid = bound.classes, batch["label"], batch["task"], batch["valid"]
     rows = EvalRows(outputs, label, task, jnp.asarray(classes)[task], batch.get("target", {}), ranking)
     in_task = (task[:, None] == jnp.arange(len(classes))[None, :]) & valid[:, None]

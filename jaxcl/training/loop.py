@@ -16,7 +16,7 @@ from jaxcl.runs.session import Session
 from jaxcl.training.build import Parts, build
 from jaxcl.training.result import MEASURES, summarize
 from jaxcl.training.resume import start
-from jaxcl.training.state import TrainState
+from jaxcl.training.state import TrainState, Weights
 from jaxcl.training.task import Course, Loaders, Scores, new_weights, own_batches, run_task, scores_of
 
 
@@ -112,10 +112,10 @@ def results(lanes: Lanes[TrainState], parts: Parts, state: TrainState, scores: l
     """What result.json holds of each lane but for its times; `scores` of the last task, [] if it was done before."""
     with lanes.phases("evaluate"):
         if not scores:
-            scores = scores_of(lanes, parts, (state.params, state.batch_stats, state.strategy_state))
+            scores = scores_of(lanes, parts, state.weights)
         params, batch_stats, _ = new_weights(lanes, parts, 0)  # against which forward transfer is measured
         init = jax.jit(lanes.each(parts.strategy.init), out_shardings=mesh_lib.replicated(parts.mesh))
-        untrained = scores_of(lanes, parts, (params, batch_stats, init(params, batch_stats)))
+        untrained = scores_of(lanes, parts, Weights(params, batch_stats, init(params, batch_stats), state.task))
     measure = MEASURES[bool(parts.train.targets)]
     more: dict[str, Any] = {"seeds_together": len(lanes)} if len(lanes) > 1 else {}
     more |= (

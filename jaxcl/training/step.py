@@ -13,8 +13,8 @@ The first line is `jaxcl.training.learn`. With the buffer in host memory the ste
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxcl.mesh import ROWS, WHOLE, on_mesh
 from jaxcl.training.learn import Bound, Metrics, candidates, learn, step_keys
 from jaxcl.training.state import ROWS_OF_SEEDS, TrainState, specs
-from jaxcl.training.step_host import Phase, make_host_step
+from jaxcl.training.step_host import HostStep, Phase, make_host_step
 from jaxcl.types import Batch
 
 
@@ -46,41 +46,32 @@ def device_step(bound: Bound, seed: int | Sequence[int], state: TrainState, batc
     return jax.vmap(functools.partial(train_step, bound))(keys, state, batch)
 
 
-class TrainStep(Protocol):
-    """A training step, not compiled yet.
-
-    Attributes:
-      program: jitted; what it takes and gives is its tier's.
-    """
-
-    @property
-    def program(self) -> Any: ...
-
-    def prepare(
-        self, state: TrainState, batch: Batch, phase: Phase
-    ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-        """Compiles for these shapes: the step to be called, which donates the state and refuses other shapes.
-
-        In the host tier the store must be serving; `phase(name)` is a context in which the caller's wall time counts for
-        "wait", "accumulate" or "train". The device tier does without.
-        """
-
-    def lower(self, state: TrainState, batch: Batch) -> Sequence[jax.stages.Lowered]:
-        """What `prepare` compiles; in the host tier the store must be serving."""
-
-
 @dataclasses.dataclass(frozen=True)
 class DeviceStep:
-    """A `TrainStep` of the device tier. `program`: jitted `(state, batch) -> (state, metrics)`, donating the state."""
+    """A training step of the device tier, not compiled yet.
+
+    Attributes:
+      program: jitted `(state, batch) -> (state, metrics)`, donating the state.
+    """
 
     program: Any
 
     def prepare(self, state: TrainState, batch: Batch, phase: Phase) -> Any:
+        """Compiles for these shapes: the step `(state, batch) -> (state, metrics)`, which donates the state and refuses other
+        shapes.
+
+        `phase(name)` is a context in which the caller's wall time counts for "wait", "accumulate" or "train"; the device tier
+        does without.
+        """
         del phase
         return self.lower(state, batch)[0].compile()
 
-    def lower(self, state: TrainState, batch: Batch) -> Sequence[jax.stages.Lowered]:
+    def lower(self, state: TrainState, batch: Batch) -> list[jax.stages.Lowered]:
+        """What `prepare` compiles."""
         return [self.program.lower(state, batch)]
+
+
+TrainStep = DeviceStep | HostStep  # they have the same methods
 
 
 def make_train_step(bound: Bound, seed: int | Sequence[int]) -> TrainStep:

@@ -28,7 +28,7 @@ Handed = tuple[Handover, ...]  # one, or none where rows are handed over by call
 
 
 def make_host_step(bound: Bound, seed: int) -> "HostStep":
-    """The `TrainStep` of a buffer in host memory."""
+    """The training step with a buffer in host memory."""
     assert bound.buffer is not None and bound.buffer.host is not None
     store, mesh = bound.buffer.host, bound.mesh
     if bound.learn and bound.strategy.stores_outputs:
@@ -95,7 +95,7 @@ def train(
 
 @dataclasses.dataclass(frozen=True)
 class HostStep:
-    """A `TrainStep` of one program, or of two.
+    """A training step of one program, or of two, whose store must be serving as it is prepared or lowered.
 
     Attributes:
       store: of the rows.
@@ -109,7 +109,7 @@ class HostStep:
     ahead: Any = None
 
     def prepare(self, state: PyTree, batch: PyTree, phase: Phase) -> "Fed":
-        """See `TrainStep`. Raises what the writer of the store has met with."""
+        """See `DeviceStep`. Raises what the writer of the store has met with."""
         return Fed(self, state, batch, phase)
 
     def lower(self, state: PyTree, batch: PyTree) -> list[jax.stages.Lowered]:

@@ -10,6 +10,7 @@ from jaxcl.data import class_incremental, make_normalize
 from jaxcl.errors import UserError
 from jaxcl.strategies import make_strategy
 from jaxcl.training.evaluate import make_evaluate
+from jaxcl.training.state import Weights
 from tests.rig import SHAPE, K, Rig
 
 ROWS, BATCH = 50, 16
@@ -51,7 +52,7 @@ def scores(mesh, metrics, seeds=()):
     bound = dataclasses.replace(rig.bound, classes=SCENARIO.class_table)
     evaluate = make_evaluate(bound, SCENARIO.task_of_test_row, seeds=bool(seeds), metrics=metrics)
     logits = [np.asarray(rig.model.apply(x, {}, normalize(IMAGES), train=False)[0]["logits"]) for x in each]
-    return evaluate(params, {}, {}, batches()), logits
+    return evaluate(Weights(params, {}, {}, np.zeros(len(seeds) if seeds else (), np.int32)), batches()), logits
 
 
 def by_task(x):
