@@ -79,9 +79,6 @@ class Progress:
     devices: int = 0
     processes: int = 1
 
-    def __post_init__(self) -> None:
-        self.scores = collections.defaultdict(list, self.scores)
-
     def saved(self) -> dict[str, Any]:
         """A copy as JSON gives it back, from which `Progress(**...)` is made again."""
         return json.loads(json.dumps(vars(self)))

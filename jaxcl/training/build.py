@@ -92,14 +92,9 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
     scenario, train, test = make_tasks(config)
     augment = data.make_augment(d.augment, train.image_shape, mean=d.mean, std=d.std)
     normalize = data.make_normalize(train.image_shape, mean=d.mean, std=d.std)
-    model = make_model(
-        config.model.name,
-        train.num_classes,
-        options=config.model.options.to_dict(),
-        dtype=config.model.dtype,
-        axis_name=AXIS,
-        classes=scenario.class_table,
-    )
+    m, classes = config.model, scenario.class_table
+    options = m.options.to_dict()
+    model = make_model(m.name, train.num_classes, options=options, dtype=m.dtype, axis_name=AXIS, classes=classes)
     _check_objective(config, strategy, model, train)
     optimizer = make_optimizer(config.optimizer)
     new_weights = make_weights(mesh, model, optimizer, train.image_shape)
@@ -110,7 +105,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
     buffer = _make_buffer(config, mesh, strategy, row, capacity, train) if strategy.draws else None
     if buffer is not None and config.buffer.replay != "draw":  # the memory's rows come among the task's own
         strategy = strategy._replace(draws=0)
-    schedule, classes = make_schedule(config.optimizer, strategy.rehearse or config.epochs), scenario.class_table
+    schedule = make_schedule(config.optimizer, strategy.rehearse or config.epochs)
     bound = Bound(
         mesh, model, strategy, buffer, optimizer, schedule, augment, normalize, classes, loss_classes=d.loss_classes
     )

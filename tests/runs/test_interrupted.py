@@ -297,11 +297,11 @@ def _heeds_sigterm(pid: int) -> bool:
 
 def test_progress_survives_json():
     progress = session_lib.Progress(step=3, task=1, iterator={"next_index": 2}, counts={"images": 3})
-    progress.scores["accuracy"].append([1 / 3, 0.1])
+    progress.scores["accuracy"] = [[1 / 3, 0.1]]
     saved = progress.saved()
     again = session_lib.Progress(**json.loads(json.dumps(saved)))
-    again.scores["top5"].append([1.0])
-    progress.scores["top5"].append([1.0])
+    again.scores["top5"] = [[1.0]]
+    progress.scores["top5"] = [[1.0]]
     assert "top5" not in saved["scores"]  # a copy
     assert again == progress and again.name == "0001-000000002"
     assert again.name < session_lib.Progress(task=2).name
