@@ -7,9 +7,8 @@ text(FIELDS), table(FIELDS)      # the same for people, in a terminal and in mar
 """
 
 import dataclasses
-import inspect
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict, config_dict
@@ -75,12 +74,6 @@ def default_of(fields: Fields) -> ConfigDict:
         return config_dict.placeholder(field.kinds[0]) if field.default is None else field.default
 
     return ConfigDict({name: value(field) for name, field in fields.items()})
-
-
-def options_of(make: Callable[..., Any], meaning: str) -> Fields:
-    """The parameters of a function that have a default, as fields of that type."""
-    parameters = inspect.signature(make).parameters.values()
-    return {p.name: Field(p.default, meaning) for p in parameters if p.default is not p.empty}
 
 
 def check_fields(config: ConfigDict, fields: Fields, path: str = "") -> None:

@@ -2,9 +2,10 @@
 
 The caller weighs the rows (invalid rows weigh nothing) and reduces.
 
-Everything is computed in float32 whatever the logits' dtype. A class mask restricts the rows to some classes: those of
-the task (task-incremental evaluation) or those seen so far. Labels outside 0..K-1 are clipped, never an error or a
-NaN, so that padding may hold any label; give such rows weight 0.
+Logits are floats [n, K]; everything is computed in float32 whatever their dtype. Labels are ints [n] in 0..K-1; others are
+clipped, never an error or a NaN, so that padding may hold any label; give such rows weight 0. A class mask, bool [K] or
+[n, K], is False where a class takes no part: it restricts the rows to the classes of the task (task-incremental evaluation)
+or to those seen so far; None stands for all.
 """
 
 from collections.abc import Mapping
@@ -27,47 +28,26 @@ def _at(values: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, class_mask: jax.Array | None = None) -> jax.Array:
-    """Softmax cross-entropy of each row.
-
-    Args:
-      logits: [n, K] floats.
-      labels: [n] ints in 0..K-1.
-      class_mask: bool [K] or [n, K], False where a class takes no part; None for all classes.
-
-    Returns:
-      [n] float32, in nats; about 1e30 for a label that the mask forbids.
-    """
+    """Softmax cross-entropy of each row: float32 [n], in nats; about 1e30 for a label that the mask forbids."""
     return -_at(jax.nn.log_softmax(_allowed(logits, class_mask)), labels)[:, 0]
 
 
 def reconstruction_error(outputs: Mapping[str, jax.Array], target: Mapping[str, jax.Array]) -> jax.Array:
-    """Mean absolute error of each row, summed over the target's tensors.
+    """Mean absolute error of each row, summed over the target's tensors: float32 [n], in the units of the tensors.
 
     Args:
-      outputs: of the model, those of `target`'s names among them; [n, ...] floats.
-      target: [n, ...] floats by name, at least one.
-
-    Returns:
-      [n] float32, in the units of the tensors.
+      outputs: of the model, those of `target`'s names among them; floats [n, ...].
+      target: floats [n, ...] by name, at least one.
     """
     errors = [jnp.abs(outputs[name].astype(jnp.float32) - x).reshape(len(x), -1).mean(1) for name, x in target.items()]
     return sum(errors[1:], errors[0])
 
 
 def topk_correct(logits: jax.Array, labels: jax.Array, k: int = 1, class_mask: jax.Array | None = None) -> jax.Array:
-    """Whether each row's label is among its k largest logits; k = 1 is accuracy.
+    """Whether each row's label is among its k largest logits, bool [n]. k is static and >= 1; k = 1 is accuracy.
 
     Ties count against the row (equal logits rank before the label's), and so does NaN: neither a constant nor a
     diverged model scores by accident. A label that the mask forbids is never correct; any other is once k >= K.
-
-    Args:
-      logits: [n, K] floats.
-      labels: [n] ints in 0..K-1.
-      k: static, >= 1.
-      class_mask: bool [K] or [n, K], False where a class takes no part; None for all classes.
-
-    Returns:
-      [n] bool.
     """
     allowed = jnp.broadcast_to(True if class_mask is None else class_mask, logits.shape)
     scores = logits.astype(jnp.float32)
@@ -80,13 +60,8 @@ def distillation(
 ) -> jax.Array:
     """T^2 KL(softmax(teacher / T) || softmax(logits / T)) of each row. Hinton et al. 2015, Distilling the knowledge.
 
-    Args:
-      logits, teacher: [n, K] floats.
-      temperature: T; the factor T^2 keeps the gradient's scale.
-      class_mask: bool [K] or [n, K], False where a class takes no part; None for all classes.
-
-    Returns:
-      [n] float32, in nats; 0 where the mask allows at most one class.
+    float32 [n], in nats; 0 where the mask allows at most one class. The factor T^2, of the `temperature`, keeps the gradient's
+    scale.
     """
     log_p, log_q = (jax.nn.log_softmax(_allowed(x / temperature, class_mask)) for x in (teacher, logits))
     return temperature**2 * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)

@@ -12,9 +12,10 @@ import optax
 
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Drawn, make_buffer
-from jaxcl.data import make_augment
+from jaxcl.data import make_augment, make_normalize
 from jaxcl.models import make_model
 from jaxcl.strategies import Strategy
+from jaxcl.training.learn import Bound
 from jaxcl.training.state import TrainState, initial_state, make_weights
 from jaxcl.training.step import make_train_step
 
@@ -52,10 +53,11 @@ class Rig:
             self.buffer = make_buffer(record, capacity=capacity, representatives=DRAWN, mesh=mesh, **memory)
         optimizer = optimizer or optax.identity()
         self.new_weights = make_weights(mesh, self.model, optimizer, SHAPE)
-        self.train_step = make_train_step(
-            mesh, self.model, strategy, self.buffer, optimizer, lambda epoch: RATE, make_augment((), SHAPE), 0, CLASSES,
-            **options,
-        )  # fmt: skip
+        images = make_augment((), SHAPE), make_normalize(SHAPE)
+        self.bound = Bound(
+            mesh, self.model, strategy, self.buffer, optimizer, lambda epoch: RATE, *images, CLASSES, **options
+        )
+        self.train_step = make_train_step(self.bound, 0)
         self.step = self.train_step.program
 
     def state(self, stored: bool = True, **changes: Any) -> TrainState:

@@ -36,6 +36,7 @@ from jaxcl.mesh import AXIS, ROWS, WHOLE
 from jaxcl.models import make_model
 from jaxcl.runs.session import Phases
 from jaxcl.strategies import make_strategy
+from jaxcl.training.learn import Bound
 from jaxcl.training.state import initial_state, make_weights
 from jaxcl.training.step import make_train_step
 
@@ -78,8 +79,9 @@ class Sizes:
         model = make_model(model_name, CLASSES, options=options, dtype=self.dtype, axis_name=AXIS)
         strategy = make_strategy("incremental" if buffer is None else "er")
         optimizer, schedule = optax.trace(0.9), optax.constant_schedule(0.01)
-        augment, classes = data.make_augment((), SHAPE), np.ones((1, CLASSES), bool)
-        step = make_train_step(self.mesh, model, strategy, buffer, optimizer, schedule, augment, 0, classes)
+        images, classes = (data.make_augment((), SHAPE), data.make_normalize(SHAPE)), np.ones((1, CLASSES), bool)
+        bound = Bound(self.mesh, model, strategy, buffer, optimizer, schedule, *images, classes)
+        step = make_train_step(bound, 0)
         weights = make_weights(self.mesh, model, optimizer, SHAPE)(jax.random.key(0))
         state = initial_state(self.mesh, weights, buffer, strategy)
         if buffer is not None:

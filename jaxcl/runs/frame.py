@@ -41,19 +41,18 @@ def in_sessions(
         for config, folder in zip(configs, folders, strict=True):
             stack.enter_context(files.full_disk_is_a_storage_error(folder))
             options: Any = {"begin": begin, "overwrite": overwrite, "stall_seconds": stall_seconds}
-            session = stack.enter_context(open_session(config, folder, mesh, **options))
+            session = open_session(stack, config, folder, mesh, **options)
             if isinstance(session, dict):
                 assert len(configs) == 1, "a finished run is not continued"
                 return [session]
             sessions.append(session)
-        results = carry_out(sessions)
         results = [
             files.sealed(result | times(result["images"], session))
-            for session, result in zip(sessions, results, strict=True)
+            for session, result in zip(sessions, carry_out(sessions), strict=True)
         ]
         if jax.process_index() == 0:
             for folder, result in zip(folders, results, strict=True):
-                workdir.finish(folder, result)
+                files.write_json(folder / workdir.RESULT, result)
     return results
 
 

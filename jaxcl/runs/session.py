@@ -79,9 +79,6 @@ class Progress:
     devices: int = 0
     processes: int = 1
 
-    def __post_init__(self) -> None:
-        self.scores = collections.defaultdict(list, self.scores)
-
     def saved(self) -> dict[str, Any]:
         """A copy as JSON gives it back, from which `Progress(**...)` is made again."""
         return json.loads(json.dumps(vars(self)))
@@ -136,10 +133,9 @@ class Session:
         stack.callback(self.log.close)
         self._stack, self._store = stack, None  # type: tuple[contextlib.ExitStack, Store | None]
 
-    def serve(self, store: Store, step: int, staged: tuple[Pending, ...]) -> Store:
+    def serve(self, store: Store, step: int, staged: tuple[Pending, ...]) -> None:
         """Rows in host memory are served until the session ends, and saved with the state."""
         self._store = self._stack.enter_context(store.serving(step, staged))
-        return store
 
     @property
     def writer_failed(self) -> bool:
@@ -209,8 +205,8 @@ class Session:
             raise Preempted(f"SIGTERM: saved at step {self.progress.step} in {self._folder}; start again to continue")
 
 
-@contextlib.contextmanager
 def open_session(
+    stack: contextlib.ExitStack,
     config: ConfigDict,
     folder: pathlib.Path,
     mesh: jax.sharding.Mesh,
@@ -218,12 +214,11 @@ def open_session(
     begin: float,
     overwrite: bool = False,
     stall_seconds: float | None = None,
-) -> Iterator[Session | dict[str, Any]]:
-    """Takes the folder for a run of the config, finds out where the run stands, and gives the folder back at the end.
-
-    The value is the result, if the run is finished already.
+) -> Session | dict[str, Any]:
+    """Takes the folder for a run of the config, and finds out where it stands: its session, or the result of a finished one.
 
     Args:
+      stack: at its end the session does, and the folder is given back.
       begin: `time.perf_counter()` at the beginning of the run.
       overwrite: remove what an earlier run left there.
       stall_seconds: how long to wait for the other processes, here and later, see `control.Watchdog`.
@@ -231,27 +226,25 @@ def open_session(
     Raises:
       UserError: the folder is in use, or see `workdir.claim`.
     """
-    with contextlib.ExitStack() as stack:
 
-        def claim() -> dict[str, Any]:
-            stack.enter_context(workdir.locked(folder))
-            return {"config": workdir.resolved(config), **workdir.claim(folder, config, overwrite)._asdict()}
+    def claim() -> dict[str, Any]:
+        stack.enter_context(workdir.locked(folder))
+        return {"config": workdir.resolved(config), **workdir.claim(folder, config, overwrite)._asdict()}
 
-        opened = mesh_lib.from_first(claim, stall_seconds)
-        workdir.check_same(opened["config"], config, "process 0 was started with another config")
-        if opened["finished"] is not None:
-            yield opened["finished"]
-            return
-        session = Session(config, folder, mesh, opened["found"], stack, begin=begin, stall_seconds=stall_seconds)
-        if session.found:
-            at = session.progress
-            _log.info(
-                "%s: continued at step %d, task %d; saved by %d devices of %d processes, now %d of %d%s",
-                *(folder, at.step, at.task, at.devices, at.processes, mesh.size, jax.process_count()),
-                "" if at.devices == mesh.size else ": the buffer is divided anew",
-            )
-            session.log.write("resume", at.step, {"devices": mesh.size, "processes": jax.process_count()})
-        yield session
+    opened = mesh_lib.from_first(claim, stall_seconds)
+    workdir.check_same(opened["config"], config, "process 0 was started with another config")
+    if opened["finished"] is not None:
+        return opened["finished"]
+    session = Session(config, folder, mesh, opened["found"], stack, begin=begin, stall_seconds=stall_seconds)
+    if session.found:
+        at = session.progress
+        _log.info(
+            "%s: continued at step %d, task %d; saved by %d devices of %d processes, now %d of %d%s",
+            *(folder, at.step, at.task, at.devices, at.processes, mesh.size, jax.process_count()),
+            "" if at.devices == mesh.size else ": the buffer is divided anew",
+        )
+        session.log.write("resume", at.step, {"devices": mesh.size, "processes": jax.process_count()})
+    return session
 
 
 def diverged(what: str, step: int, task: int) -> str:

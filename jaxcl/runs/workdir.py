@@ -73,9 +73,14 @@ def claim(workdir: pathlib.Path, config: ConfigDict, overwrite: bool = False) ->
         if overwrite:
             clear(workdir)
         _check_config(workdir, config)
-        finished, damage = _finished(workdir, config)
-        if finished is not None:
-            return Claim(finished, None)
+        damage = None
+        if (workdir / RESULT).exists():
+            try:
+                result = files.read_sealed(workdir / RESULT)
+                _check_run(workdir, result.get("config", {}), config)
+                return Claim(result, None)
+            except files.Damaged as error:
+                damage = error
         found = checkpoint.newest(workdir / CHECKPOINTS)
         if found is not None:
             _check_version(workdir, found.get("version"))
@@ -90,11 +95,6 @@ def claim(workdir: pathlib.Path, config: ConfigDict, overwrite: bool = False) ->
         files.write_json(workdir / CONFIG, {"jaxcl": jaxcl.__version__, **resolved(config)})
         log.restore(workdir, found["run"]["log"] if found else None)
         return Claim(None, found)
-
-
-def finish(workdir: pathlib.Path, result: dict[str, Any]) -> None:
-    """Leaves result.json, which makes the run a finished one; `result` must be `files.sealed`."""
-    files.write_json(workdir / RESULT, result)
 
 
 def clear(workdir: pathlib.Path) -> None:
@@ -130,18 +130,6 @@ def _check_config(workdir: pathlib.Path, config: ConfigDict) -> None:
         ) from error
     _check_version(workdir, theirs.pop("jaxcl", None))
     _check_run(workdir, theirs, config)
-
-
-def _finished(workdir: pathlib.Path, config: ConfigDict) -> tuple[dict[str, Any] | None, files.Damaged | None]:
-    """What result.json holds, or how it is damaged; neither if it is not there."""
-    if not (workdir / RESULT).exists():
-        return None, None
-    try:
-        result = files.read_sealed(workdir / RESULT)
-    except files.Damaged as damage:
-        return None, damage
-    _check_run(workdir, result.get("config", {}), config)
-    return result, None
 
 
 def _check_version(workdir: pathlib.Path, version: str | None) -> None:

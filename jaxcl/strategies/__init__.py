@@ -19,20 +19,10 @@ __all__ = [
     "Part",
     "Share",
     "Strategy",
-    "default_options",
     "make_strategy",
 ]
 
 STRATEGIES: Registry[Callable[..., Strategy]] = Registry("strategy", "jaxcl.strategies")
-
-
-def default_options(name: str) -> dict[str, Any]:
-    """The options of a strategy and their defaults, as its signature says.
-
-    Raises:
-      UserError: unknown name.
-    """
-    return STRATEGIES.options(name)
 
 
 def make_strategy(name: str, options: Mapping[str, Any] | None = None) -> Strategy:

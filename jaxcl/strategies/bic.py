@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl import losses
-from jaxcl.errors import UserError
+from jaxcl.check import refused
 from jaxcl.strategies.base import Context, Descend, Descent, End, Outputs, Part, Share, Strategy, pooled_mean
 from jaxcl.strategies.lwf import answers, snapshot
 from jaxcl.types import PyTree
@@ -32,7 +32,7 @@ ROUNDS = 16  # of Newton's method
 
 def bic(temperature: float = 2.0, held_out: float = 0.1) -> Strategy:
     if not 0 < held_out < 1:
-        raise UserError(f"strategies.bic.held_out: {held_out} is not allowed, give a share between 0 and 1")
+        raise refused("strategies.bic.held_out", held_out, "a share between 0 and 1")
 
     def gradients(
         descend: Descend, params: PyTree, batch_stats: PyTree, parts: tuple[Part, ...], context: Context

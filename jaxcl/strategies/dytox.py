@@ -27,7 +27,7 @@ import optax
 from jax import lax
 
 from jaxcl import losses
-from jaxcl.errors import UserError
+from jaxcl.check import NOT_NEGATIVE, POSITIVE, check
 from jaxcl.mesh import AXIS
 from jaxcl.strategies.base import Context, Descend, Descent, End, Outputs, Part, Share, Strategy, pooled_mean
 from jaxcl.strategies.lwf import answers, snapshot
@@ -36,10 +36,8 @@ from jaxcl.types import PyTree
 
 def dytox(divergence: float = 0.1, temperature: float = 1.0, mixup: float = 0.0, smoothing: float = 0.1) -> Strategy:
     for name, value in {"divergence": divergence, "mixup": mixup, "smoothing": smoothing}.items():
-        if value < 0:
-            raise UserError(f"strategies.dytox.{name}: {value} is not allowed, give 0 or more")
-    if not temperature > 0:
-        raise UserError(f"strategies.dytox.temperature: {temperature} is not allowed, give a positive number")
+        check(f"strategies.dytox.{name}", value, NOT_NEGATIVE)
+    check("strategies.dytox.temperature", temperature, POSITIVE)
 
     def loss(params: PyTree, parts: Sequence[Part], context: Context) -> Share:
         def row_loss(part: Part) -> jax.Array:

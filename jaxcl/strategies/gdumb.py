@@ -4,11 +4,10 @@ Prabhu et al. 2020, GDumb: a simple approach that questions our progress in cont
 memory balanced by class (`buffer.policy`); `epochs` passes over what it holds, in batches of `buffer.representatives`.
 """
 
-from jaxcl.errors import UserError
+from jaxcl.check import POSITIVE, check
 from jaxcl.strategies.base import Strategy
 
 
 def gdumb(epochs: int = 30) -> Strategy:
-    if epochs < 1:
-        raise UserError(f"strategies.gdumb.epochs: {epochs} is not allowed, give a positive number")
+    check("strategies.gdumb.epochs", epochs, POSITIVE)
     return Strategy(draws=1, rehearse=epochs)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from ml_collections import ConfigDict
 
-from jaxcl.check import refused
+from jaxcl.check import POSITIVE, check, refused
 from jaxcl.losses import cross_entropy
 from jaxcl.mesh import AXIS
 from jaxcl.strategies.base import Context, Descend, Descent, Part, Strategy
@@ -21,10 +21,9 @@ from jaxcl.types import PyTree
 
 
 def mir(replayed: int = 16) -> Strategy:
-    if replayed < 1:
-        raise refused("strategies.mir.replayed", replayed, "a positive number")
+    check("strategies.mir.replayed", replayed, POSITIVE)
 
-    def check(config: ConfigDict) -> None:
+    def fits(config: ConfigDict) -> None:
         drawn = config.buffer.representatives
         if replayed > drawn:
             raise refused("strategies.mir.replayed", replayed, f"at most buffer.representatives = {drawn}")
@@ -44,7 +43,7 @@ def mir(replayed: int = 16) -> Strategy:
         chosen = dataclasses.replace(drawn, valid=drawn.valid & among_largest(score, replayed))
         return descend(params, batch_stats, (new, chosen))
 
-    return Strategy(draws=1, gradients=gradients, check=check)
+    return Strategy(draws=1, gradients=gradients, check=fits)
 
 
 def among_largest(score: jax.Array, count: int) -> jax.Array:

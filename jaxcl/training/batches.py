@@ -28,17 +28,12 @@ from jaxcl.training.build import Parts
 from jaxcl.training.state import TrainState
 
 
-def rows_of_task(parts: Parts, task: int) -> np.ndarray:
-    """The rows of the train source that a task trains on, int64 `[n]`."""
-    return parts.strategy.rows(parts.scenario, task)
-
-
 def train_batches(config: ConfigDict, parts: Parts, task: int, state: TrainState | None = None) -> Loader | None:
     """Batches of the rows a task trains on; None where there are none.
 
     With the `state` in which the task begins, the rows of the memory are among them if they are appended.
     """
-    rows, memory, part = rows_of_task(parts, task), np.zeros(0, np.int64), 1
+    rows, memory, part = parts.strategy.rows(parts.scenario, task), np.zeros(0, np.int64), 1
     if not len(rows):
         return None
     if state is not None and state.buffer is not None and config.buffer.replay != "draw":
@@ -62,17 +57,12 @@ def review_batches(config: ConfigDict, parts: Parts, task: int, state: TrainStat
     if parts.review is None:
         return None
     assert parts.buffer is not None and state.buffer is not None
-    if parts.strategy.rehearse:
+    if parts.strategy.rehearse:  # one row a device that is not valid: a step trains on what it draws from the memory
         steps = -(-parts.buffer.stats(state.buffer)["rows"] // parts.buffer.representatives)
-        return blank_batches(parts.train, parts.mesh.size, steps, parts.strategy.rehearse)
+        sizes = {"batch_size": parts.mesh.size, "steps_per_epoch": steps, "epochs": parts.strategy.rehearse}
+        return data.blank_batches(parts.train, **sizes, **reading(threads=0))
     memory = memory_rows(config, parts.train, state.buffer, parts.mesh.size)
     return finetune_batches(config, parts.train, memory, task, parts.mesh.size)
-
-
-def blank_batches(source: Source, devices: int, steps_per_epoch: int, epochs: int) -> Loader:
-    """Batches of one row a device that is not valid: such a step trains on what it draws from the memory."""
-    sizes = {"batch_size": devices, "steps_per_epoch": steps_per_epoch, "epochs": epochs}
-    return data.blank_batches(source, **sizes, **reading(threads=0))
 
 
 def finetune_batches(config: ConfigDict, source: Source, memory: np.ndarray, task: int, devices: int) -> Loader | None:
@@ -88,7 +78,7 @@ def finetune_batches(config: ConfigDict, source: Source, memory: np.ndarray, tas
 
 def task_batches(config: ConfigDict, parts: Parts, task: int) -> Loader:
     """The rows of a task once, for the pass at its end."""
-    rows = rows_of_task(parts, task)
+    rows = parts.strategy.rows(parts.scenario, task)
     return data.eval_batches(parts.train, rows, batch_size=config.eval.batch_size, **reading(config.data.threads))
 
 

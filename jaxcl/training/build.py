@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from jaxcl import data
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Buffer, make_buffer
+from jaxcl.buffer.host import Store
 from jaxcl.errors import UserError
 from jaxcl.mesh import AXIS
 from jaxcl.models import Model, make_model
@@ -23,6 +24,7 @@ from jaxcl.training.config import check_config
 from jaxcl.training.end_task import make_end_task
 from jaxcl.training.evaluate import make_evaluate
 from jaxcl.training.exemplars import Selection, make_store_exemplars
+from jaxcl.training.learn import Bound
 from jaxcl.training.sizes import check_sizes, check_tasks
 from jaxcl.training.state import make_weights
 from jaxcl.training.step import TrainStep, make_train_step
@@ -51,12 +53,10 @@ class Parts:
       strategy: with the selection that the config asks for.
       train, test, scenario: the rows, and the tasks that number them.
       buffer: None for a strategy without one.
-      new_weights: `(key) -> (params, batch_stats, opt_state)`, see `make_weights`.
-      train_step: see `make_train_step`.
+      new_weights, train_step, evaluate: made by the functions called `make_` and that name.
       review: None for a task of one phase.
-      store_exemplars: see `make_store_exemplars`; None where rows enter the memory as they arrive.
-      end_task: see `make_end_task`.
-      evaluate: see `make_evaluate`.
+      store_exemplars: made likewise; None where rows enter the memory as they arrive.
+      end_task: made likewise; None where the strategy does nothing then.
     """
 
     mesh: jax.sharding.Mesh
@@ -69,8 +69,13 @@ class Parts:
     train_step: TrainStep
     review: Review | None
     store_exemplars: Callable | None
-    end_task: Callable
+    end_task: Callable | None
     evaluate: Callable
+
+    @property
+    def host(self) -> Store | None:
+        """The rows in host memory, where the buffer keeps them there."""
+        return None if self.buffer is None else self.buffer.host
 
 
 def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds: Sequence[int] | None = None) -> Parts:
@@ -87,14 +92,9 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
     scenario, train, test = make_tasks(config)
     augment = data.make_augment(d.augment, train.image_shape, mean=d.mean, std=d.std)
     normalize = data.make_normalize(train.image_shape, mean=d.mean, std=d.std)
-    model = make_model(
-        config.model.name,
-        train.num_classes,
-        options=config.model.options.to_dict(),
-        dtype=config.model.dtype,
-        axis_name=AXIS,
-        classes=scenario.class_table,
-    )
+    m, classes = config.model, scenario.class_table
+    options = m.options.to_dict()
+    model = make_model(m.name, train.num_classes, options=options, dtype=m.dtype, axis_name=AXIS, classes=classes)
     _check_objective(config, strategy, model, train)
     optimizer = make_optimizer(config.optimizer)
     new_weights = make_weights(mesh, model, optimizer, train.image_shape)
@@ -103,38 +103,18 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
     sizes: Any = {"record": row, "capacity": capacity, "draws": strategy.draws, "seeds": len(seeds or [0])}
     check_sizes(config, mesh, new_weights, train.image_shape, **sizes)
     buffer = _make_buffer(config, mesh, strategy, row, capacity, train) if strategy.draws else None
-    store_exemplars = None
-    if buffer is not None and strategy.selection:
-        store_exemplars = make_store_exemplars(
-            mesh,
-            model,
-            strategy,
-            buffer,
-            augment,
-            normalize,
-            train,
-            scenario.class_table,
-            selection_of(config, strategy, buffer),
-            batch_size=config.eval.batch_size,
-        )
     if buffer is not None and config.buffer.replay != "draw":  # the memory's rows come among the task's own
         strategy = strategy._replace(draws=0)
-    train_step: Callable[..., TrainStep] = functools.partial(
-        make_train_step,
-        mesh,
-        model,
-        optimizer=optimizer,
-        augment=augment,
-        seed=config.seed if seeds is None else tuple(seeds),
-        classes=scenario.class_table,
-        loss_classes=d.loss_classes,
-    )
     schedule = make_schedule(config.optimizer, strategy.rehearse or config.epochs)
-    replayed: dict[str, Any] = {
-        "strategy": strategy,
-        "buffer": buffer if strategy.draws else None,
-        "schedule": schedule,
-    }
+    bound = Bound(
+        mesh, model, strategy, buffer, optimizer, schedule, augment, normalize, classes, loss_classes=d.loss_classes
+    )
+    store_exemplars = None
+    if buffer is not None and strategy.selection:
+        selection = selection_of(config, strategy, buffer)
+        store_exemplars = make_store_exemplars(bound, train, selection, batch_size=config.eval.batch_size)
+    stepping = dataclasses.replace(bound, buffer=buffer if strategy.draws else None)
+    seed = config.seed if seeds is None else tuple(seeds)
     return Parts(
         mesh=mesh,
         strategy=strategy,
@@ -143,16 +123,13 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
         scenario=scenario,
         buffer=buffer,
         new_weights=new_weights,
-        train_step=train_step(**replayed, learn=not strategy.rehearse),
-        review=None if buffer is None else _make_review(config, train_step, replayed, new_weights),
+        train_step=make_train_step(dataclasses.replace(stepping, learn=not strategy.rehearse), seed),
+        review=None if buffer is None else _make_review(config, stepping, seed, new_weights),
         store_exemplars=store_exemplars,
-        end_task=make_end_task(mesh, model, strategy, normalize, scenario.class_table),
+        end_task=None if strategy.end_task is None else make_end_task(bound),
         evaluate=make_evaluate(
-            mesh,
-            model,
-            normalize,
-            scenario,
-            strategy.scores,
+            bound,
+            scenario.task_of_test_row,
             seeds=seeds is not None,
             reconstructs=bool(train.targets),
             metrics=tuple(config.eval.metrics),
@@ -203,16 +180,8 @@ def capacity_of(config: ConfigDict, scenario: data.Scenario) -> int:
 
 def selection_of(config: ConfigDict, strategy: Strategy, buffer: Buffer) -> Selection:
     """How exemplars are chosen, with the memory they are for."""
-    chosen = config.buffer.selection
-    return Selection(
-        by=strategy.selection,
-        features=chosen.features,
-        random_keys=chosen.random_keys,
-        quota=chosen.quota,
-        ways=chosen.ways,
-        memory=config.buffer.memory,
-        capacity=buffer.capacity,
-    )
+    chosen = config.buffer.selection.to_dict() | {"by": strategy.selection}
+    return Selection(**chosen, memory=config.buffer.memory, capacity=buffer.capacity)
 
 
 def _make_buffer(
@@ -237,19 +206,24 @@ def _make_buffer(
     )
 
 
-def _make_review(
-    config: ConfigDict, train_step: Callable[..., TrainStep], replayed: dict[str, Any], new_weights: Callable
-) -> Review | None:
-    """The second phase of the tasks, if the strategy or the config asks for one."""
-    strategy, tune = replayed["strategy"], config.finetune
-    if strategy.rehearse:
-        return Review(train_step(**replayed, learn=True), True)
+def _make_review(config: ConfigDict, bound: Bound, seed: int | Sequence[int], new_weights: Callable) -> Review | None:
+    """The second phase of the tasks, if the strategy or the config asks for one.
+
+    Raises:
+      UserError: the model has no part of a name in `finetune.frozen`.
+    """
+    tune = config.finetune
+    if bound.strategy.rehearse:
+        return Review(make_train_step(bound, seed), True)
     if not tune.epochs:
         return None
-    _check_names("finetune.frozen", tune.frozen, new_weights)
+    parts = jax.eval_shape(new_weights, jax.random.key(0))[0]
+    for name in tune.frozen:
+        if name not in parts:
+            raise UserError(f"finetune.frozen: {name!r} is no part of the model; choose from {', '.join(parts)}")
+    own: Any = {"strategy": bound.strategy._replace(draws=0), "buffer": None, "frozen": tuple(tune.frozen)}
     constant = optax.constant_schedule(tune.learning_rate or config.optimizer.learning_rate)
-    own = {"strategy": strategy._replace(draws=0), "buffer": None, "schedule": constant}
-    return Review(train_step(**own, frozen=tuple(tune.frozen), tuning=True), False)
+    return Review(make_train_step(dataclasses.replace(bound, **own, schedule=constant, tuning=True), seed), False)
 
 
 def _stored_row(model: Model, strategy: Strategy, source: data.Source) -> PyTree:
@@ -268,16 +242,6 @@ def _outputs(model: Model, image: jax.Array) -> dict[str, jax.Array]:
     _, h, w, channels = image.shape
     variables = model.init(jax.random.key(0), (h, w, channels))
     return model.apply(**variables, images=image.astype(np.float32), train=False)[0]
-
-
-def _check_names(field: str, names: Sequence[str], new_weights: Callable) -> None:
-    """Raises:
-    UserError: the model has no part of one of these names.
-    """
-    parts = jax.eval_shape(new_weights, jax.random.key(0))[0]
-    for name in names:
-        if name not in parts:
-            raise UserError(f"{field}: {name!r} is no part of the model; choose from {', '.join(parts)}")
 
 
 def _check_objective(config: ConfigDict, strategy: Strategy, model: Model, source: data.Source) -> None:

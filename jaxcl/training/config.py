@@ -16,7 +16,6 @@ from jaxcl.check import (
     SHARE,
     Rule,
     between,
-    check,
     each,
     found_in,
     one_of,
@@ -25,7 +24,7 @@ from jaxcl.check import (
 )
 from jaxcl.data import AUGMENTATIONS, SCENARIOS
 from jaxcl.errors import UserError
-from jaxcl.fields import Field, Fields, check_fields, default_of, options_of
+from jaxcl.fields import Field, Fields, check_fields, default_of
 from jaxcl.metrics import METRICS
 from jaxcl.models import MODELS
 from jaxcl.registry import short
@@ -117,7 +116,7 @@ BUFFER: Fields = {
     ),
     "exchange": Field("mix", "which drawn rows move between devices", found_in(EXCHANGES)),
     "sampling": Field("uniform", "how rows are drawn", one_of(DRAWS)),
-    "replay": Field("draw", "how the memory takes part in a task: see jaxcl/training/replay.py", one_of(REPLAYS)),
+    "replay": Field("draw", "how the memory takes part in a task: see jaxcl/training/batches.py", one_of(REPLAYS)),
     "repeats": Field("all", "what happens to a row that comes by again", one_of(REPEATS)),
     "tier": Field("device", "where records lie", one_of(TIERS)),
     "path": Field(None, "of the host tier: a folder for memory-mapped files", kind=str),
@@ -141,7 +140,7 @@ def fields(outside: Fields | None = None) -> Fields:
     Args:
       outside: the options of strategies from outside the package.
     """
-    options = {name: options_of(make, f"see jaxcl/strategies/{name}.py") for name, make in STRATEGIES.items()}
+    options = {name: _options(name, f"see jaxcl/strategies/{name}.py") for name in STRATEGIES}
     return {
         "name": Field("run", "a title for reports"),
         "seed": Field(0, "of weights, order of rows, augmentation, buffer", SEED),
@@ -191,12 +190,16 @@ def check_config(config: ConfigDict, devices: int) -> None:
         strategy.check(config)
 
 
+def _options(strategy: str, meaning: str) -> Fields:
+    return {option: Field(default, meaning) for option, default in STRATEGIES.options(strategy).items()}
+
+
 def _outside(config: ConfigDict) -> Fields:
     """The options that the config gives a strategy from outside, under its short name."""
     name, groups = config.get("strategy"), config.get("strategies")
     if not isinstance(name, str) or ":" not in name or not isinstance(groups, ConfigDict) or short(name) not in groups:
         return {}
-    options = options_of(STRATEGIES[name], "")
+    options = _options(name, "")
     for option in groups[short(name)]:
         if option not in options:
             raise unknown_field(f"strategies.{short(name)}.{option}", list(options))
@@ -229,8 +232,8 @@ def check_evenly(config: ConfigDict, sizes: list[str], devices: int) -> None:
       UserError: one of these fields is no multiple of the devices.
     """
     for field in sizes:
-        allowed = f"a multiple of {devices} devices"
-        check(field, _get(config, field), Rule(lambda rows: rows % devices == 0, allowed))
+        if _get(config, field) % devices:
+            raise refused(field, _get(config, field), f"a multiple of {devices} devices")
 
 
 def _check_buffer(config: ConfigDict, strategy: Strategy) -> None:

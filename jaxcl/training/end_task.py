@@ -3,21 +3,17 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
 
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Shard
-from jaxcl.data.augment import Normalize
 from jaxcl.mesh import AXIS, ROWS, WHOLE, on_mesh
-from jaxcl.models import Model
-from jaxcl.strategies import End, Part, Strategy
-from jaxcl.training.learn import make_context
+from jaxcl.strategies import End, Part
+from jaxcl.training.learn import Bound
 from jaxcl.training.state import TrainState, Weights
 from jaxcl.types import Batch, PyTree
 
@@ -25,63 +21,42 @@ Batches = Callable[[], Iterable[Batch]]
 CHUNK = 256  # rows of the buffer that a device visits at once
 
 
-@dataclasses.dataclass(frozen=True)
-class Bound:
-    """What the end of a task is bound to. `classes`: bool `[T, K]`, the classes of each task."""
-
-    model: Model
-    strategy: Strategy
-    normalize: Normalize
-    classes: np.ndarray
-
-
-def make_end_task(
-    mesh: Mesh, model: Model, strategy: Strategy, normalize: Normalize, classes: np.ndarray
-) -> Callable[[TrainState, Batches], TrainState]:
+def make_end_task(bound: Bound) -> Callable[[TrainState, Batches], TrainState]:
     """`end_task(state, batches) -> state`, what the strategy makes of weights and its own state at a task's end.
 
     `batches()` are this process's rows of the task, each row once, not augmented; they are read only if the strategy
     visits the task's rows. The state passed in is used up.
     """
-    if strategy.end_task is None:
-        return lambda state, batches: state
-    bound = Bound(model, strategy, normalize, classes)
-    visit = visit_shard if strategy.visits == "buffer" else visit_batch
+    mesh, visit = bound.mesh, visit_shard if bound.strategy.visits == "buffer" else visit_batch
     add = on_mesh(mesh, functools.partial(visit, bound), (WHOLE, WHOLE, ROWS), WHOLE, donate=1)
     conclude = jax.jit(functools.partial(finish, bound), out_shardings=mesh_lib.replicated(mesh))
-    return functools.partial(end_task, mesh, bound, add, conclude)
+
+    def end_task(state: TrainState, batches: Batches) -> TrainState:
+        for _ in range(bound.strategy.rounds):
+            weights, visited = state.weights, None
+            for rows, like in to_visit(bound, state, batches):
+                if visited is None:
+                    shapes = jax.eval_shape(functools.partial(visit_rows, bound), weights, like)
+                    visited = mesh_lib.replicate(mesh, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+                visited = add(weights, visited, rows)
+            params, own = conclude(weights, visited)
+            state = dataclasses.replace(state, params=params, strategy_state=own)
+        return state
+
+    return end_task
 
 
-def end_task(mesh: Mesh, bound: Bound, add: Any, conclude: Any, state: TrainState, batches: Batches) -> TrainState:
-    """See `make_end_task`. `add(weights, total, rows)` visits rows, `conclude(weights, visited)` makes something of it."""
-    for _ in range(bound.strategy.rounds):
-        weights, visited = state.weights, None
-        for rows, like in to_visit(mesh, bound, state, batches):
-            if visited is None:
-                visited = zeros(mesh, bound, weights, like)
-            visited = add(weights, visited, rows)
-        params, own = conclude(weights, visited)
-        state = dataclasses.replace(state, params=params, strategy_state=own)
-    return state
-
-
-def to_visit(mesh: Mesh, bound: Bound, state: TrainState, batches: Batches) -> Iterable[tuple[Shard | Batch, Batch]]:
+def to_visit(bound: Bound, state: TrainState, batches: Batches) -> Iterable[tuple[Shard | Batch, Batch]]:
     """What the strategy visits, part after part on the devices, each with a batch of rows of the same shapes."""
     if bound.strategy.visit is None:
         return
     if bound.strategy.visits == "task":
         for batch in batches():
-            yield mesh_lib.shard_rows(mesh, batch), batch
+            yield mesh_lib.shard_rows(bound.mesh, batch), batch
         return
     assert state.buffer is not None, "the strategy visits the buffer and has none"
     stored = stored_rows(state.buffer) | {"valid": np.zeros(1, bool)}
     yield state.buffer, {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in stored.items()}
-
-
-def zeros(mesh: Mesh, bound: Bound, weights: Weights, batch: Batch) -> PyTree:
-    """The sum over no rows."""
-    shapes = jax.eval_shape(functools.partial(visit_rows, bound), weights, batch)
-    return mesh_lib.replicate(mesh, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
 
 
 def visit_rows(bound: Bound, weights: Weights, rows: Batch) -> PyTree:
@@ -89,7 +64,7 @@ def visit_rows(bound: Bound, weights: Weights, rows: Batch) -> PyTree:
     assert bound.strategy.visit is not None
     params, batch_stats, own, task = weights
     part = Part(bound.normalize(rows["image"]), rows["label"], rows["valid"], rows["id"])
-    return bound.strategy.visit(params, batch_stats, part, make_context(bound.model, own, task, bound.classes))
+    return bound.strategy.visit(params, batch_stats, part, bound.context(own, task))
 
 
 def visit_batch(bound: Bound, weights: Weights, total: PyTree, batch: Batch) -> PyTree:
@@ -119,8 +94,7 @@ def finish(bound: Bound, weights: Weights, visited: PyTree) -> tuple[PyTree, PyT
     """The parameters and the strategy's own state after the task."""
     assert bound.strategy.end_task is not None
     params, batch_stats, own, task = weights
-    context = make_context(bound.model, own, task, bound.classes)
-    done = bound.strategy.end_task(End(params, batch_stats, visited, context))
+    done = bound.strategy.end_task(End(params, batch_stats, visited, bound.context(own, task)))
     return jax.tree.map(jnp.copy, done)  # the next step donates both: they must not share memory
 
 

@@ -1,6 +1,5 @@
 """Exact evaluation over devices and processes: every test row counts once, padding not at all."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -9,90 +8,84 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
 
 from jaxcl import mesh as mesh_lib
 from jaxcl.check import refused
-from jaxcl.data import Scenario
-from jaxcl.data.augment import Normalize
 from jaxcl.mesh import AXIS, ROWS, WHOLE, on_mesh, over_mesh
 from jaxcl.metrics import METRICS, EvalRows
-from jaxcl.models import Model
 from jaxcl.registry import short
-from jaxcl.strategies.base import Outputs
-from jaxcl.types import Batch, PyTree
+from jaxcl.training.learn import Bound
+from jaxcl.training.state import Weights
+from jaxcl.types import Batch
 
 CLASSIFICATION = ("accuracy", "top5", "accuracy_in_task")
 RECONSTRUCTION = ("error",)
 
 Counts = dict[str, Any]
-Evaluate = Callable[[PyTree, PyTree, PyTree, Iterable[Batch]], dict[str, np.ndarray]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Bound:
-    """What an evaluation is bound to.
-
-    Attributes:
-      normalize: uint8 images to the model's input.
-      scores: `(outputs, strategy_state) -> float32 [b, K]`, by which the classes of a row are ranked.
-      scenario: tells the task of each test row, and each task's classes.
-      metrics: by the name of their scores.
-      reconstructs: whether the batches hold a "target" that the model reconstructs, instead of classifying.
-    """
-
-    model: Model
-    normalize: Normalize
-    scores: Callable[[Outputs, PyTree], jax.Array]
-    scenario: Scenario
-    metrics: dict[str, Callable[[EvalRows], jax.Array]]
-    reconstructs: bool
+Metric = Callable[[EvalRows], jax.Array]
+Evaluate = Callable[[Weights, Iterable[Batch]], dict[str, np.ndarray]]
 
 
 def make_evaluate(
-    mesh: Mesh,
-    model: Model,
-    normalize: Normalize,
-    scenario: Scenario,
-    scores: Callable[[Outputs, PyTree], jax.Array],
+    bound: Bound,
+    task_of_row: np.ndarray,
     *,
     seeds: bool = False,
     reconstructs: bool = False,
     metrics: Sequence[str] = (),
 ) -> Evaluate:
-    """`evaluate(params, batch_stats, strategy_state, batches) -> scores`, each task's test rows apart:
+    """`evaluate(weights, batches) -> scores`, each task's test rows apart:
 
     of classification the means accuracy, top5 and accuracy_in_task, float64 [T], and confusion: int32 [K, K], test rows by
     label and by the class ranked first; of reconstruction the mean error, float64 [T]; the mean of every other metric, float64
     [T], by the name behind its colon.
 
     Args:
-      normalize, scenario, scores, reconstructs: see `Bound`.
-      seeds: params, batch_stats and strategy_state have a leading axis of seeds, and so has every score.
+      task_of_row: int32 [n], the task of each test row.
+      seeds: the weights have a leading axis of seeds, and so has every score.
+      reconstructs: whether the batches hold a "target" that the model reconstructs, instead of classifying.
       metrics: names of other metrics of `METRICS`.
 
     Raises:
       UserError: a metric is unknown, or its name is that of another one.
     """
     found = named_metrics((*(RECONSTRUCTION if reconstructs else CLASSIFICATION), *metrics))
-    count: Callable[..., Counts] = functools.partial(
-        count_rows, Bound(model, normalize, scores, scenario, found, reconstructs)
-    )
-    add: Callable[..., Counts] = functools.partial(add_rows, count)
+    count: Callable[..., Counts] = functools.partial(count_rows, bound, found)
     if seeds:
-        count, add = jax.vmap(count, (0, 0, 0, None)), jax.vmap(add, (0, 0, 0, 0, None))
-    count = over_mesh(mesh, count, (WHOLE, WHOLE, WHOLE, ROWS), WHOLE)
-    add = on_mesh(mesh, add, (WHOLE, WHOLE, WHOLE, WHOLE, ROWS), WHOLE, donate=0)
-    return functools.partial(evaluate, mesh, scenario.task_of_test_row, count, add)
+        count = jax.vmap(count, (0, None))
+
+    def add(counts: Counts, weights: Weights, batch: Batch) -> Counts:
+        return jax.tree.map(jnp.add, counts, count(weights, batch))
+
+    mesh = bound.mesh
+    counts_of = over_mesh(mesh, count, (WHOLE, ROWS), WHOLE)
+    added = on_mesh(mesh, add, (WHOLE, WHOLE, ROWS), WHOLE, donate=0)
+
+    def evaluate(weights: Weights, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
+        counts = None
+        for batch in batches:
+            inputs: Batch = {name: batch[name] for name in ("image", "label", "valid", "target") if name in batch}
+            inputs["task"] = task_of_row[batch["id"]]  # that of padding, whose id is -1, does not count
+            inputs = mesh_lib.shard_rows(mesh, inputs)
+            if counts is None:
+                shapes = jax.eval_shape(counts_of, weights, inputs)
+                counts = mesh_lib.replicate(mesh, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+            counts = added(counts, weights, inputs)
+        assert counts is not None, "there are no rows to evaluate on"
+        found = jax.device_get(counts)
+        confusion = {"confusion": found["confusion"]} if "confusion" in found else {}
+        return {name: x / found["rows"] for name, x in found["scores"].items()} | confusion
+
+    return evaluate
 
 
-def named_metrics(names: Sequence[str]) -> dict[str, Callable[[EvalRows], jax.Array]]:
+def named_metrics(names: Sequence[str]) -> dict[str, Metric]:
     """The metrics by the name of their scores.
 
     Raises:
       UserError: one is unknown, or its name is that of another one.
     """
-    found: dict[str, Callable[[EvalRows], jax.Array]] = {}
+    found: dict[str, Metric] = {}
     for name in dict.fromkeys(names):
         if short(name) in {*found, "confusion"}:
             raise refused("eval.metrics", name, f"a metric that is not called {short(name)}")
@@ -100,41 +93,11 @@ def named_metrics(names: Sequence[str]) -> dict[str, Callable[[EvalRows], jax.Ar
     return found
 
 
-def evaluate(
-    mesh: Mesh,
-    task_of_row: np.ndarray,
-    count: Callable[..., Counts],
-    add: Callable[..., Counts],
-    params: PyTree,
-    batch_stats: PyTree,
-    strategy_state: PyTree,
-    batches: Iterable[Batch],
-) -> dict[str, np.ndarray]:
-    """See `make_evaluate`. `count` gives the counts of a batch, `add` adds them to those before."""
-    counts = None
-    for batch in batches:
-        inputs: Batch = {name: batch[name] for name in ("image", "label", "valid", "target") if name in batch}
-        inputs["task"] = task_of_row[batch["id"]]  # that of padding, whose id is -1, does not count
-        inputs = mesh_lib.shard_rows(mesh, inputs)
-        if counts is None:
-            shapes = jax.eval_shape(count, params, batch_stats, strategy_state, inputs)
-            counts = mesh_lib.replicate(mesh, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
-        counts = add(counts, params, batch_stats, strategy_state, inputs)
-    assert counts is not None, "there are no rows to evaluate on"
-    found = jax.device_get(counts)
-    confusion = {"confusion": found["confusion"]} if "confusion" in found else {}
-    return {name: x / found["rows"] for name, x in found["scores"].items()} | confusion
-
-
-def add_rows(count: Callable[..., Counts], counts: Counts, *inputs: PyTree) -> Counts:
-    return jax.tree.map(jnp.add, counts, count(*inputs))
-
-
-def count_rows(bound: Bound, params: PyTree, batch_stats: PyTree, strategy_state: PyTree, batch: Batch) -> Counts:
+def count_rows(bound: Bound, metrics: dict[str, Metric], weights: Weights, batch: Batch) -> Counts:
     """Of a batch, over all devices: "rows" int32 [T]; "scores", the sum [T] of each metric; "confusion"."""
-    outputs, _ = bound.model.apply(params, batch_stats, bound.normalize(batch["image"]), train=False)
-    ranking = None if bound.reconstructs else bound.scores(outputs, strategy_state)
-    classes, label, task, valid = bound.scenario.class_table, batch["label"], batch["task"], batch["valid"]
+    outputs = bound.predict(weights.params, weights.batch_stats, bound.normalize(batch["image"]))
+    ranking = None if "target" in batch else bound.strategy.scores(outputs, weights.strategy_state)
+    classes, label, task, valid = bound.classes, batch["label"], batch["task"], batch["valid"]
     rows = EvalRows(outputs, label, task, jnp.asarray(classes)[task], batch.get("target", {}), ranking)
     in_task = (task[:, None] == jnp.arange(len(classes))[None, :]) & valid[:, None]
 
@@ -143,7 +106,7 @@ def count_rows(bound: Bound, params: PyTree, batch_stats: PyTree, strategy_state
 
     found: Counts = {
         "rows": by_task(valid),
-        "scores": {name: by_task(metric(rows)) for name, metric in bound.metrics.items()},
+        "scores": {name: by_task(metric(rows)) for name, metric in metrics.items()},
     }
     if ranking is not None:
         nothing = jnp.zeros((classes.shape[1],) * 2, jnp.int32)

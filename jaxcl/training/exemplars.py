@@ -16,24 +16,20 @@ its part of the quota ("rehearsal modes" there). A row may then be stored severa
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from jaxcl import mesh as mesh_lib
-from jaxcl.buffer import Buffer, Rows, Shard
+from jaxcl.buffer import Rows, Shard
 from jaxcl.buffer.selection import UNRANKED, rank_rows
 from jaxcl.data import Source
-from jaxcl.data.augment import Augment, Normalize
 from jaxcl.errors import UserError
 from jaxcl.mesh import AXIS, ROWS, WHOLE, on_mesh
-from jaxcl.models import Model
-from jaxcl.strategies import Strategy
-from jaxcl.training.learn import make_context
+from jaxcl.training.learn import Bound
 from jaxcl.training.state import TrainState, Weights
 from jaxcl.types import Batch
 
@@ -64,6 +60,11 @@ class Selection:
     memory: str = "sharded"
     capacity: int = 0
 
+    @property
+    def by_chance(self) -> bool:
+        """Whether anything about a choice is random."""
+        return self.by == "random" or self.features == "augmented"
+
     def wanted(self, seen: int, num_classes: int) -> int:
         """Rows that one choice offers of each class of a task; of an adaptive quota rounded up, as the memory keeps what
         fits.
@@ -81,148 +82,85 @@ class Selection:
         return self.capacity // (num_classes * self.ways)
 
 
-@dataclasses.dataclass(frozen=True)
-class Bound:
-    """What the choice and the storing of exemplars are bound to.
-
-    Attributes:
-      augment, normalize: what features are made of, see `Selection.features`.
-      source: where the rows that are chosen are read again.
-      classes: bool `[T, K]`, the classes of each task.
-      batch_size: rows that are inserted at once, over all devices, a multiple of their number.
-    """
-
-    mesh: Mesh
-    model: Model
-    strategy: Strategy
-    buffer: Buffer
-    augment: Augment
-    normalize: Normalize
-    source: Source
-    classes: np.ndarray
-    selection: Selection
-    batch_size: int
-
-    @property
-    def by_chance(self) -> bool:
-        """Whether anything about a choice is random."""
-        return self.selection.by == "random" or self.selection.features == "augmented"
-
-    @property
-    def quotas(self) -> list[int]:
-        """Of each task, the rows that one choice offers of each of its classes."""
-        seen = np.logical_or.accumulate(self.classes).sum(axis=1)
-        return [self.selection.wanted(int(n), self.classes.shape[1]) for n in seen]
-
-
-class Programs(NamedTuple):
-    """The compiled functions `describe`, `rank` and `insert`."""
-
-    describe: Any
-    rank: Any
-    insert: Any
-
-
 def make_store_exemplars(
-    mesh: Mesh,
-    model: Model,
-    strategy: Strategy,
-    buffer: Buffer,
-    augment: Augment,
-    normalize: Normalize,
-    source: Source,
-    classes: np.ndarray,
-    selection: Selection,
-    *,
-    batch_size: int,
+    bound: Bound, source: Source, selection: Selection, *, batch_size: int
 ) -> Callable[[TrainState, int, jax.Array, Batches], TrainState]:
     """`store(state, task, key, batches) -> state` with the exemplars of the task in the memory, which gives up as many of its
     own, the last in rank first.
 
     `batches()` are this process's rows of the task, each row once, not augmented; `key` is for this task alone. The state
-    passed in is used up. Args: see `Bound`.
+    passed in is used up.
+
+    Args:
+      source: where the rows that are chosen are read again.
+      batch_size: rows that are inserted at once, over all devices, a multiple of their number.
 
     Raises:
       UserError: see `Selection.wanted`.
     """
-    bound = Bound(mesh, model, strategy, buffer, augment, normalize, source, classes, selection, batch_size)
-    _ = bound.quotas  # or a wrong one would be met with at a task's end
-    programs = Programs(
-        on_mesh(mesh, functools.partial(describe, bound), (WHOLE, WHOLE, ROWS), ROWS),
-        on_mesh(mesh, functools.partial(rank, bound), (WHOLE, WHOLE, ROWS), ROWS),
-        on_mesh(mesh, functools.partial(insert, bound), (WHOLE, ROWS, ROWS), ROWS, donate=1),
-    )
-    return functools.partial(store, bound, programs)
+    mesh, apart = bound.mesh, selection.random_keys == "per_shard"
+    choices = mesh.size if selection.memory == "independent" else selection.ways
+    seen = np.logical_or.accumulate(bound.classes).sum(axis=1)
+    quotas = [selection.wanted(int(n), bound.classes.shape[1]) for n in seen]  # of each task
+    describe_rows = on_mesh(mesh, functools.partial(describe, bound, selection), (WHOLE, WHOLE, ROWS), ROWS)
+    rank_all = on_mesh(mesh, functools.partial(rank, bound, selection), (WHOLE, WHOLE, ROWS), ROWS)
+    insert_rows = on_mesh(mesh, functools.partial(insert, bound), (WHOLE, ROWS, ROWS), ROWS, donate=1)
 
+    def choose(weights: Weights, task: int, key: jax.Array, batches: Batches) -> Chosen:
+        """The rows of one choice."""
+        key_data = mesh_lib.replicate(mesh, np.asarray(jax.random.key_data(key)))
+        quota = mesh_lib.replicate(mesh, np.int32(quotas[task]))
+        parts = [describe_rows(weights, key_data, mesh_lib.shard_rows(mesh, batch)) for batch in batches()]
+        ranked = rank_all(quota, key_data, parts)
+        found = {name: np.asarray(multihost_utils.process_allgather(x, tiled=True)) for name, x in ranked.items()}
+        return {name: x[found["rank"] != UNRANKED] for name, x in found.items()}
 
-def store(
-    bound: Bound, programs: Programs, state: TrainState, task: int, key: jax.Array, batches: Batches
-) -> TrainState:
-    """See `make_store_exemplars`."""
-    assert state.buffer is not None
-    shard, weights = state.buffer, state.weights
-    chosen = choices(bound, programs, weights, task, key, batches)
-    lists = rows_of_devices(bound, chosen, shard)
-    for batch in deal(bound.source, lists, bound.batch_size):
-        shard = programs.insert(weights, shard, mesh_lib.shard_rows(bound.mesh, batch))
-    return dataclasses.replace(state, buffer=shard)
+    def store(state: TrainState, task: int, key: jax.Array, batches: Batches) -> TrainState:
+        shard, weights = state.buffer, state.weights
+        assert shard is not None
+        keys = [jax.random.fold_in(key, choice) for choice in range(choices)] if apart else [key] * choices
+        if apart and selection.by_chance:
+            chosen = [choose(weights, task, one, batches) for one in keys]
+        else:  # choices that cannot differ are made once
+            chosen = [choose(weights, task, keys[0], batches)] * choices
+        lists = rows_of_devices(bound, selection.memory, chosen, shard)
+        for batch in deal(source, lists, batch_size):
+            shard = insert_rows(weights, shard, mesh_lib.shard_rows(mesh, batch))
+        return dataclasses.replace(state, buffer=shard)
 
-
-def choices(
-    bound: Bound, programs: Programs, weights: Weights, task: int, key: jax.Array, batches: Batches
-) -> list[Chosen]:
-    """As many choices as the memory wants; those that cannot differ are made once."""
-    chosen: list[Chosen] = []
-    apart = bound.selection.random_keys == "per_shard"
-    for choice in range(bound.mesh.size if bound.selection.memory == "independent" else bound.selection.ways):
-        if choice and not (bound.by_chance and apart):
-            chosen.append(chosen[0])
-            continue
-        own = jax.random.fold_in(key, choice) if apart else key
-        chosen.append(choose(bound, programs, weights, task, own, batches))
-    return chosen
-
-
-def choose(bound: Bound, programs: Programs, weights: Weights, task: int, key: jax.Array, batches: Batches) -> Chosen:
-    """The rows of one choice."""
-    key_data = mesh_lib.replicate(bound.mesh, np.asarray(jax.random.key_data(key)))
-    quota = mesh_lib.replicate(bound.mesh, np.int32(bound.quotas[task]))
-    parts = [programs.describe(weights, key_data, mesh_lib.shard_rows(bound.mesh, batch)) for batch in batches()]
-    ranked = programs.rank(quota, key_data, parts)
-    found = {name: np.asarray(multihost_utils.process_allgather(x, tiled=True)) for name, x in ranked.items()}
-    return {name: x[found["rank"] != UNRANKED] for name, x in found.items()}
+    return store
 
 
 # --- the programs, on a device's part of everything; keys as their data, as they come from the host ------------------
 
 
-def describe(bound: Bound, weights: Weights, key: jax.Array, batch: Batch) -> Batch:
+def describe(bound: Bound, selection: Selection, weights: Weights, key: jax.Array, batch: Batch) -> Batch:
     """The features of rows, by which they are chosen, with their label, id and validity."""
     rows = {name: batch[name] for name in ("label", "valid", "id")}
-    if bound.selection.by == "random":
+    if selection.by == "random":
         return {"features": jnp.zeros((len(batch["id"]), 0)), **rows}
     params, batch_stats, own, task = weights
-    if bound.by_chance:
+    if selection.by_chance:
         images = bound.augment(jax.random.wrap_key_data(key), batch["id"], batch["image"])
     else:
         images = bound.normalize(batch["image"])
-    outputs, _ = bound.model.apply(params, batch_stats, images, train=False)
-    context = make_context(bound.model, own, task, bound.classes)
-    return {"features": bound.strategy.features(outputs, context), **rows}
+    outputs = bound.predict(params, batch_stats, images)
+    return {"features": bound.strategy.features(outputs, bound.context(own, task)), **rows}
 
 
-def rank(bound: Bound, quota: jax.Array, key: jax.Array, parts: list[Batch]) -> Batch:
+def rank(bound: Bound, selection: Selection, quota: jax.Array, key: jax.Array, parts: list[Batch]) -> Batch:
     """The rank of every row in its class, `UNRANKED` for those that are not chosen, with its label and id."""
     rows = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
     described = [rows[name] for name in ("features", "label", "valid", "id")]
     options: Any = {"num_classes": bound.classes.shape[1], "quota": quota, "axis": AXIS}
-    found = rank_rows(bound.selection.by, jax.random.wrap_key_data(key), *described, **options)
+    found = rank_rows(selection.by, jax.random.wrap_key_data(key), *described, **options)
     return {"rank": found, "label": rows["label"], "id": rows["id"]}
 
 
 def insert(bound: Bound, weights: Weights, shard: Shard, batch: Batch) -> Shard:
     """The memory with the rows that this device is given."""
-    outputs, _ = bound.model.apply(weights.params, weights.batch_stats, bound.normalize(batch["image"]), train=False)
+    assert bound.buffer is not None
+    outputs = bound.predict(weights.params, weights.batch_stats, bound.normalize(batch["image"]))
     record = bound.strategy.record(batch["image"], outputs)
     rows = Rows(record, batch["label"], batch["id"], batch["valid"])
     return bound.buffer.local.keep(shard, rows, jax.random.key(0))  # herding draws nothing
@@ -231,14 +169,15 @@ def insert(bound: Bound, weights: Weights, shard: Shard, batch: Batch) -> Shard:
 # --- who stores what -------------------------------------------------------------------------------------------------
 
 
-def rows_of_devices(bound: Bound, chosen: Sequence[Chosen], shard: Shard) -> list[np.ndarray]:
+def rows_of_devices(bound: Bound, memory: str, chosen: Sequence[Chosen], shard: Shard) -> list[np.ndarray]:
     """The ids that each device stores, in order; a sharded memory goes on at the shard that is next in turn."""
     devices = bound.mesh.size
-    if bound.selection.memory == "independent":
+    if memory == "independent":
         return [in_turn([one]) for one in chosen]
     ids = in_turn(chosen)
-    if bound.selection.memory == "replicated":
+    if memory == "replicated":
         return [ids] * devices
+    assert bound.buffer is not None
     stored = bound.buffer.stats(shard)["rows"]
     return [ids[(device - stored) % devices :: devices] for device in range(devices)]
 

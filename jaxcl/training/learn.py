@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import Mesh
 
 from jaxcl import losses
 from jaxcl.buffer import Buffer, Rows, Staged
 from jaxcl.buffer import threefry as random
-from jaxcl.data.augment import Augment
+from jaxcl.data.augment import Augment, Normalize
 from jaxcl.mesh import AXIS
 from jaxcl.models import Model
 from jaxcl.strategies import Context, Descent, Part, Strategy
@@ -26,13 +27,15 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """What the steps of a run are bound to.
+    """What the programs of a run are bound to.
 
     Attributes:
+      mesh: the devices.
       buffer: into which a step inserts and from which it draws; None without.
       optimizer: gradients to the direction of descent, before the learning rate is applied.
       schedule: the learning rate as a function of the epoch within a task.
       augment: `(key, positions, images uint8) -> images float32`, see `jaxcl.data.make_augment`.
+      normalize: `(images uint8) -> images float32`, as the model reads them where nothing is augmented.
       classes: bool `[T, K]`, the classes of each task.
       loss_classes: the classes among which rows are classified: "all" of the data set, those "seen" so far, or those of
         the "task" in which a row's class appears (one head a task).
@@ -41,17 +44,30 @@ class Bound:
       tuning: see `Context.tuning`.
     """
 
+    mesh: Mesh
     model: Model
     strategy: Strategy
     buffer: Buffer | None
     optimizer: optax.GradientTransformation
     schedule: Callable[[jax.Array], jax.Array]
     augment: Augment
+    normalize: Normalize
     classes: np.ndarray
     loss_classes: str = "all"
     learn: bool = True
     frozen: Sequence[str] = ()
     tuning: bool = False
+
+    def predict(self, params: PyTree, batch_stats: PyTree, images: jax.Array) -> Outputs:
+        """The model's outputs as in evaluation, by running statistics."""
+        return self.model.apply(params, batch_stats, images, train=False)[0]
+
+    def context(
+        self, state: PyTree, task: jax.Array, learning_rate: jax.Array | float = 0.0, key: jax.Array | None = None
+    ) -> Context:
+        """What the strategy's functions are told beside the rows."""
+        rate = jnp.asarray(learning_rate, jnp.float32)
+        return Context(self.predict, state, task, self.classes, rate, key, self.tuning)
 
 
 def learn(bound: Bound, key: jax.Array, state: TrainState, batch: Batch) -> tuple[TrainState, Outputs, Metrics]:
@@ -68,9 +84,8 @@ def learn(bound: Bound, key: jax.Array, state: TrainState, batch: Batch) -> tupl
     after = dataclasses.replace(state, step=state.step + 1, task_step=state.task_step + 1)
     if not bound.learn:
         return after, {}, metrics
-    context = make_context(bound.model, state.strategy_state, state.task, bound.classes, learning_rate)
     own_key = jax.random.fold_in(key, np.uint32(2**32 - 1))  # no row has this number
-    context = dataclasses.replace(context, key=own_key, tuning=bound.tuning)
+    context = bound.context(state.strategy_state, state.task, learning_rate, own_key)
 
     parts = augmented(bound, key, parts_of(bound, batch, state.staged if bound.buffer is not None else (), context))
     one_pass = functools.partial(descend, bound, context)
@@ -174,17 +189,6 @@ def candidates(bound: Bound, clock: Clock, batch: Batch, outputs: Outputs) -> Ro
 def step_keys(key: jax.Array, step: jax.Array, draws: int) -> jax.Array:
     """The keys of a step, `[2 + draws]`, of the run's: for its augmentation, its insert and each of its draws."""
     return random.split(random.fold_in(key, step), 2 + draws)
-
-
-def make_context(
-    model: Model, state: PyTree, task: jax.Array, classes: np.ndarray, learning_rate: jax.Array | float = 0.0
-) -> Context:
-    """What a strategy's functions are told beside the rows."""
-
-    def predict(params: PyTree, batch_stats: PyTree, images: jax.Array) -> Outputs:
-        return model.apply(params, batch_stats, images, train=False)[0]
-
-    return Context(predict, state, task, classes, jnp.asarray(learning_rate, jnp.float32))
 
 
 def scores(parts: Sequence[Part]) -> Metrics:

@@ -16,7 +16,7 @@ from jaxcl.runs.session import Session
 from jaxcl.training.build import Parts, build
 from jaxcl.training.result import MEASURES, summarize
 from jaxcl.training.resume import start
-from jaxcl.training.state import TrainState
+from jaxcl.training.state import TrainState, Weights
 from jaxcl.training.task import Course, Loaders, Scores, new_weights, own_batches, run_task, scores_of
 
 
@@ -83,8 +83,8 @@ def run_tasks(lanes: Lanes[TrainState], parts: Parts, progress: bool) -> list[di
     own = [own_batches(lanes, parts, task.index) for task in tasks]
     assert own[0], "the first task has no rows"
     state, scores = start(lanes, parts), []  # type: TrainState, list[Scores]
-    if parts.buffer is not None and parts.buffer.host is not None:
-        lanes.sessions[0].serve(parts.buffer.host, int(state.step), state.staged)
+    if parts.host is not None:
+        lanes.sessions[0].serve(parts.host, int(state.step), state.staged)
     with lanes.phases("compile"):
         first = lanes.batch([loader[0] for loader in own[0]])
         step = parts.train_step.prepare(state, first, lanes.phases)
@@ -112,14 +112,15 @@ def results(lanes: Lanes[TrainState], parts: Parts, state: TrainState, scores: l
     """What result.json holds of each lane but for its times; `scores` of the last task, [] if it was done before."""
     with lanes.phases("evaluate"):
         if not scores:
-            scores = scores_of(lanes, parts, (state.params, state.batch_stats, state.strategy_state))
+            scores = scores_of(lanes, parts, state.weights)
         params, batch_stats, _ = new_weights(lanes, parts, 0)  # against which forward transfer is measured
         init = jax.jit(lanes.each(parts.strategy.init), out_shardings=mesh_lib.replicated(parts.mesh))
-        untrained = scores_of(lanes, parts, (params, batch_stats, init(params, batch_stats)))
+        untrained = scores_of(lanes, parts, Weights(params, batch_stats, init(params, batch_stats), state.task))
     measure = MEASURES[bool(parts.train.targets)]
-    host = None if parts.buffer is None else parts.buffer.host
     more: dict[str, Any] = {"seeds_together": len(lanes)} if len(lanes) > 1 else {}
-    more |= {} if host is None else {"background_seconds": dict(host.seconds)}  # of this session's first process
+    more |= (
+        {} if parts.host is None else {"background_seconds": dict(parts.host.seconds)}
+    )  # of this session's first process
     each = zip(lanes.configs, lanes.sessions, scores, untrained, strict=True)
     return [
         summarize(config, parts, session.progress, lanes.one(state, i), mine, before[measure]) | more

@@ -64,13 +64,17 @@ def summarize(
 
 
 def _accuracies(parts: Parts, at: Progress, scores: dict[str, np.ndarray], untrained: Any) -> dict[str, Any]:
-    return {
-        "accuracy_matrix": at.scores["accuracy"],
-        **summaries.summarize(at.scores["accuracy"]),
-        **_top5(at.scores["top5"], parts.train.num_classes),
-        "forward_transfer": summaries.forward_transfer(at.scores["accuracy"], untrained),
-        **_last(scores),
-    }
+    """Of classification: the matrix and its summaries, and what is told of the last weights alone."""
+    matrix, confusion = at.scores["accuracy"], scores["confusion"]
+    found = {"accuracy_matrix": matrix, **summaries.summarize(matrix)}
+    if parts.train.num_classes > 5:  # else top-5 accuracy says nothing
+        top5 = at.scores["top5"]
+        found |= {"top5_matrix": top5, "average_top5": summaries.average_accuracy(top5)}
+        found |= {"top5_so_far": summaries.accuracy_so_far(top5).tolist()}
+    found |= {"forward_transfer": summaries.forward_transfer(matrix, untrained)}
+    found |= {"accuracy_in_task": scores["accuracy_in_task"].tolist()}
+    found |= {"per_class_accuracy": summaries.per_class_accuracy(confusion)}
+    return found | ({"confusion": confusion.tolist()} if len(confusion) <= 100 else {})  # where it stays readable
 
 
 def _errors(at: Progress, untrained: Any) -> dict[str, Any]:
@@ -79,22 +83,6 @@ def _errors(at: Progress, untrained: Any) -> dict[str, Any]:
         **summaries.summarize_errors(at.scores["error"]),
         "untrained_error": untrained.tolist(),
     }
-
-
-def _last(scores: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What is told of the last weights beside the matrix; the confusion matrix where it stays readable."""
-    confusion = scores["confusion"]
-    kept = {"confusion": confusion.tolist()} if len(confusion) <= 100 else {}
-    in_task = scores["accuracy_in_task"].tolist()
-    return {"accuracy_in_task": in_task, "per_class_accuracy": summaries.per_class_accuracy(confusion), **kept}
-
-
-def _top5(matrix: list[list[float]], num_classes: int) -> dict[str, Any]:
-    """Top-5 accuracy says something only above five classes."""
-    if num_classes <= 5:
-        return {}
-    so_far = summaries.accuracy_so_far(matrix).tolist()
-    return {"top5_matrix": matrix, "average_top5": summaries.average_accuracy(matrix), "top5_so_far": so_far}
 
 
 def _replay_report(config: ConfigDict, at: Progress) -> dict[str, Any]:

@@ -37,8 +37,8 @@ def restore(config: ConfigDict, session: Session, parts: Parts, state: TrainStat
     assert found is not None
     jax.tree.map(lambda x: x.delete(), state)  # or the memory would have to hold the buffer twice
     if parts.buffer is None or session.progress.devices == parts.mesh.size:
-        if parts.buffer is not None and (store := parts.buffer.host) is not None:
-            store.restore(session.checkpoints.rows(found, store.payload(), store.row))
+        if parts.host is not None:
+            parts.host.restore(session.checkpoints.rows(found, parts.host.payload(), parts.host.row))
         return session.checkpoints.restore(found, target)
     target = dataclasses.replace(target, staged=())
     state = session.checkpoints.restore(found, target, reshaped=("buffer.",), ignored=("staged.",))

@@ -21,10 +21,9 @@ PIXEL = 5  # bytes of one as it arrives, uint8, and as the model reads it, float
 
 
 def check_tasks(tasks: Any, rows: int = 0) -> None:
-    """Whether so many tasks can be kept track of.
+    """Whether so many tasks (`data.tasks`) can be kept track of; a list of their classes always can.
 
     Args:
-      tasks: `data.tasks`; a list of their classes always can.
       rows: of the train and test data, where every task has all of them.
 
     Raises:
@@ -73,7 +72,7 @@ def check_sizes(
 
 
 def check_on_devices(parts: Mapping[str, tuple[Any, int]], mesh: Mesh) -> None:
-    """As `check_memory`, of bytes that each device has to hold; CPU devices share the memory of their process."""
+    """As `check_memory`, of what each device has to hold; CPU devices share the memory of their process."""
     device = mesh.local_devices[0]
     if device.platform == "cpu":
         there = free_memory() // len(mesh.local_devices)
@@ -83,12 +82,7 @@ def check_on_devices(parts: Mapping[str, tuple[Any, int]], mesh: Mesh) -> None:
 
 
 def check_memory(parts: Mapping[str, tuple[Any, int]], there: int, where: str = "") -> None:
-    """Whether arrays fit.
-
-    Args:
-      parts: config field -> its value and the bytes that it asks for.
-      there: bytes that are free.
-      where: of the message.
+    """Whether arrays fit: `parts` gives of a config field its value and the bytes that it asks for, `there` bytes are free.
 
     Raises:
       UserError: they do not; names the field that asks for most.

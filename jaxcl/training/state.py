@@ -20,11 +20,7 @@ ROWS_OF_SEEDS = PartitionSpec(None, AXIS)  # as ROWS, behind a leading axis of s
 
 
 class Clock(NamedTuple):
-    """Where a step stands: what its part of the buffer has to know of the state.
-
-    Attributes:
-      step, task_step, steps_per_epoch: as those of `TrainState`.
-    """
+    """Where a step stands, as fields of `TrainState`: what its part of the buffer has to know."""
 
     step: jax.Array
     task_step: jax.Array

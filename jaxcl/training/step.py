@@ -13,23 +13,16 @@ The first line is `jaxcl.training.learn`. With the buffer in host memory the ste
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.sharding import Mesh
 
-from jaxcl.buffer import Buffer
-from jaxcl.data.augment import Augment
 from jaxcl.mesh import ROWS, WHOLE, on_mesh
-from jaxcl.models import Model
-from jaxcl.strategies import Strategy
 from jaxcl.training.learn import Bound, Metrics, candidates, learn, step_keys
 from jaxcl.training.state import ROWS_OF_SEEDS, TrainState, specs
-from jaxcl.training.step_host import Phase, make_host_step
+from jaxcl.training.step_host import HostStep, Phase, make_host_step
 from jaxcl.types import Batch
 
 
@@ -45,70 +38,44 @@ def train_step(bound: Bound, key: jax.Array, state: TrainState, batch: Batch) ->
     return after, metrics
 
 
-def device_step(bound: Bound, seed: int, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    return train_step(bound, jax.random.key(seed), state, batch)
-
-
-def seeds_step(bound: Bound, seeds: Sequence[int], state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    """A step for each of several seeds."""
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+def device_step(bound: Bound, seed: int | Sequence[int], state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """The same from the run's seed; of several seeds a step for each."""
+    if isinstance(seed, int):
+        return train_step(bound, jax.random.key(seed), state, batch)
+    keys = jnp.stack([jax.random.key(one) for one in seed])
     return jax.vmap(functools.partial(train_step, bound))(keys, state, batch)
-
-
-class TrainStep(Protocol):
-    """A training step, not compiled yet.
-
-    Attributes:
-      program: jitted; what it takes and gives is its tier's.
-    """
-
-    @property
-    def program(self) -> Any: ...
-
-    def prepare(
-        self, state: TrainState, batch: Batch, phase: Phase
-    ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-        """Compiles for these shapes: the step to be called, which donates the state and refuses other shapes.
-
-        In the host tier the store must be serving; `phase(name)` is a context in which the caller's wall time counts for
-        "wait", "accumulate" or "train". The device tier does without.
-        """
-
-    def lower(self, state: TrainState, batch: Batch) -> Sequence[jax.stages.Lowered]:
-        """What `prepare` compiles; in the host tier the store must be serving."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DeviceStep:
-    """A `TrainStep` of the device tier. `program`: jitted `(state, batch) -> (state, metrics)`, donating the state."""
+    """A training step of the device tier, not compiled yet.
+
+    Attributes:
+      program: jitted `(state, batch) -> (state, metrics)`, donating the state.
+    """
 
     program: Any
 
     def prepare(self, state: TrainState, batch: Batch, phase: Phase) -> Any:
+        """Compiles for these shapes: the step `(state, batch) -> (state, metrics)`, which donates the state and refuses other
+        shapes.
+
+        `phase(name)` is a context in which the caller's wall time counts for "wait", "accumulate" or "train"; the device tier
+        does without.
+        """
         del phase
         return self.lower(state, batch)[0].compile()
 
-    def lower(self, state: TrainState, batch: Batch) -> Sequence[jax.stages.Lowered]:
+    def lower(self, state: TrainState, batch: Batch) -> list[jax.stages.Lowered]:
+        """What `prepare` compiles."""
         return [self.program.lower(state, batch)]
 
 
-def make_train_step(
-    mesh: Mesh,
-    model: Model,
-    strategy: Strategy,
-    buffer: Buffer | None,
-    optimizer: optax.GradientTransformation,
-    schedule: Callable[[jax.Array], jax.Array],
-    augment: Augment,
-    seed: int | Sequence[int],
-    classes: np.ndarray,
-    *,
-    loss_classes: str = "all",
-    learn: bool = True,
-    frozen: Sequence[str] = (),
-    tuning: bool = False,
-) -> TrainStep:
-    """Binds the parts of a run to a step `(state, batch) -> (state, metrics)`.
+TrainStep = DeviceStep | HostStep  # they have the same methods
+
+
+def make_train_step(bound: Bound, seed: int | Sequence[int]) -> TrainStep:
+    """A step `(state, batch) -> (state, metrics)`.
 
     `batch` is {"image": uint8 [B, H, W, C], "label": int32 [B], "id": int32 [B], "valid": bool [B]}, split by rows, and where
     images are to be reconstructed "target": {name: float32 [B, ...]}. Rows that are not valid weigh nothing.
@@ -116,19 +83,13 @@ def make_train_step(
     Args:
       seed: of augmentation and buffer. Several: the step takes one step for each of them, alone as before; every leaf of
         state, batch and metrics then has a leading axis of seeds (`vmap` within the `shard_map`). Device tier only.
-      model, ..., tuning: see `Bound`.
 
     Metrics are scalars of this step: loss, accuracy (new rows), replay_accuracy (representatives; 0 without any),
     learning_rate, rows (valid new rows), replayed (valid representatives). Where images are to be reconstructed, error and
     replay_error instead of the accuracies.
     """
-    bound = Bound(
-        model, strategy, buffer, optimizer, schedule, augment, classes, loss_classes, learn, frozen, tuning
-    )  # fmt: skip
-    if not isinstance(seed, int):
-        function, rows = functools.partial(seeds_step, bound, tuple(seed)), ROWS_OF_SEEDS
-        return DeviceStep(on_mesh(mesh, function, (specs(True), rows), (specs(True), WHOLE), donate=0))
-    if buffer is not None and buffer.host is not None:
-        return make_host_step(mesh, bound, seed)
+    if isinstance(seed, int) and bound.buffer is not None and bound.buffer.host is not None:
+        return make_host_step(bound, seed)
+    state, rows = (specs(), ROWS) if isinstance(seed, int) else (specs(seeds=True), ROWS_OF_SEEDS)
     function = functools.partial(device_step, bound, seed)
-    return DeviceStep(on_mesh(mesh, function, (specs(), ROWS), (specs(), WHOLE), donate=0))
+    return DeviceStep(on_mesh(bound.mesh, function, (state, rows), (state, WHOLE), donate=0))

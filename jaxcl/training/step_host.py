@@ -11,10 +11,9 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from jaxcl.buffer import Shard, Staged
 from jaxcl.buffer.host import Handover, Store
@@ -28,26 +27,19 @@ Phase = Callable[[str], contextlib.AbstractContextManager]
 Handed = tuple[Handover, ...]  # one, or none where rows are handed over by callback
 
 
-class Call(NamedTuple):
-    """A jitted program with its arguments."""
-
-    program: Any
-    args: tuple[PyTree, ...]
-
-
-def make_host_step(mesh: Mesh, bound: Bound, seed: int) -> "HostStep":
-    """The `TrainStep` of a buffer in host memory."""
+def make_host_step(bound: Bound, seed: int) -> "HostStep":
+    """The training step with a buffer in host memory."""
     assert bound.buffer is not None and bound.buffer.host is not None
-    store = bound.buffer.host
+    store, mesh = bound.buffer.host, bound.mesh
     if bound.learn and bound.strategy.stores_outputs:
         step = functools.partial(train_and_turn, bound, seed)
         return HostStep(store, on_mesh(mesh, step, (specs(), ROWS, ROWS), (specs(), WHOLE, ROWS), donate=0))
     turn_ahead, train_behind = functools.partial(ahead, bound, seed), functools.partial(train, bound, seed)
-    programs = InTwo(
-        on_mesh(mesh, turn_ahead, (ROWS, WHOLE, ROWS), (ROWS, WHOLE, ROWS, ROWS), donate=0),
+    return HostStep(
+        store,
         on_mesh(mesh, train_behind, (specs(), WHOLE, ROWS, ROWS, ROWS), (specs(), WHOLE), donate=0),
+        on_mesh(mesh, turn_ahead, (ROWS, WHOLE, ROWS), (ROWS, WHOLE, ROWS, ROWS), donate=0),
     )
-    return HostStepInTwo(store, programs)
 
 
 # --- the programs, on a device's part of everything ------------------------------------------------------------------
@@ -92,7 +84,7 @@ def ahead(bound: Bound, seed: int, shard: Shard, clock: Clock, batch: Batch) -> 
 def train(
     bound: Bound, seed: int, rest: TrainState, clock: Clock, staged: Staged, batch: Batch, arrived: jax.Array | None
 ) -> tuple[TrainState, Metrics]:
-    """The second of two programs, which needs nothing of the first: `rest` is the state without buffer and draws."""
+    """The second of two programs, which needs nothing of the first; `rest`: see `rest_of`."""
     state = dataclasses.replace(rest, **clock._asdict(), staged=staged)
     after, _, metrics = train_on(bound, seed, state, batch, arrived)
     return dataclasses.replace(after, staged=()), metrics
@@ -101,70 +93,36 @@ def train(
 # --- on the host -----------------------------------------------------------------------------------------------------
 
 
-class InTwo(NamedTuple):
-    """The programs of a step.
-
-    Attributes:
-      ahead: jitted `(shard, clock, batch) -> (shard, clock, staged, handover)`, donating the shard.
-      train: jitted `(rest, clock, staged, batch, arrived) -> (rest, metrics)`, donating `rest`; `staged` of the step before.
-    """
-
-    ahead: Any
-    train: Any
-
-
 @dataclasses.dataclass(frozen=True)
 class HostStep:
-    """A `TrainStep` in one program.
+    """A training step of one program, or of two, whose store must be serving as it is prepared or lowered.
 
     Attributes:
       store: of the rows.
-      program: jitted `(state, batch, arrived) -> (state, metrics, handover)`, donating the state.
+      program: jitted `(state, batch, arrived) -> (state, metrics, handed)`; of two the second, `(rest, clock, staged, batch,
+        arrived) -> (rest, metrics)` with `staged` of the step before. Donates the first argument.
+      ahead: of two the first, jitted `(shard, clock, batch) -> (shard, clock, staged, handed)`, donating the shard.
     """
 
     store: Store
     program: Any
+    ahead: Any = None
 
     def prepare(self, state: PyTree, batch: PyTree, phase: Phase) -> "Fed":
-        """See `TrainStep`. Raises what the writer of the store has met with."""
+        """See `DeviceStep`. Raises what the writer of the store has met with."""
         return Fed(self, state, batch, phase)
 
     def lower(self, state: PyTree, batch: PyTree) -> list[jax.stages.Lowered]:
-        return [call.program.lower(*call.args) for call in self.calls(state, batch, self.store.take())]
+        return [program.lower(*args) for program, args in self.calls(state, batch, self.store.take())]
 
-    def calls(self, state: PyTree, batch: PyTree, arrived: jax.Array | None) -> list[Call]:
-        """What a step is made of, for the shapes."""
-        return [Call(self.program, (state, batch, arrived))]
-
-    def take(self, fed: "Fed", state: PyTree, batch: PyTree, arrived: jax.Array | None) -> tuple[PyTree, PyTree]:
-        """Takes a step; gives the state and the metrics."""
-        with fed.phase("train"):
-            state, metrics, handed = fed.run(self.program, state, batch, arrived)
-        with fed.phase("accumulate"):
-            self.store.passed(handed)
-        return state, metrics
-
-
-class HostStepInTwo(HostStep):
-    """A `TrainStep` in two programs, `InTwo`."""
-
-    def calls(self, state: TrainState, batch: Batch, arrived: jax.Array | None) -> list[Call]:
-        rest, clock = dataclasses.replace(state, buffer=None, staged=()), state.clock
+    def calls(self, state: Any, batch: PyTree, arrived: jax.Array | None) -> list[tuple[Any, tuple[PyTree, ...]]]:
+        """The programs with arguments of the shapes that they take."""
+        if self.ahead is None:
+            return [(self.program, (state, batch, arrived))]
         return [
-            Call(self.program.ahead, (state.buffer, clock, batch)),
-            Call(self.program.train, (rest, clock, state.staged, batch, arrived)),
+            (self.ahead, (state.buffer, state.clock, batch)),
+            (self.program, (rest_of(state), state.clock, state.staged, batch, arrived)),
         ]
-
-    def take(
-        self, fed: "Fed", state: TrainState, batch: Batch, arrived: jax.Array | None
-    ) -> tuple[TrainState, Metrics]:
-        rest = dataclasses.replace(state, buffer=None, staged=())
-        with fed.phase("accumulate"):
-            shard, clock, drawn, handed = fed.run(self.program.ahead, state.buffer, state.clock, batch)
-            self.store.passed(handed)
-        with fed.phase("train"):
-            rest, metrics = fed.run(self.program.train, rest, clock, state.staged, batch, arrived)
-        return dataclasses.replace(rest, buffer=shard, staged=drawn), metrics
 
 
 class Fed:
@@ -174,23 +132,34 @@ class Fed:
     """
 
     def __init__(self, step: HostStep, state: PyTree, batch: PyTree, phase: Phase):
-        self.phase, self._step = phase, step
+        self._step, self._phase = step, phase
         self._compiled: dict[Any, Any] = {}
         self._metrics: PyTree = None
         for program, args in step.calls(state, batch, step.store.take(self._finished)):
             self._made(program, *args)
 
-    def __call__(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-        with self.phase("wait"):  # first: if the writer has failed, the state is still there to be saved
-            arrived = self._step.store.take(self._finished)
-        state, self._metrics = self._step.take(self, state, batch, arrived)
-        return state, self._metrics
+    def __call__(self, state: Any, batch: PyTree) -> tuple[Any, PyTree]:
+        step, store = self._step, self._step.store
+        with self._phase("wait"):  # first: if the writer has failed, the state is still there to be saved
+            arrived = store.take(self._finished)
+        if step.ahead is None:
+            with self._phase("train"):
+                state, self._metrics, handed = self._run(step.program, state, batch, arrived)
+            with self._phase("accumulate"):
+                store.passed(handed)
+            return state, self._metrics
+        with self._phase("accumulate"):
+            shard, clock, drawn, handed = self._run(step.ahead, state.buffer, state.clock, batch)
+            store.passed(handed)
+        with self._phase("train"):
+            rest, self._metrics = self._run(step.program, rest_of(state), clock, state.staged, batch, arrived)
+        return dataclasses.replace(rest, buffer=shard, staged=drawn), self._metrics
 
-    def run(self, program: Any, *args: PyTree) -> Any:
-        """Calls the program, compiled for these arguments."""
+    def _run(self, program: Any, *args: PyTree) -> Any:
         return self._made(program, *args)(*args)
 
     def _made(self, program: Any, *args: PyTree) -> Any:
+        """The program, compiled for these arguments."""
         arrived = args[-1].shape if isinstance(args[-1], jax.Array) else ()
         if (program, arrived) not in self._compiled:
             self._compiled[program, arrived] = program.lower(*args).compile()
@@ -202,3 +171,8 @@ class Fed:
             return False
         jax.block_until_ready(self._metrics)  # raises what the step itself met with
         return True
+
+
+def rest_of(state: TrainState) -> TrainState:
+    """The state without buffer and draws."""
+    return dataclasses.replace(state, buffer=None, staged=())

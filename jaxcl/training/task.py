@@ -13,7 +13,7 @@ task's own rows are done and those of the review are on.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -21,19 +21,18 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from jaxcl import data
-from jaxcl.buffer.host import Store
 from jaxcl.errors import UserError
 from jaxcl.runs.lanes import Lanes
-from jaxcl.runs.session import Session
 from jaxcl.runs.steps import Step, take_steps
 from jaxcl.training.batches import evaluation_batches, review_batches, task_batches, train_batches
 from jaxcl.training.build import Parts
+from jaxcl.training.end_task import Batches
 from jaxcl.training.result import add_scores, count_review, count_rows
-from jaxcl.training.state import TrainState
-from jaxcl.types import Batch, PyTree
+from jaxcl.training.state import TrainState, Weights
+from jaxcl.types import PyTree
 
 Scores = dict[str, np.ndarray]
-Weights = tuple[PyTree, PyTree, PyTree]  # params, batch_stats, opt_state
+Untrained = tuple[PyTree, PyTree, PyTree]  # params, batch_stats, opt_state
 Loaders = list[data.Loader]  # one a lane; none where there are no batches
 SHARES = ("accuracy", "top5")  # scores shown in per cent
 SELECTING = np.uint32(2**32 - 1)  # folded into a run's key for its selections: no step has this number
@@ -56,11 +55,6 @@ class Course:
     step: Step
     bar: tqdm
     review_step: Step | None = None
-
-    @property
-    def host(self) -> Store | None:
-        """The rows in host memory, where the buffer keeps them there."""
-        return None if self.parts.buffer is None else self.parts.buffer.host
 
 
 def run_task(course: Course, state: TrainState, task: int) -> tuple[TrainState, list[Scores]]:
@@ -97,15 +91,15 @@ def train(course: Course, state: TrainState, task: int, own: Loaders) -> TrainSt
 
 def store(course: Course, state: TrainState, task: int) -> TrainState:
     """The task's exemplars enter the memory."""
-    if course.parts.store_exemplars is None:
+    store_exemplars = course.parts.store_exemplars
+    if store_exemplars is None:
         return state
 
-    def one(config: ConfigDict, session: Session, state: TrainState) -> TrainState:
-        assert course.parts.store_exemplars is not None
+    def one(config: ConfigDict, state: TrainState, batches: Batches) -> TrainState:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), SELECTING), task)
-        return course.parts.store_exemplars(state, task, key, _rows(course, config, session, task))
+        return store_exemplars(state, task, key, batches)
 
-    return _each_lane(course.lanes, one, state)
+    return _each_lane(course, task, one, state)
 
 
 def review(course: Course, state: TrainState, task: int) -> TrainState:
@@ -134,24 +128,21 @@ def review(course: Course, state: TrainState, task: int) -> TrainState:
 
 def end(course: Course, state: TrainState, task: int) -> TrainState:
     """What the strategy does when all steps of the task are done."""
-    if course.parts.strategy.end_task is None:
+    end_task = course.parts.end_task
+    if end_task is None:
         return state
-
-    def one(config: ConfigDict, session: Session, state: TrainState) -> TrainState:
-        return course.parts.end_task(state, _rows(course, config, session, task))
-
-    return _each_lane(course.lanes, one, state)
+    return _each_lane(course, task, lambda config, one, batches: end_task(one, batches), state)
 
 
 def evaluate(course: Course, state: TrainState, task: int) -> list[Scores]:
     """The scores of every lane on the test rows of all tasks; into the progress, the log and the bar."""
     lanes = course.lanes
     with lanes.phases("evaluate"):
-        scores = scores_of(lanes, course.parts, (state.params, state.batch_stats, state.strategy_state))
+        scores = scores_of(lanes, course.parts, state.weights)
     for session, mine in zip(lanes.sessions, scores, strict=True):
         rows = add_scores(session.progress, mine)
         session.log.write("evaluation", lanes.at.step, {"task": task, **rows})
-        background = course.host.seconds if course.host else {}
+        background = course.parts.host.seconds if course.parts.host else {}
         session.log.write_seconds(lanes.at.step, session.phases.seconds, background)
         so_far = {name: float(np.mean(row[: task + 1])) for name, row in rows.items()}
         shown = {name: f"{100 * x:.1f} %" if name in SHARES else f"{x:.4f}" for name, x in so_far.items()}
@@ -176,23 +167,23 @@ def own_batches(lanes: Lanes[TrainState], parts: Parts, task: int, state: TrainS
     return _loaders(lanes, lambda config, one: train_batches(config, parts, task, one), state)
 
 
-def new_weights(lanes: Lanes[TrainState], parts: Parts, task: int) -> Weights:
+def new_weights(lanes: Lanes[TrainState], parts: Parts, task: int) -> Untrained:
     """Newly initialised weights of every lane, and their optimiser's state."""
     return lanes.weights([weights_of(config, parts, task) for config in lanes.configs])
 
 
-def weights_of(config: ConfigDict, parts: Parts, task: int) -> Weights:
+def weights_of(config: ConfigDict, parts: Parts, task: int) -> Untrained:
     """The same of one seed."""
     return parts.new_weights(jax.random.fold_in(jax.random.key(config.seed), task))
 
 
-def with_weights(state: TrainState, weights: Weights) -> TrainState:
+def with_weights(state: TrainState, weights: Untrained) -> TrainState:
     """The state with these weights and their optimiser."""
     params, batch_stats, opt_state = weights
     return dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state)
 
 
-def with_optimizer(state: TrainState, weights: Weights) -> TrainState:
+def with_optimizer(state: TrainState, weights: Untrained) -> TrainState:
     """The state with the optimiser of these weights alone."""
     return dataclasses.replace(state, opt_state=weights[2])
 
@@ -203,11 +194,11 @@ def begin(lanes: Lanes[TrainState], state: TrainState, task: int, loaders: Loade
     return dataclasses.replace(state, task_step=start, steps_per_epoch=per_epoch, task=number)
 
 
-def scores_of(lanes: Lanes[TrainState], parts: Parts, weights: tuple[PyTree, PyTree, PyTree]) -> list[Scores]:
-    """The scores of every lane with these params, batch_stats and strategy_state."""
+def scores_of(lanes: Lanes[TrainState], parts: Parts, weights: Weights) -> list[Scores]:
+    """The scores of every lane with these weights."""
     batches = evaluation_batches(lanes.configs[0], parts)
     rows = lanes.sessions[0].watched(batches, "a batch of the evaluation")
-    return lanes.split(parts.evaluate(*weights, rows))
+    return lanes.split(parts.evaluate(weights, rows))
 
 
 def _loaders(lanes: Lanes[TrainState], make: Callable[..., data.Loader | None], state: TrainState | None) -> Loaders:
@@ -220,14 +211,13 @@ def _loaders(lanes: Lanes[TrainState], make: Callable[..., data.Loader | None], 
     return loaders
 
 
-def _each_lane(lanes: Lanes[TrainState], act: Callable[..., TrainState], state: TrainState) -> TrainState:
-    """`act(config, session, state)` at a task's end, lane after lane."""
+def _each_lane(course: Course, task: int, act: Callable[..., TrainState], state: TrainState) -> TrainState:
+    """`act(config, state, batches)` at a task's end, lane after lane; `batches()` gives the rows of the task once."""
+    lanes = course.lanes
     with lanes.phases("end of task"):
-        each = enumerate(zip(lanes.configs, lanes.sessions, strict=True))
-        return lanes.join([act(*lane, lanes.one(state, i)) for i, lane in each])
-
-
-def _rows(course: Course, config: ConfigDict, session: Session, task: int) -> Callable[[], Iterator[Batch]]:
-    """Gives the rows of the task once, each time it is called."""
-    batches = task_batches(config, course.parts, task)
-    return functools.partial(session.watched, batches, "a batch at a task's end")
+        done = []
+        for i, (config, session) in enumerate(zip(lanes.configs, lanes.sessions, strict=True)):
+            loader = task_batches(config, course.parts, task)
+            batches = functools.partial(session.watched, loader, "a batch at a task's end")
+            done.append(act(config, lanes.one(state, i), batches))
+        return lanes.join(done)

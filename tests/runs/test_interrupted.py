@@ -22,7 +22,7 @@ from jaxcl.runs import checkpoint
 from jaxcl.runs import session as session_lib
 from jaxcl.runs import workdir as workdir_lib
 from jaxcl.strategies import STRATEGIES
-from jaxcl.training import loop
+from jaxcl.training import task
 from jaxcl.training.loop import train_and_evaluate
 from tests import whole as runs
 from tests.runs.test_checkpoint import DAMAGE
@@ -91,14 +91,14 @@ def test_a_run_moves_between_numbers_of_devices(changes, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(("every_steps", "what"), [(0, r"the loss is (nan|inf)"), (1, "(the loss|a parameter) is .*")])
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_saved(every_steps, what, tmp_path, monkeypatch):
     """The weights explode in the second task, after the checkpoint at the end of the first."""
-    original = loop.train_steps
+    original = task.take_steps
 
-    def train_steps(lanes, step, state, loaders, bar):
+    def take_steps(lanes, step, state, loaders, bar):
         if lanes.at.task == 1:
             state = dataclasses.replace(state, params=jax.tree.map(lambda x: x * 1e30, state.params))
         return original(lanes, step, state, loaders, bar)
 
-    monkeypatch.setattr(loop, "train_steps", train_steps)
+    monkeypatch.setattr(task, "take_steps", take_steps)
     config = runs.small(checkpoint__every_steps=every_steps)
     with pytest.raises(Diverged, match=rf"{what} at step \d+, task 1; checkpoints from before are kept") as error:
         train(config, tmp_path)
@@ -297,11 +297,11 @@ def _heeds_sigterm(pid: int) -> bool:
 
 def test_progress_survives_json():
     progress = session_lib.Progress(step=3, task=1, iterator={"next_index": 2}, counts={"images": 3})
-    progress.scores["accuracy"].append([1 / 3, 0.1])
+    progress.scores["accuracy"] = [[1 / 3, 0.1]]
     saved = progress.saved()
     again = session_lib.Progress(**json.loads(json.dumps(saved)))
-    again.scores["top5"].append([1.0])
-    progress.scores["top5"].append([1.0])
+    again.scores["top5"] = [[1.0]]
+    progress.scores["top5"] = [[1.0]]
     assert "top5" not in saved["scores"]  # a copy
     assert again == progress and again.name == "0001-000000002"
     assert again.name < session_lib.Progress(task=2).name

@@ -160,7 +160,7 @@ def test_options_of_a_strategy_from_outside_stand_under_its_short_name(monkeypat
     def mine(strength: float = 1.0) -> None:
         """Stands in for a strategy of another package."""
 
-    monkeypatch.setattr(training, "STRATEGIES", {**training.STRATEGIES, "m:mine": mine})
+    monkeypatch.setitem(training.STRATEGIES._found, "m:mine", mine)
     made = []
     strategy = types.SimpleNamespace(draws=0, check=made.append)
     monkeypatch.setattr(training, "make_strategy", lambda name, options: made.append((name, dict(options))) or strategy)

@@ -36,10 +36,8 @@ class Tasks:
         self.normalize, self.augment = make_normalize(SHAPE), make_augment(("crop", "flip"), SHAPE)
         self.selection = Selection(by, memory=memory, capacity=capacity, **options)
         source = array_source(self.images, self.labels, [str(k) for k in range(K)])
-        self.store = make_store_exemplars(
-            mesh, self.rig.model, self.rig.strategy, self.rig.buffer, self.augment, self.normalize, source, CLASSES,
-            self.selection, batch_size=8,
-        )  # fmt: skip
+        bound = dataclasses.replace(self.rig.bound, augment=self.augment)
+        self.store = make_store_exemplars(bound, source, self.selection, batch_size=8)
 
     def batches(self, task, size=8):
         """The task's rows in batches with padding at the end, as the loader makes them."""

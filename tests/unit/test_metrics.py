@@ -1,5 +1,7 @@
 """The metrics of evaluation: against NumPy over all rows, on any number of devices, whatever the padding; one from outside."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from jaxcl.data import class_incremental, make_normalize
 from jaxcl.errors import UserError
 from jaxcl.strategies import make_strategy
 from jaxcl.training.evaluate import make_evaluate
+from jaxcl.training.state import Weights
 from tests.rig import SHAPE, K, Rig
 
 ROWS, BATCH = 50, 16
@@ -46,11 +49,10 @@ def scores(mesh, metrics, seeds=()):
     each = [rig.new_weights(jax.random.key(seed))[0] for seed in seeds or (0,)]
     normalize = make_normalize(SHAPE)
     params = jax.tree.map(lambda *x: np.stack(x), *each) if seeds else each[0]
-    evaluate = make_evaluate(
-        mesh, rig.model, normalize, SCENARIO, rig.strategy.scores, seeds=bool(seeds), metrics=metrics
-    )
+    bound = dataclasses.replace(rig.bound, classes=SCENARIO.class_table)
+    evaluate = make_evaluate(bound, SCENARIO.task_of_test_row, seeds=bool(seeds), metrics=metrics)
     logits = [np.asarray(rig.model.apply(x, {}, normalize(IMAGES), train=False)[0]["logits"]) for x in each]
-    return evaluate(params, {}, {}, batches()), logits
+    return evaluate(Weights(params, {}, {}, np.zeros(len(seeds) if seeds else (), np.int32)), batches()), logits
 
 
 def by_task(x):

@@ -15,12 +15,12 @@ from jaxcl.strategies import make_strategy
 from jaxcl.strategies.bic import is_held_out
 from jaxcl.strategies.wa import align
 from jaxcl.training.end_task import make_end_task
-from tests.rig import CLASSES, SHAPE, K, Rig, close, make_batch, make_draw
+from tests.rig import SHAPE, K, Rig, close, make_batch, make_draw
 from tests.unit.test_strategies import OLD, SCALE, SEEN, SHIFT, only_valid, own_state
 
 
 def end_of_task(rig: Rig, state, batches=()):
-    return make_end_task(rig.mesh, rig.model, rig.strategy, make_normalize(SHAPE), CLASSES)(state, lambda: batches)
+    return make_end_task(rig.bound)(state, lambda: batches)
 
 
 def remember(rig: Rig, state, batch):

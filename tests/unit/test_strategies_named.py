@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxcl.errors import UserError
-from jaxcl.strategies import STRATEGIES, Strategy, default_options, make_strategy
+from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
 from tests.rig import SHAPE, K
 
 OLD, SEEN = np.arange(K) < 2, np.arange(K) < 4  # in task 1 of three
@@ -42,12 +42,12 @@ def test_the_example_of_the_documentation_is_the_file():
 def test_every_strategy_is_documented_with_its_options(name):
     text = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "strategies.md").read_text()
     (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
-    assert re.findall(r"`(\w+)`", row.split("|")[4]) == list(default_options(name))
+    assert re.findall(r"`(\w+)`", row.split("|")[4]) == list(STRATEGIES.options(name))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_defaults_make_a_strategy(name):
-    assert isinstance(make_strategy(name, default_options(name)), Strategy)
+    assert isinstance(make_strategy(name, STRATEGIES.options(name)), Strategy)
 
 
 def test_mistakes():
@@ -80,7 +80,7 @@ def test_a_strategy_from_outside(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert make_strategy("outside_strategy:twice").draws == 2
     assert make_strategy("outside_strategy:twice", {"draws": 3}).draws == 3
-    assert default_options("outside_strategy:twice") == {"draws": 2}
+    assert STRATEGIES.options("outside_strategy:twice") == {"draws": 2}
     with pytest.raises(UserError, match="strategy: 'outside_strategy:thrice' cannot be imported"):
         make_strategy("outside_strategy:thrice")
 

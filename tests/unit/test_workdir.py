@@ -48,7 +48,10 @@ def unfinished(tmp_path):
 
 @pytest.fixture
 def finished(unfinished):
-    workdir.finish(unfinished, files.sealed({"config": workdir.resolved(config()), "steps": 2, "accuracy": 0.8125}))
+    files.write_json(
+        unfinished / workdir.RESULT,
+        files.sealed({"config": workdir.resolved(config()), "steps": 2, "accuracy": 0.8125}),
+    )
     return unfinished
 
 
