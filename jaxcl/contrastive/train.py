@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from jaxcl import data
 from jaxcl import mesh as mesh_lib
-from jaxcl.contrastive.bank import Bank, make_bank
+from jaxcl.contrastive.bank import make_bank
 from jaxcl.contrastive.config import BANKED, check_config
 from jaxcl.contrastive.evaluate import Embed, make_embed, make_staleness, retrieval
 from jaxcl.contrastive.step import ContrastiveState, initial_state, make_step
@@ -47,7 +47,6 @@ class Parts:
     mesh: jax.sharding.Mesh
     train: data.Source
     test: data.Source
-    bank: Bank | None
     new_state: Callable[[], ContrastiveState]
     step: Any
     embed: Embed
@@ -110,7 +109,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
         momentum=config.momentum,
     )
     embed = make_embed(mesh, towers, d.pairs, augment if d.pairs == "views" else plain)
-    return Parts(mesh, train, test, bank, new_state, step, embed, make_staleness(mesh, config.eval.staleness_rows))
+    return Parts(mesh, train, test, new_state, step, embed, make_staleness(mesh, config.eval.staleness_rows))
 
 
 def train_batches(config: ConfigDict, parts: Parts, number: int) -> data.Loader:
