@@ -171,6 +171,11 @@ def bring(sizes: Sizes, plan: Plan, read: Read) -> Drawn:
     return Drawn(record=record, label=label, id=jnp.where(valid, ident, -1), valid=valid, shard=source)
 
 
+def stage(sizes: Sizes, state: Shard, keys: Sequence[jax.Array]) -> tuple[Drawn, ...]:
+    """A draw for each key, as a training step leaves it for the next one."""
+    return tuple(draw(sizes, state, key) for key in keys)
+
+
 def no_rows(sizes: Sizes) -> Drawn:
     """A draw without a valid row."""
     r = sizes.per_device
@@ -179,15 +184,12 @@ def no_rows(sizes: Sizes) -> Drawn:
     return Drawn(record, jnp.zeros((r,), jnp.int32), none, jnp.zeros((r,), bool), none)
 
 
-# What a training step does.
-
-
 @dataclasses.dataclass(frozen=True)
 class Local:
     """A tier's functions, bound to their sizes, for use inside an existing `shard_map`, on this device's part of everything.
 
-    Those of the device tier are described below; insert, keep and draw are of that tier alone. A training step uses `turn`
-    and `receive`, which are the same for both tiers. `stage` and `no_rows` give `Pending` in the host tier.
+    Those of the device tier are described above. A step of it calls `insert`, then `draw`; one of the host tier calls `turn`
+    and, in the next step, `receive`, see `host/feed.py`. `stage` and `no_rows` give `Pending` in the host tier.
     """
 
     init: Callable[[], Shard]
@@ -195,38 +197,16 @@ class Local:
     keep: Callable[[Shard, Rows, jax.Array], Shard]
     draw: Callable[[Shard, jax.Array], Drawn]
     stage: Callable[[Shard, Sequence[jax.Array]], Staged]
-    turn: Callable[..., tuple[Shard, Staged, tuple[Any, ...]]]
-    receive: Callable[[Staged, jax.Array | None], tuple[Drawn, ...]]
     no_rows: Callable[[], Any]
+    turn: Any = None
+    receive: Any = None
 
 
 def bind(sizes: Sizes) -> Local:
     """The functions of the device tier."""
-    functions: tuple[Callable, ...] = (init, insert, keep, draw, stage, turn, no_rows)
+    functions: tuple[Callable, ...] = (init, insert, keep, draw, stage, no_rows)
     bound: dict[str, Any] = {f.__name__: functools.partial(f, sizes) for f in functions}
-    return Local(receive=receive, **bound)
-
-
-def stage(sizes: Sizes, state: Shard, keys: Sequence[jax.Array]) -> tuple[Drawn, ...]:
-    """A draw for each key."""
-    return tuple(draw(sizes, state, key) for key in keys)
-
-
-def turn(
-    sizes: Sizes, state: Shard, rows: Rows, insert_key: jax.Array, draw_keys: Sequence[jax.Array], step: jax.Array
-) -> tuple[Shard, tuple[Drawn, ...], tuple[()]]:
-    """An insert, then a draw for each key, which goes to `receive` in the next step; and what is still to be handed over.
-
-    In the host tier `step` is the number of the step, one more each time, and the last result, a tuple of one `Handover` or
-    none, goes to `Store.passed`.
-    """
-    state = insert(sizes, state, rows, insert_key)
-    return state, stage(sizes, state, draw_keys), ()
-
-
-def receive(staged: tuple[Drawn, ...], arrived: jax.Array | None = None) -> tuple[Drawn, ...]:
-    """The draws; in the host tier `arrived` is what `Store.take` gives."""
-    return staged
+    return Local(**bound)
 
 
 def stats(sizes: Sizes, state: Shard) -> dict[str, Any]:

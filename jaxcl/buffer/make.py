@@ -41,7 +41,7 @@ class Buffer:
       stage: `(state, keys) -> Staged`, a draw for each key, as a training step leaves it for the next one.
       stats: `(state) -> dict` of plain numbers, see `buffer.stats`.
       no_rows: `() -> Drawn` (host tier: `Pending`) without a valid row, the first value of double-buffered representatives.
-      local: the same for use inside `shard_map`, and what a training step does.
+      local: the same for use inside `shard_map`; of the host tier `turn` and `receive` too.
       capacity, representatives, repeats: as given to `make_buffer`.
       num_bytes: bytes of the whole state over all devices, the rows in host memory included.
       traffic: rows and bytes that a device puts into collectives for one draw, padding included, and what r rows weigh.

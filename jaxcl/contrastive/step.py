@@ -197,8 +197,8 @@ def train_step(bound: Bound, state: ContrastiveState, batch: Batch) -> tuple[Con
         """Pass `i`: the new weights; the embeddings that the bank takes in, and the metrics."""
         params, opt_state, keys = carry
         stored = bound.embed(keys, inputs) if bound.negatives == "momentum" else None
-        options = {"state": held, "draw_key": jax.random.fold_in(draw_key, i), "used": epoch >= bound.bank_start}
-        share = functools.partial(loss_share, bound, batch, inputs, stored, options)
+        pass_key, used = jax.random.fold_in(draw_key, i), epoch >= bound.bank_start
+        share = functools.partial(loss_share, bound, batch, inputs, stored, held, pass_key, used)
         (value, (pair, scale, means)), grads = jax.value_and_grad(share, has_aux=True)(params)
         grads, value, means = jax.tree.map(lambda x: x / total, lax.psum((grads, value, means), AXIS))
         direction, opt_state = bound.optimizer.update(grads, opt_state, params)
@@ -228,21 +228,22 @@ def loss_share(
     batch: Batch,
     inputs: Sequence[jax.Array],
     stored: loss_lib.Pair | None,
-    options: dict[str, Any],
+    held: BankState | None,
+    draw_key: jax.Array,
+    used: jax.Array,
     params: PyTree,
 ) -> tuple[jax.Array, tuple[loss_lib.Pair, jax.Array, list[jax.Array]]]:
     """This device's share of the sum of the loss over all valid rows; the embeddings, the scale, and the shares of the proximal
-    term and of the cosine of the pairs. `stored`: what the key encoders make of the batch, None without them; `options`: of
-    `loss.info_nce`, what is to be known of the bank."""
+    term and of the cosine of the pairs. `stored`: what the key encoders make of the batch, None without them."""
     valid, pair = batch["valid"], bound.embed(params["towers"], inputs)
     scale = jnp.minimum(jnp.exp(params["log_scale"]), MAX_SCALE)
-    gather = bound.negatives != "in_batch"
-    options = options | {"gather": gather, "same_side": bound.same_side, "bank": bound.bank}
-    losses = loss_lib.info_nce(pair, stored or pair, scale, batch["label"], valid, **options)
+    candidates: Any = {"gather": bound.negatives != "in_batch", "same_side": bound.same_side}
+    candidates |= {"bank": bound.bank, "state": held, "draw_key": draw_key, "used": used}
+    losses = loss_lib.info_nce(pair, stored or pair, scale, batch["label"], valid, **candidates)
     moved = jnp.zeros_like(losses)
     if bound.proximal:
-        assert bound.bank is not None
-        moved = loss_lib.proximal(bound.bank, options["state"], pair, batch["id"])
+        assert bound.bank is not None and held is not None
+        moved = loss_lib.proximal(bound.bank, held, pair, batch["id"])
     positive = jnp.sum(pair[0] * pair[1], axis=1)
     value, *means = (jnp.sum(x, where=valid) for x in (losses + bound.proximal * moved, moved, positive))
     return value, (pair, scale, means)

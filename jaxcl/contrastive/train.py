@@ -36,13 +36,8 @@ from jaxcl.training import sizes
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The parts of a run, built and checked; nothing is compiled yet.
-
-    Attributes:
-      new_state: `() -> ContrastiveState`.
-      step: jitted, see `make_step`.
-      staleness: see `make_staleness`.
-    """
+    """The parts of a run, built and checked; nothing is compiled yet. See `initial_state`, `make_step`, `make_embed` and
+    `make_staleness`."""
 
     mesh: jax.sharding.Mesh
     train: data.Source

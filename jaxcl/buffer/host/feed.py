@@ -63,8 +63,10 @@ def turn(
     draw_keys: Sequence[jax.Array],
     step: jax.Array,
 ) -> tuple[Shard, tuple[Pending, ...], tuple[Handover, ...]]:
-    """Decides where the rows go and which ones a draw for each key sends, and hands both over, in one of the ways of
-    `HANDOVERS`: from within the step, or by what it returns."""
+    """An insert, then a draw for each key: decides where the rows go and which ones are sent, and hands both over.
+
+    `step` is the number of the step, one more each time. What is still to be handed over is returned, for `Store.passed`.
+    """
     rows = buffer.offered(sizes, rows)
     slot, meta = buffer.choose(sizes, state, rows, insert_key)
     state = buffer.write(sizes, state, dataclasses.replace(rows, record={}), slot, meta)
