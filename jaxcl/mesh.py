@@ -76,7 +76,8 @@ def join_processes(
         )
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise UserError(f"--process_id: {process_id} is not allowed, give 0 to num_processes - 1 = {num_processes - 1}")
-    if coordinator is not None and not _is_address(coordinator):
+    address = re.fullmatch(r"\S+:([0-9]{1,5})", coordinator or "")
+    if coordinator is not None and not (address and 1 <= int(address[1]) <= 65535):
         raise UserError(f"--coordinator: {coordinator!r} is not allowed, give HOST:PORT with a port from 1 to 65535")
     if heartbeat_seconds < 1:
         raise UserError(f"--heartbeat_seconds: {heartbeat_seconds} is not allowed, give at least 1")
@@ -99,14 +100,8 @@ def join_processes(
         text = " ".join(str(error).split())
         if "UNAVAILABLE" in text or "DEADLINE_EXCEEDED" in text:
             raise PeerLost(f"{who}: another process has died: {text}; start the run again") from error
-        raise UserError(
-            f"{'--distributed' if missing else '--coordinator'}: the processes cannot be joined: {text}"
-        ) from error
-
-
-def _is_address(text: str) -> bool:
-    found = re.fullmatch(r"\S+:([0-9]{1,5})", text)
-    return found is not None and 1 <= int(found[1]) <= 65535
+        flag = "--distributed" if missing else "--coordinator"
+        raise UserError(f"{flag}: the processes cannot be joined: {text}") from error
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@
 Learning with Asynchronous Distributed Rehearsal Buffers, CCGrid 2024.
 """
 
-from jaxcl.buffer.buffer import DRAWS, MEMORIES, Local, Sizes, Staged
+from jaxcl.buffer.buffer import DRAWS, MEMORIES, Staged
 from jaxcl.buffer.exchange import EXCHANGES
 from jaxcl.buffer.host import HANDOVERS
 from jaxcl.buffer.make import TIERS, Buffer, make_buffer
@@ -27,10 +27,8 @@ __all__ = [
     "TIERS",
     "Buffer",
     "Drawn",
-    "Local",
     "Rows",
     "Shard",
-    "Sizes",
     "Staged",
     "make_buffer",
 ]

@@ -33,21 +33,16 @@ Staged = tuple[Any, ...]  # of Drawn, in the host tier of Pending
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is static of a buffer; `make_buffer` explains the choices.
+    """What is static of a buffer: what `make_buffer` is given, and what follows from it.
 
     Attributes:
       record: one record as a pytree of `jax.ShapeDtypeStruct`.
-      capacity: rows of the memory.
-      representatives: R, rows of one draw over all devices.
       shards: N, the number of devices.
       axis: of the mesh; None without one.
-      memory: one of `MEMORIES`.
-      sampling: one of `DRAWS`.
       policy: which slot a row takes, bound to this capacity.
       routes: of the exchange; () where no row travels.
       alone: whether every device draws from the rows it holds, without knowing of the others.
-      num_classes: K, a static bound on the labels; None where it is not known.
-      num_ids: a static bound on the ids; None unless copies are refused.
+      num_ids: None unless copies are refused.
     """
 
     record: PyTree
@@ -176,6 +171,11 @@ def bring(sizes: Sizes, plan: Plan, read: Read) -> Drawn:
     return Drawn(record=record, label=label, id=jnp.where(valid, ident, -1), valid=valid, shard=source)
 
 
+def stage(sizes: Sizes, state: Shard, keys: Sequence[jax.Array]) -> tuple[Drawn, ...]:
+    """A draw for each key, as a training step leaves it for the next one."""
+    return tuple(draw(sizes, state, key) for key in keys)
+
+
 def no_rows(sizes: Sizes) -> Drawn:
     """A draw without a valid row."""
     r = sizes.per_device
@@ -184,26 +184,12 @@ def no_rows(sizes: Sizes) -> Drawn:
     return Drawn(record, jnp.zeros((r,), jnp.int32), none, jnp.zeros((r,), bool), none)
 
 
-# What a training step does.
-
-
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """The buffer's functions for use inside an existing `shard_map`, on this device's part of every argument.
+    """A tier's functions, bound to their sizes, for use inside an existing `shard_map`, on this device's part of everything.
 
-    A training step uses `turn` and `receive`, which are the same for both tiers.
-
-    Attributes:
-      init: `() -> state`.
-      insert, draw: as those of `Buffer`; of the device tier alone.
-      keep: as insert, but a device stores of the rows it is given alone, whatever the memory; for a "replicated" one give
-        all devices the same.
-      stage: `(state, keys) -> staged`, a draw for each key.
-      turn: `(state, rows, insert_key, draw_keys, step) -> (state, staged, handover)`: an insert, then a draw for each key.
-        `staged` goes to `receive` in the next step. In the host tier `step` is the number of the step, one more each time,
-        and `handover` goes to `Store.passed`: what is still to be handed over, a tuple of one `Handover` or none.
-      receive: `(staged, arrived) -> tuple of Drawn`; in the host tier `arrived` is what `Store.take` gives.
-      no_rows: `() -> Drawn` (host tier: `Pending`) without a valid row.
+    Those of the device tier are described above. A step of it calls `insert`, then `draw`; one of the host tier calls `turn`
+    and, in the next step, `receive`, see `host/feed.py`. `stage` and `no_rows` give `Pending` in the host tier.
     """
 
     init: Callable[[], Shard]
@@ -211,39 +197,16 @@ class Local:
     keep: Callable[[Shard, Rows, jax.Array], Shard]
     draw: Callable[[Shard, jax.Array], Drawn]
     stage: Callable[[Shard, Sequence[jax.Array]], Staged]
-    turn: Callable[..., tuple[Shard, Staged, tuple[Any, ...]]]
-    receive: Callable[[Staged, jax.Array | None], tuple[Drawn, ...]]
     no_rows: Callable[[], Any]
+    turn: Any = None
+    receive: Any = None
 
 
 def bind(sizes: Sizes) -> Local:
     """The functions of the device tier."""
-    on = functools.partial
-    return Local(
-        init=on(init, sizes),
-        insert=on(insert, sizes),
-        keep=on(keep, sizes),
-        draw=on(draw, sizes),
-        stage=on(stage, sizes),
-        turn=on(turn, sizes),
-        receive=receive,
-        no_rows=on(no_rows, sizes),
-    )
-
-
-def stage(sizes: Sizes, state: Shard, keys: Sequence[jax.Array]) -> tuple[Drawn, ...]:
-    return tuple(draw(sizes, state, key) for key in keys)
-
-
-def turn(
-    sizes: Sizes, state: Shard, rows: Rows, insert_key: jax.Array, draw_keys: Sequence[jax.Array], step: jax.Array
-) -> tuple[Shard, tuple[Drawn, ...], tuple[()]]:
-    state = insert(sizes, state, rows, insert_key)
-    return state, stage(sizes, state, draw_keys), ()
-
-
-def receive(staged: tuple[Drawn, ...], arrived: jax.Array | None = None) -> tuple[Drawn, ...]:
-    return staged
+    functions: tuple[Callable, ...] = (init, insert, keep, draw, stage, no_rows)
+    bound: dict[str, Any] = {f.__name__: functools.partial(f, sizes) for f in functions}
+    return Local(**bound)
 
 
 def stats(sizes: Sizes, state: Shard) -> dict[str, Any]:

@@ -41,10 +41,8 @@ class Buffer:
       stage: `(state, keys) -> Staged`, a draw for each key, as a training step leaves it for the next one.
       stats: `(state) -> dict` of plain numbers, see `buffer.stats`.
       no_rows: `() -> Drawn` (host tier: `Pending`) without a valid row, the first value of double-buffered representatives.
-      local: insert and draw for use inside `shard_map`.
-      capacity: rows in the union of all shards; with `memory` "replicated" or "independent", rows on each device.
-      representatives: rows of one draw over all devices.
-      repeats: as given; a training step offers no row after a task's first epoch if it is "first_epoch".
+      local: the same for use inside `shard_map`; of the host tier `turn` and `receive` too.
+      capacity, representatives, repeats: as given to `make_buffer`.
       num_bytes: bytes of the whole state over all devices, the rows in host memory included.
       traffic: rows and bytes that a device puts into collectives for one draw, padding included, and what r rows weigh.
       host: the rows in host memory; None in the device tier.
@@ -165,33 +163,27 @@ def make_buffer(
 
 def _over_mesh(sizes: Sizes, mesh: Mesh | None, local: Local, store: Store | None, repeats: str) -> Buffer:
     """The functions on global arrays: rows and state split over the mesh, keys known to all."""
-    init = _split(mesh, local.init)
-    row_bytes = _bytes(sizes.record) + LABEL_AND_ID
+
+    def split(function: Callable, *in_specs: PyTree) -> Callable:
+        return function if mesh is None else mesh_lib.over_mesh(mesh, function, in_specs, ROWS)
+
+    init, row = split(local.init), _bytes(sizes.record) + LABEL_AND_ID
     moved = sizes.routes[0].rows_moved if sizes.routes else 0
     return Buffer(
         init=jax.jit(init),
-        insert=_split(mesh, local.insert, ROWS, ROWS, WHOLE),
-        draw=_split(mesh, local.draw, ROWS, WHOLE),
-        stage=_split(mesh, local.stage, ROWS, WHOLE),
+        insert=split(local.insert, ROWS, ROWS, WHOLE),
+        draw=split(local.draw, ROWS, WHOLE),
+        stage=split(local.stage, ROWS, WHOLE),
         stats=functools.partial(stats, sizes),
-        no_rows=jax.jit(_split(mesh, local.no_rows)),
+        no_rows=jax.jit(split(local.no_rows)),
         local=local,
         capacity=sizes.capacity,
         representatives=sizes.representatives,
         repeats=repeats,
         num_bytes=_bytes(jax.eval_shape(init)) + (store.num_bytes if store else 0),
-        traffic={
-            "rows_needed": sizes.per_device,
-            "rows_moved": moved,
-            "row_bytes": row_bytes,
-            "bytes_moved": moved * row_bytes,
-        },
+        traffic={"rows_needed": sizes.per_device, "rows_moved": moved, "row_bytes": row, "bytes_moved": moved * row},
         host=store,
     )
-
-
-def _split(mesh: Mesh | None, function: Callable, *in_specs: PyTree) -> Callable:
-    return function if mesh is None else mesh_lib.over_mesh(mesh, function, in_specs, ROWS)
 
 
 def _bytes(tree: PyTree) -> int:

@@ -29,15 +29,7 @@ def class_means(
 ) -> jax.Array:
     """Mean features of each class over the valid rows of all devices; zeros for a class without rows.
 
-    Args:
-      features: float `[n, D]`.
-      label: int32 `[n]`.
-      valid: bool `[n]`.
-      num_classes: K.
-      axis: mesh axis to sum over; None on one device.
-
-    Returns:
-      float32 `[K, D]`, the same on every device.
+    Arguments as of `rank_rows`; float32 `[K, D]`, the same on every device.
     """
     member = jax.nn.one_hot(label, num_classes, dtype=jnp.float32) * valid[:, None]
     total = jnp.einsum("nk,nd->kd", member, features.astype(jnp.float32), precision=lax.Precision.HIGHEST)
@@ -125,15 +117,8 @@ def herd(
     The choice is that of one device that holds all rows, wherever they lie: a round costs one pass over this device's rows
     and collectives of K scores and K rows of features.
 
-    Args:
-      means: float32 `[K, D]`, towards which the mean of the chosen rows is brought, see `class_means`.
-      features: float32 `[n, D]`; label: int32 `[n]`; valid: bool `[n]`.
-      order: int32 `[n]`, different for all rows of all devices; of equally good rows the least is chosen.
-      quota: rows wanted of each class.
-      axis: mesh axis along which devices choose together; None: this device alone.
-
-    Returns:
-      int32 `[n]`: 0 for the best row of its class; `UNRANKED` from the quota on and for invalid rows.
+    `means`: float32 `[K, D]`, towards which the mean of the chosen rows is brought, see `class_means`. The other arguments and
+    the result are those of `rank_rows`.
     """
     num_classes = means.shape[0]
 

@@ -1,7 +1,7 @@
 """One device's share of the rehearsal buffer: rows in, rows out. No mesh, no collective.
 
 The share is a pytree of arrays with a leading axis of slots, and the small integer metadata of its policy. Which slot a
-row takes is the policy's decision (`policy.py`), made without looking at the record.
+row takes is the policy's decision (`policy/`), made without looking at the record.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jaxcl.types import PyTree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows on their way into the buffer.
+    """Rows, such as those on their way into the buffer.
 
     Attributes:
       record: pytree of arrays `[n, ...]`; the buffer stores each leaf in its own dtype and never looks inside.
@@ -32,21 +32,15 @@ class Rows:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class Drawn(Rows):
     """Representatives: rows drawn from the union of the shards.
 
+    Where the union held fewer rows than were asked for they are not valid, and hold zeros, label 0, id -1.
+
     Attributes:
-      record: pytree of arrays `[n, ...]`.
-      label: int32 `[n]`.
-      id: int32 `[n]`.
-      valid: bool `[n]`; False where the union held fewer rows than were asked for. Such rows hold zeros, label 0, id -1.
       shard: int32 `[n]`, the shard each row was drawn from (-1 where invalid).
     """
 
-    record: PyTree
-    label: jax.Array
-    id: jax.Array
-    valid: jax.Array
     shard: jax.Array
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +47,12 @@ class BankState:
     meta: PyTree
 
 
-@dataclasses.dataclass(frozen=True)
-class Block:
+def specs() -> BankState:
+    """How the state lies on the mesh."""
+    return BankState(ROWS, WHOLE)  # type: ignore[arg-type]
+
+
+class Block(NamedTuple):
     """Some of the rows that this device holds.
 
     Attributes:
@@ -63,128 +68,94 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Bank:
-    """Pure functions bound to their sizes; all but `init` for use inside `shard_map`. Make one with `make_bank`.
+    """Pure functions over a `BankState`; all but `init` for use inside `shard_map`. Make one with `make_bank`, which says what
+    `capacity`, `dim`, `mesh`, `drawn`, `storage`, `sides` and `chunk` are.
 
     Attributes:
-      init: `() -> state`, without a row, split over the mesh.
-      insert: `(state, rows) -> state`; `rows` are those of all devices, the same on every device. In place when donated.
-      reader: `(state, key) -> (read, blocks)`: `read(i)` is block i of this device's rows that serve as negatives, all of
-        them or its share of a sample of the union; `blocks` how many there are.
-      previous: `(state, ids) -> ({side: float32 [B, D]}, bool [B])`: what is stored of these examples on this device, 0 and
-        False where it holds nothing of them. Of "slots" alone.
-      pack: `(pair, step) -> record` of embeddings float32 `[n, D]` of both sides, made at `step`.
-      capacity: rows of the union.
-      dim: numbers of an embedding.
-      drawn: negatives a step, over all devices.
-      sides: those that are stored.
-      num_bytes: of the whole state, over all devices.
-    """
-
-    init: Callable[[], BankState]
-    insert: Callable[[BankState, Rows], BankState]
-    reader: Callable[[BankState, jax.Array], tuple[Callable[[jax.Array], Block], jax.Array | int]]
-    previous: Callable[[BankState, jax.Array], tuple[dict[str, jax.Array], jax.Array]]
-    pack: Callable[[Sequence[jax.Array], jax.Array], PyTree]
-    capacity: int
-    dim: int
-    drawn: int
-    sides: tuple[str, ...]
-    num_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What is static of a bank; see `make_bank`.
-
-    Attributes:
-      capacity: rows of the union.
       here: rows that each device has memory for.
-      devices: N.
-      dim, drawn, storage, sides, chunk: as given to `make_bank`.
       policy: of "fifo", which slot of the union a row takes; None: its id.
     """
 
     capacity: int
     here: int
-    devices: int
     dim: int
+    mesh: Mesh
     drawn: int
     storage: str
     sides: tuple[str, ...]
     chunk: int
     policy: Policy | None
 
-    def base(self) -> jax.Array:
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole state, over all devices."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(self.init)))
+
+    def init(self) -> BankState:
+        """A state without a row, split over the mesh."""
+        return mesh_lib.on_mesh(self.mesh, self._empty, (), specs())()
+
+    def _empty(self) -> BankState:
+        record = {side: storage_lib.spec(self.storage, self.dim) for side in self.sides}
+        stored = shard_lib.empty(record | {"step": jax.ShapeDtypeStruct((), jnp.int32)}, self.here, ())
+        return BankState(stored, self.policy.init(jnp.int32(0)) if self.policy else ())
+
+    def pack(self, pair: Sequence[jax.Array], step: jax.Array) -> PyTree:
+        """The record of embeddings float32 `[n, D]` of both sides, made at `step`."""
+        both = zip(SIDES, pair, strict=True)
+        kept = {side: storage_lib.encode(self.storage, x) for side, x in both if side in self.sides}
+        return kept | {"step": jnp.full((len(pair[0]),), step, jnp.int32)}
+
+    def insert(self, state: BankState, new: Rows) -> BankState:
+        """Stores rows of all devices, the same on every device. In place when the state is donated."""
+        slot, meta = jnp.where(new.valid, new.id, self.here * self.mesh.size), state.meta
+        if self.policy:  # all devices see the same rows and make the same choice
+            slot, meta = self.policy.choose(meta, jax.random.key(0), jnp.int32(0), new.label, new.valid)
+        slot -= self._base()
+        count = jnp.arange(len(slot), dtype=jnp.int32)
+        mine = (slot >= 0) & (slot < self.here)
+        return BankState(shard_lib.write(state.shard, new, jnp.where(mine, slot, self.here + count), ()), meta)
+
+    def previous(self, state: BankState, ids: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        """What this device stores of these examples, {side: float32 `[B, D]`}, and bool `[B]`: 0 and False where it holds
+        nothing of them. Of "slots" alone."""
+        slot = ids - self._base()
+        stored, _, found = shard_lib.read(state.shard, jnp.clip(slot, 0, self.here - 1))
+        mine = (slot >= 0) & (slot < self.here) & (found == ids) & (ids >= 0)
+        return {side: jnp.where(mine[:, None], storage_lib.decode(stored[side]), 0) for side in self.sides}, mine
+
+    def reader(self, state: BankState, key: jax.Array) -> tuple[Callable[[jax.Array], Block], jax.Array | int]:
+        """`(read, blocks)`: `read(i)` is block i of this device's rows that serve as negatives, all of them or its share of a
+        sample of the union; `blocks` is how many there are."""
+        if not self.drawn:
+            size = min(self.chunk, self.here)
+            return functools.partial(self._chunk, size, state.shard), -(-self.here // size)
+        devices = self.mesh.size
+        held = jnp.clip(self.capacity - jnp.arange(devices, dtype=jnp.int32) * self.here, 0, self.here)
+        plan = draw.make_plan(key, held, self.drawn)  # the same on all devices: ranks of the union, which are its slots
+        me = lax.axis_index(AXIS)
+        first, end = plan.first[me], plan.first[me + 1]
+        # One block holds what a device has to supply, almost always; where it does not, there are more.
+        size = min(self.drawn, self.here, self.chunk, six_sigma(self.drawn / devices, 1))
+        return functools.partial(self._drawn_chunk, size, state.shard, plan.rank, first, end), -(-(end - first) // size)
+
+    def _chunk(self, size: int, shard: Shard, i: jax.Array) -> Block:
+        start = jnp.minimum(i * size, self.here - size)  # the last block reaches back into the one before
+        number = start + jnp.arange(size, dtype=jnp.int32)
+        part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), shard)
+        return Block(part.record, part.label, (part.id >= 0) & (number >= i * size))
+
+    def _drawn_chunk(
+        self, size: int, shard: Shard, rank: jax.Array, first: jax.Array, end: jax.Array, i: jax.Array
+    ) -> Block:
+        position = first + i * size + jnp.arange(size, dtype=jnp.int32)
+        slot = jnp.where(position < end, rank.at[position].get(mode="clip") - self._base(), 0)
+        stored, key, ids = shard_lib.read(shard, slot)
+        return Block(stored, key, (position < end) & (ids >= 0))
+
+    def _base(self) -> jax.Array:
         """The number in the union of this device's first row."""
         return lax.axis_index(AXIS).astype(jnp.int32) * self.here
-
-
-def specs() -> BankState:
-    """How the state lies on the mesh."""
-    return BankState(ROWS, WHOLE)  # type: ignore[arg-type]
-
-
-def init(sizes: Sizes) -> BankState:
-    record = {side: storage_lib.spec(sizes.storage, sizes.dim) for side in sizes.sides}
-    stored = shard_lib.empty(record | {"step": jax.ShapeDtypeStruct((), jnp.int32)}, sizes.here, ())
-    return BankState(stored, sizes.policy.init(jnp.int32(0)) if sizes.policy else ())
-
-
-def insert(sizes: Sizes, state: BankState, new: Rows) -> BankState:
-    here, meta = sizes.here, state.meta
-    slot = jnp.where(new.valid, new.id, here * sizes.devices)
-    if sizes.policy:  # all devices see the same rows and make the same choice
-        slot, meta = sizes.policy.choose(meta, jax.random.key(0), jnp.int32(0), new.label, new.valid)
-    slot -= sizes.base()
-    count = jnp.arange(len(slot), dtype=jnp.int32)
-    mine = (slot >= 0) & (slot < here)
-    return BankState(shard_lib.write(state.shard, new, jnp.where(mine, slot, here + count), ()), meta)
-
-
-def read_all(sizes: Sizes, state: BankState, key: jax.Array) -> tuple[Callable[[jax.Array], Block], int]:
-    """The reader of all rows of this device."""
-    size = min(sizes.chunk, sizes.here)
-    return functools.partial(_chunk, sizes.here, size, state.shard), -(-sizes.here // size)
-
-
-def _chunk(here: int, size: int, shard: Shard, i: jax.Array) -> Block:
-    start = jnp.minimum(i * size, here - size)  # the last block reaches back into the one before
-    number = start + jnp.arange(size, dtype=jnp.int32)
-    part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), shard)
-    return Block(part.record, part.label, (part.id >= 0) & (number >= i * size))
-
-
-def read_drawn(sizes: Sizes, state: BankState, key: jax.Array) -> tuple[Callable[[jax.Array], Block], jax.Array]:
-    """The reader of this device's rows in a sample of the union."""
-    held = jnp.clip(sizes.capacity - jnp.arange(sizes.devices, dtype=jnp.int32) * sizes.here, 0, sizes.here)
-    plan = draw.make_plan(key, held, sizes.drawn)  # the same on all devices: ranks of the union, which are its slots
-    me = lax.axis_index(AXIS)
-    first, end = plan.first[me], plan.first[me + 1]
-    # One block holds what a device has to supply, almost always; where it does not, there are more.
-    size = min(sizes.drawn, sizes.here, sizes.chunk, six_sigma(sizes.drawn / sizes.devices, 1))
-    return functools.partial(_drawn_chunk, sizes, size, state.shard, plan.rank, first, end), -(-(end - first) // size)
-
-
-def _drawn_chunk(
-    sizes: Sizes, size: int, shard: Shard, rank: jax.Array, first: jax.Array, end: jax.Array, i: jax.Array
-) -> Block:
-    position = first + i * size + jnp.arange(size, dtype=jnp.int32)
-    slot = jnp.where(position < end, rank.at[position].get(mode="clip") - sizes.base(), 0)
-    stored, key, ids = shard_lib.read(shard, slot)
-    return Block(stored, key, (position < end) & (ids >= 0))
-
-
-def previous(sizes: Sizes, state: BankState, ids: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-    slot = ids - sizes.base()
-    stored, _, found = shard_lib.read(state.shard, jnp.clip(slot, 0, sizes.here - 1))
-    mine = (slot >= 0) & (slot < sizes.here) & (found == ids) & (ids >= 0)
-    return {side: jnp.where(mine[:, None], storage_lib.decode(stored[side]), 0) for side in sizes.sides}, mine
-
-
-def pack(sizes: Sizes, pair: Sequence[jax.Array], step: jax.Array) -> PyTree:
-    both = zip(SIDES, pair, strict=True)
-    kept = {side: storage_lib.encode(sizes.storage, x) for side, x in both if side in sizes.sides}
-    return kept | {"step": jnp.full((len(pair[0]),), step, jnp.int32)}
 
 
 def make_bank(
@@ -211,23 +182,9 @@ def make_bank(
       sides: whose embeddings are kept.
       chunk: rows of a device that are scored at a time: what bounds the temporaries.
     """
-    devices, policy = mesh.shape[AXIS], None
-    # Any number of devices that divides 128 divides the rows alike, so that they may share a checkpoint.
-    rows = -(-capacity // math.lcm(128, devices)) * math.lcm(128, devices)
     if kind == "fifo":
         rows, policy = capacity, make_policy("fifo", capacity=capacity, shards=1)
-    sizes = Sizes(capacity, rows // devices, devices, dim, drawn, storage, sides, chunk, policy)
-    on = functools.partial
-    start = mesh_lib.on_mesh(mesh, on(init, sizes), (), specs())
-    return Bank(
-        init=start,
-        insert=on(insert, sizes),
-        reader=on(read_drawn if drawn else read_all, sizes),
-        previous=on(previous, sizes),
-        pack=on(pack, sizes),
-        capacity=capacity,
-        dim=dim,
-        drawn=drawn or capacity,
-        sides=sides,
-        num_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(start))),
-    )
+    else:  # any number of devices that divides 128 divides the rows alike, so that they may share a checkpoint
+        least = math.lcm(128, mesh.size)
+        rows, policy = -(-capacity // least) * least, None
+    return Bank(capacity, rows // mesh.size, dim, mesh, drawn, storage, sides, chunk, policy)

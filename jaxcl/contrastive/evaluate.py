@@ -78,8 +78,7 @@ def make_staleness(mesh: Mesh, rows: int) -> Callable[..., dict[str, list[float]
     """Returns `staleness(bank_state, step, fresh) -> {"age": [...], "rows": [...], side: [mean cosine ...]}`.
 
     Of up to `rows` rows of the bank, evenly spread, the cosine between what is stored and `fresh(ids) -> {side: [n, D]}`, what
-    the encoders make of the same examples now, by age: optimiser steps since it was made. More than 64 ages are
-    put together in steps of equal width, named by their mean.
+    the encoders make of the same examples now, by age: optimiser steps since it was made, see `by_age`.
     """
     gather = jax.jit(read_slots, out_shardings=mesh_lib.replicated(mesh))
 

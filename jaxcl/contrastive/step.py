@@ -11,7 +11,7 @@ is what a queue that is filled at the end of a step means.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +128,6 @@ class Bound:
 
     Attributes:
       schedule: learning rate as a function of the epoch.
-      augment: see `jaxcl.data.make_augment`.
       negatives: one of `NEGATIVES`.
       pairs: one of `PAIRS`.
       passes: optimiser steps on one batch; the bank takes in the embeddings of the last.
@@ -152,35 +151,11 @@ class Bound:
     bank_start: float = 0.0
     momentum: float = 0.999
 
-
-class Pass(NamedTuple):
-    """What all passes over a batch share.
-
-    Attributes:
-      batch: of this device.
-      inputs: of the two towers.
-      held: the bank, None without one.
-      draw_key: for the rows that are drawn of it.
-      epoch: float32.
-      rate: the learning rate.
-      total: valid rows of all devices, float32, at least 1.
-    """
-
-    batch: Batch
-    inputs: Sequence[jax.Array]
-    held: BankState | None
-    draw_key: jax.Array
-    epoch: jax.Array
-    rate: jax.Array
-    total: jax.Array
-
-
-class Carry(NamedTuple):
-    """What a pass changes: the fields of `ContrastiveState`."""
-
-    params: PyTree
-    opt_state: PyTree
-    keys: PyTree
+    def embed(self, params: PyTree, inputs: Sequence[jax.Array]) -> loss_lib.Pair:
+        """Both sides' embeddings float32 `[b, D]`, of length 1."""
+        kinds = kinds_of(self.pairs)
+        left, right = (self.towers.encode(params, kind, x) for kind, x in zip(kinds, inputs, strict=True))
+        return left, right
 
 
 def make_step(
@@ -218,8 +193,23 @@ def train_step(bound: Bound, state: ContrastiveState, batch: Batch) -> tuple[Con
     rate = jnp.asarray(bound.schedule(epoch), jnp.float32)
     total = jnp.maximum(lax.psum(jnp.sum(valid, dtype=jnp.float32), AXIS), 1.0)
 
-    one_pass = functools.partial(train_pass, bound, Pass(batch, inputs, held, draw_key, epoch, rate, total))
-    carry = Carry(state.params, state.opt_state, state.keys)
+    def one_pass(carry: tuple[PyTree, ...], i: jax.Array) -> tuple[tuple[PyTree, ...], tuple[loss_lib.Pair, PyTree]]:
+        """Pass `i`: the new weights; the embeddings that the bank takes in, and the metrics."""
+        params, opt_state, keys = carry
+        stored = bound.embed(keys, inputs) if bound.negatives == "momentum" else None
+        pass_key, used = jax.random.fold_in(draw_key, i), epoch >= bound.bank_start
+        share = functools.partial(loss_share, bound, batch, inputs, stored, held, pass_key, used)
+        (value, (pair, scale, means)), grads = jax.value_and_grad(share, has_aux=True)(params)
+        grads, value, means = jax.tree.map(lambda x: x / total, lax.psum((grads, value, means), AXIS))
+        direction, opt_state = bound.optimizer.update(grads, opt_state, params)
+        params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
+        if stored is not None:
+            m = bound.momentum
+            keys = jax.tree.map(lambda k, p: m * k + (1 - m) * p, keys, params["towers"])
+        metrics = {"loss": value, "proximal": means[0], "positive": means[1], "scale": scale}
+        return (params, opt_state, keys), (stored or pair, metrics)
+
+    carry = state.params, state.opt_state, state.keys
     if bound.passes == 1:
         carry, (made, metrics) = one_pass(carry, jnp.int32(0))
     else:
@@ -233,53 +223,27 @@ def train_step(bound: Bound, state: ContrastiveState, batch: Batch) -> tuple[Con
     return ContrastiveState(state.step + 1, state.seed, *carry, held, pending), metrics
 
 
-def train_pass(bound: Bound, now: Pass, carry: Carry, i: jax.Array) -> tuple[Carry, tuple[loss_lib.Pair, PyTree]]:
-    """Pass `i` over a batch; gives also the embeddings that the bank takes in, and the metrics."""
-    params, opt_state, keys = carry
-    stored = embed(bound, keys, now.inputs) if bound.negatives == "momentum" else None
-    share = functools.partial(loss_share, bound, now, jax.random.fold_in(now.draw_key, i), stored)
-    (value, (pair, scale, means)), grads = jax.value_and_grad(share, has_aux=True)(params)
-    grads, value, means = jax.tree.map(lambda x: x / now.total, lax.psum((grads, value, means), AXIS))
-    direction, opt_state = bound.optimizer.update(grads, opt_state, params)
-    params = jax.tree.map(lambda p, d: p - now.rate * d, params, direction)
-    if stored is not None:
-        m = bound.momentum
-        keys = jax.tree.map(lambda k, p: m * k + (1 - m) * p, keys, params["towers"])
-    metrics = {"loss": value, "proximal": means[0], "positive": means[1], "scale": scale}
-    return Carry(params, opt_state, keys), (stored or pair, metrics)
-
-
 def loss_share(
-    bound: Bound, now: Pass, draw_key: jax.Array, stored: loss_lib.Pair | None, params: PyTree
+    bound: Bound,
+    batch: Batch,
+    inputs: Sequence[jax.Array],
+    stored: loss_lib.Pair | None,
+    held: BankState | None,
+    draw_key: jax.Array,
+    used: jax.Array,
+    params: PyTree,
 ) -> tuple[jax.Array, tuple[loss_lib.Pair, jax.Array, list[jax.Array]]]:
     """This device's share of the sum of the loss over all valid rows; the embeddings, the scale, and the shares of the proximal
     term and of the cosine of the pairs. `stored`: what the key encoders make of the batch, None without them."""
-    batch, valid = now.batch, now.batch["valid"]
-    pair = embed(bound, params["towers"], now.inputs)
+    valid, pair = batch["valid"], bound.embed(params["towers"], inputs)
     scale = jnp.minimum(jnp.exp(params["log_scale"]), MAX_SCALE)
-    losses = loss_lib.info_nce(
-        pair,
-        stored or pair,
-        scale,
-        batch["label"],
-        valid,
-        gather=bound.negatives != "in_batch",
-        same_side=bound.same_side,
-        bank=bound.bank,
-        state=now.held,
-        draw_key=draw_key,
-        used=now.epoch >= bound.bank_start,
-    )
+    candidates: Any = {"gather": bound.negatives != "in_batch", "same_side": bound.same_side}
+    candidates |= {"bank": bound.bank, "state": held, "draw_key": draw_key, "used": used}
+    losses = loss_lib.info_nce(pair, stored or pair, scale, batch["label"], valid, **candidates)
     moved = jnp.zeros_like(losses)
     if bound.proximal:
-        assert bound.bank is not None and now.held is not None
-        moved = loss_lib.proximal(bound.bank, now.held, pair, batch["id"])
+        assert bound.bank is not None and held is not None
+        moved = loss_lib.proximal(bound.bank, held, pair, batch["id"])
     positive = jnp.sum(pair[0] * pair[1], axis=1)
     value, *means = (jnp.sum(x, where=valid) for x in (losses + bound.proximal * moved, moved, positive))
     return value, (pair, scale, means)
-
-
-def embed(bound: Bound, params: PyTree, inputs: Sequence[jax.Array]) -> loss_lib.Pair:
-    """Both sides' embeddings float32 `[b, D]`, of length 1."""
-    left, right = (bound.towers.encode(params, kind, x) for kind, x in zip(kinds_of(bound.pairs), inputs, strict=True))
-    return left, right

@@ -4,6 +4,7 @@ The session, the log, the checkpoints and the stepping are those of `jaxcl.runs`
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 import time
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from jaxcl import data
 from jaxcl import mesh as mesh_lib
-from jaxcl.contrastive.bank import Bank, make_bank
+from jaxcl.contrastive.bank import make_bank
 from jaxcl.contrastive.config import BANKED, check_config
 from jaxcl.contrastive.evaluate import Embed, make_embed, make_staleness, retrieval
 from jaxcl.contrastive.step import ContrastiveState, initial_state, make_step
@@ -35,18 +36,12 @@ from jaxcl.training import sizes
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The parts of a run, built and checked; nothing is compiled yet.
-
-    Attributes:
-      new_state: `() -> ContrastiveState`.
-      step: jitted, see `make_step`.
-      staleness: see `make_staleness`.
-    """
+    """The parts of a run, built and checked; nothing is compiled yet. See `initial_state`, `make_step`, `make_embed` and
+    `make_staleness`."""
 
     mesh: jax.sharding.Mesh
     train: data.Source
     test: data.Source
-    bank: Bank | None
     new_state: Callable[[], ContrastiveState]
     step: Any
     embed: Embed
@@ -64,42 +59,27 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
     if config.batch_size % jax.process_count():
         raise UserError(f"batch_size: {config.batch_size} is not a multiple of {jax.process_count()} processes")
     d, m = config.data, config.model
-    train, test = open_pairs(
-        d.source,
-        d.pairs,
-        data_dir=d.data_dir,
-        image_size=d.image_size,
-        held_out=d.held_out,
-        split_seed=d.split_seed,
-        length=d.length,
-        vocabulary=d.vocabulary,
-    )
-    if config.bank.drawn > len(train) and config.negatives == "full_bank":
-        raise UserError(
-            f"bank.drawn: {config.bank.drawn} rows of a bank of {len(train)}, give at most that, or 0 for all"
-        )
+    options = {x: d[x] for x in ("data_dir", "image_size", "held_out", "split_seed", "length", "vocabulary")}
+    train, test = open_pairs(d.source, d.pairs, **options)
+    drawn = config.bank.drawn if config.negatives == "full_bank" else 0
+    if drawn > len(train):
+        raise UserError(f"bank.drawn: {drawn} rows of a bank of {len(train)}, give at most that, or 0 for all")
     augment = data.make_augment(d.augment, train.image_shape, mean=d.mean, std=d.std)
     plain = data.make_augment((), train.image_shape, mean=d.mean, std=d.std)
     towers = make_towers(config.dim, m.image_width, m.text_width, d.vocabulary, m.dtype)
-    bank = bank_of(config, len(train), mesh) if config.negatives in BANKED else None
+    bank = None
+    if config.negatives in BANKED:  # of "full_bank" a slot for every row
+        kind, capacity = ("slots", len(train)) if config.negatives == "full_bank" else ("fifo", config.bank.capacity)
+        kept = {"storage": config.bank.storage, "chunk": config.bank.chunk}
+        bank = make_bank(kind, capacity=capacity, dim=config.dim, mesh=mesh, drawn=drawn, **kept)
     optimizer = make_optimizer(config.optimizer)
     shapes: dict[str, tuple[int, ...]] = {"image": train.image_shape}
     if d.pairs == "captions":
         shapes["text"] = (d.length,)
 
-    def new_state() -> ContrastiveState:
-        return initial_state(
-            mesh,
-            towers,
-            optimizer,
-            bank,
-            shapes,
-            seed=config.seed,
-            temperature=config.temperature,
-            batch_size=config.batch_size,
-            momentum=config.negatives == "momentum",
-        )
-
+    start = {name: config[name] for name in ("seed", "temperature", "batch_size")}
+    start["momentum"] = config.negatives == "momentum"
+    new_state = functools.partial(initial_state, mesh, towers, optimizer, bank, shapes, **start)
     state, row = jax.eval_shape(new_state), 2 * sizes.PIXEL * math.prod(train.image_shape)
     held = {
         "batch_size": (config.batch_size, config.batch_size // mesh.size * row),
@@ -124,21 +104,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
         momentum=config.momentum,
     )
     embed = make_embed(mesh, towers, d.pairs, augment if d.pairs == "views" else plain)
-    return Parts(mesh, train, test, bank, new_state, step, embed, make_staleness(mesh, config.eval.staleness_rows))
-
-
-def bank_of(config: ConfigDict, rows: int, mesh: jax.sharding.Mesh) -> Bank:
-    """The memory bank of a run over so many train rows."""
-    full = config.negatives == "full_bank"  # a slot for every row
-    return make_bank(
-        "slots" if full else "fifo",
-        capacity=rows if full else config.bank.capacity,
-        dim=config.dim,
-        mesh=mesh,
-        drawn=config.bank.drawn if full else 0,
-        storage=config.bank.storage,
-        chunk=config.bank.chunk,
-    )
+    return Parts(mesh, train, test, new_state, step, embed, make_staleness(mesh, config.eval.staleness_rows))
 
 
 def train_batches(config: ConfigDict, parts: Parts, number: int) -> data.Loader:
@@ -155,19 +121,13 @@ def train_batches(config: ConfigDict, parts: Parts, number: int) -> data.Loader:
 
 def rows_of(config: ConfigDict, source: data.Source, rows: np.ndarray) -> data.Loader:
     """These rows once, in this order."""
-    return data.eval_batches(
-        source,
-        rows,
-        batch_size=config.eval.batch_size,
-        **reading(config.data.threads),
-    )
+    return data.eval_batches(source, rows, batch_size=config.eval.batch_size, **reading(config.data.threads))
 
 
 def evaluate(config: ConfigDict, parts: Parts, state: ContrastiveState) -> dict[str, Any]:
     """Retrieval on the test pairs, and of a bank the staleness of its rows, against the encoders that fill it."""
-    scores: dict[str, Any] = retrieval(
-        parts.embed(state.params["towers"], rows_of(config, parts.test, np.arange(len(parts.test))))
-    )
+    test = rows_of(config, parts.test, np.arange(len(parts.test)))
+    scores: dict[str, Any] = retrieval(parts.embed(state.params["towers"], test))
     if state.bank is not None:
         makers = state.keys or state.params["towers"]
         fresh = lambda ids: parts.embed(makers, rows_of(config, parts.train, ids))  # noqa: E731

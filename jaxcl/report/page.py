@@ -32,35 +32,26 @@ ul { padding-left: 1.2rem; overflow-wrap: anywhere }
 """
 
 
-def _html_table(groups: Sequence[Group]) -> str:
-    header, *rows = ([html.escape(cell) for cell in row] for row in rows_of(groups))
-    for group, row in zip(groups, rows, strict=True):
-        row[0] = f'<span class="dot" style="background:{color_of(group.strategy)}"></span>{row[0]}'
-    return _html_rows(header, rows)
-
-
-def _html_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of cells that are HTML already."""
+def _html_table(rows: Iterable[Sequence[str]], colors: Iterable[str] = ()) -> str:
+    """Rows of text, the header first; `colors` of a dot in front of each row below it."""
+    header, *cells = ([html.escape(cell) for cell in row] for row in rows)
+    for color, row in zip(colors, cells, strict=False):
+        row[0] = f'<span class="dot" style="background:{color}"></span>{row[0]}'
     lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in header) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
+    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells]
     return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"
 
 
 def _about(groups: Sequence[Group]) -> str:
     """One line: what was run, on what."""
-    results = [result for group in groups for result in group.results]
-
-    def distinct(describe: Callable[[dict[str, Any]], str]) -> str:
-        return " / ".join(dict.fromkeys(map(describe, results)))
-
-    def devices(result: dict[str, Any]) -> str:
-        return f"{result['devices']['count']} x {result['devices'].get('kind', 'device')}"
-
-    def versions(result: dict[str, Any]) -> str:
-        return ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-
-    parts = [distinct(lambda r: r["source"]), distinct(lambda r: f"{len(r['tasks'])} tasks")]
-    parts += [distinct(lambda r: r["model"]), distinct(devices), distinct(versions)]
+    facts: list[Callable[[dict[str, Any]], str]] = [
+        lambda r: r["source"],
+        lambda r: f"{len(r['tasks'])} tasks",
+        lambda r: r["model"],
+        lambda r: f"{r['devices']['count']} x {r['devices'].get('kind', 'device')}",
+        lambda r: ", ".join(f"{name} {version}" for name, version in r["versions"].items()),
+    ]
+    parts = [" / ".join(dict.fromkeys(fact(r) for group in groups for r in group.results)) for fact in facts]
     return " · ".join(part for part in parts if part)
 
 
@@ -89,7 +80,8 @@ def write_report(runs: Sequence[Run], out: str | Path, sections: Sequence[Sectio
     groups = group_runs(runs)
     body = ["<h1>Continual learning runs</h1>"]
     if groups:
-        body += [f"<p>{html.escape(_about(groups))}</p>", _html_table(groups)]
+        colors = [color_of(group.strategy) for group in groups]
+        body += [f"<p>{html.escape(_about(groups))}</p>", _html_table(rows_of(groups), colors)]
         body.append(
             "<p>Mean ± standard deviation over seeds. Forgetting: best earlier accuracy minus the last (Chaudhry et "
             "al. 2018). Backward transfer: last accuracy minus the first (Lopez-Paz &amp; Ranzato 2017). Of errors, the "
@@ -97,8 +89,7 @@ def write_report(runs: Sequence[Run], out: str | Path, sections: Sequence[Sectio
         )
     for section in sections:
         body += [f"<h2>{html.escape(section.title)}</h2>", f"<p>{html.escape(section.caption)}</p>"]
-        header, *rows = ([html.escape(cell) for cell in row] for row in section.rows)
-        body.append(_html_rows(header, rows))
+        body.append(_html_table(section.rows))
     if groups:
         measure = common_measure(groups)
         for name, (draw, *texts) in PICTURES.items():
@@ -107,11 +98,8 @@ def write_report(runs: Sequence[Run], out: str | Path, sections: Sequence[Sectio
             picture = png(functools.partial(draw, groups))
             (out / f"{name}.png").write_bytes(picture)
             source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-            body += [
-                f"<h2>{title}</h2>",
-                f"<p>{caption}</p>",
-                f'<div class="scroll"><img alt="{title}" src="{source}"></div>',
-            ]
+            body += [f"<h2>{title}</h2>", f"<p>{caption}</p>"]
+            body.append(f'<div class="scroll"><img alt="{title}" src="{source}"></div>')
     if problems := unfinished(runs):
         items = "".join(f"<li>{html.escape(line)}</li>" for line in problems)
         body += ["<h2>Runs without a result</h2>", f"<ul>{items}</ul>"]

@@ -54,16 +54,6 @@ def color_of(strategy: str) -> str:
     return COLORS.get(strategy) or _OTHER_COLORS[zlib.crc32(strategy.encode()) % len(_OTHER_COLORS)]
 
 
-def _line_styles(groups: Sequence[Group]) -> list[str]:
-    """Variants of one strategy share its colour and differ in their dashes."""
-    seen: Counter[str] = Counter()
-    styles = []
-    for group in groups:
-        styles.append(("-", "--", ":", "-.")[seen[group.strategy] % 4])
-        seen[group.strategy] += 1
-    return styles
-
-
 def _panels(groups: Sequence[Group], width: float, height: float, ylabel: str) -> tuple[Figure, list[Axes]]:
     """A titled panel a group; see `_grid`."""
     figure, panels = _grid(len(groups), width, height)
@@ -248,7 +238,10 @@ def average_accuracy(groups: Sequence[Group]) -> Figure:
     measure = common_measure(groups)
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
-    for group, dashes in zip(groups, _line_styles(groups), strict=True):
+    seen: Counter[str] = Counter()  # variants of one strategy share its colour and differ in their dashes
+    for group in groups:
+        dashes = ("-", "--", ":", "-.")[seen[group.strategy] % 4]
+        seen[group.strategy] += 1
         curves = np.stack([accuracy_so_far(matrix) for matrix in group.matrices])
         style = {"color": color_of(group.strategy), "ls": dashes, "lw": 2.2, "marker": "o", "ms": 5}
         _curve(axes, measure, np.arange(1, curves.shape[1] + 1), curves, label=group.label, **style)

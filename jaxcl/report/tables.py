@@ -58,8 +58,8 @@ def table(runs: Sequence[Run]) -> str:
 def text_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of equally many cells, the header first, aligned: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
+    lines = []
+    for first, *others in rows:
+        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -57,17 +57,14 @@ def train_seeds(
 ) -> list[dict[str, Any]]:
     """As `train_and_evaluate` for each seed, as one program or, without `together`, one after the other.
 
+    Arguments and errors that are not named here are those of `train_and_evaluate`; what befalls one seed ends all.
+
     Args:
       config: of all runs but for its seed.
       folders: seed -> the folder of its run.
-      together: see above.
-      devices, progress, overwrite, stall_seconds: see `train_and_evaluate`.
 
     Returns:
       What each result.json holds, in the order of `folders`.
-
-    Raises:
-      UserError, Preempted, Diverged, StorageError: see `train_and_evaluate`; what befalls one seed ends all.
     """
     if together:
         check_together(config)

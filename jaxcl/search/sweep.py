@@ -6,14 +6,13 @@ only one of a sweep that has seen it. Random search: Bergstra & Bengio 2012.
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
 import pathlib
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxcl import summaries
-from jaxcl.check import NOT_NEGATIVE, POSITIVE, Rule, between, check, is_number, one_of, refused
+from jaxcl.check import NOT_NEGATIVE, POSITIVE, Rule, between, is_number, one_of, refused
 from jaxcl.errors import Diverged, UserError
 from jaxcl.fields import Field
 from jaxcl.runs import files
@@ -52,9 +51,9 @@ class Range:
     log: bool = False
 
     def draw(self, rng: np.random.Generator) -> float:
-        if not self.log:
-            return float(f"{rng.uniform(self.low, self.high):.4g}")
-        return float(f"{math.exp(rng.uniform(math.log(self.low), math.log(self.high))):.4g}")
+        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
+        found = rng.uniform(low, high)
+        return float(f"{math.exp(found) if self.log else found:.4g}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +86,8 @@ class Sweep:
         """
         for name, allowed in _ALLOWED.items():
             allowed.check(f"sweep.{name}", getattr(self, name))
-        a_dict = Rule(
-            lambda x: isinstance(x, Mapping) and len(x) > 0, "at least one config field and its values, as a dict"
-        )
-        check("sweep.fields", self.fields, a_dict)
+        if not isinstance(self.fields, Mapping) or not self.fields:
+            raise refused("sweep.fields", self.fields, "at least one config field and its values, as a dict")
         for field, values in self.fields.items():
             _check_values(field, values, self.search)
         if self.search == "grid":
@@ -101,7 +98,10 @@ class Sweep:
         found: list[Setting] = []
         for trial in range(self.trials):
             rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.trials_seed, trial))))
-            setting = {field: _draw(values, rng) for field, values in self.fields.items()}
+            setting = {
+                field: values.draw(rng) if isinstance(values, Range) else values[int(rng.integers(len(values)))]
+                for field, values in self.fields.items()
+            }
             found += [setting] if setting not in found else []
         return found
 
@@ -121,10 +121,6 @@ def _check_values(field: Any, values: Any, search: str) -> None:
             raise UserError(f"sweep.fields: {field} = {values} is not allowed, give low < high, with log both above 0")
     elif isinstance(values, str | bytes) or not isinstance(values, Sequence) or not values:
         raise UserError(f"sweep.fields: {field} = {values!r} is not allowed, give a list of values or a Range")
-
-
-def _draw(values: Sequence[Any] | Range, rng: np.random.Generator) -> Any:
-    return values.draw(rng) if isinstance(values, Range) else values[int(rng.integers(len(values)))]
 
 
 def configure(config: ConfigDict, setting: Setting, seed: int, validation: float) -> ConfigDict:
@@ -176,11 +172,19 @@ def run_sweep(
       UserError: before anything runs, if the sweep or the config of any setting is wrong.
       Diverged: every setting did, or the one chosen, on all train rows.
     """
-    settings = sweep.settings()
+    workdir = pathlib.Path(workdir)
+    settings, seeds = sweep.settings(), range(config.seed, config.seed + sweep.seeds)
     _check_all(config, sweep, settings, together, devices)
-    measure: Callable[..., dict[str, Any]] = functools.partial(
-        _measure, config, sweep, pathlib.Path(workdir), together=together, devices=devices, **options
-    )
+
+    def measure(setting: Setting, kind: str, validation: float) -> dict[str, Any]:
+        """The metric of a setting's runs, one a seed."""
+        place, one = pathlib.Path(kind, folder_name(setting)), configure(config, setting, config.seed, validation)
+        folders = {seed: workdir / place / f"seed_{seed}" for seed in seeds}
+        found = train_seeds(one, folders, together=together, devices=devices, **options)
+        each = [result[sweep.metric] for result in found]
+        mean, deviation = summaries.mean_and_deviation(each)
+        return {"fields": setting, "folder": str(place), "values": each, "mean": mean, "deviation": deviation}
+
     rows = []
     for setting in settings:
         try:
@@ -195,7 +199,7 @@ def run_sweep(
         "strategy": config.strategy,
         "search": sweep.search,
         "metric": sweep.metric,
-        "seeds": list(_seeds(config, sweep)),
+        "seeds": list(seeds),
         "validation": sweep.validation,
         "settings": rows,
         "chosen": best["fields"],
@@ -203,48 +207,22 @@ def run_sweep(
     }
     result = json.loads(json.dumps(result))
     if jax.process_index() == 0:
-        files.write_json(pathlib.Path(workdir) / "sweep.json", result)
+        files.write_json(workdir / "sweep.json", result)
     return result
-
-
-def _seeds(config: ConfigDict, sweep: Sweep) -> range:
-    return range(config.seed, config.seed + sweep.seeds)
 
 
 def _check_all(
     config: ConfigDict, sweep: Sweep, settings: list[Setting], together: bool, devices: Sequence[jax.Device] | None
 ) -> None:
-    """Checks the config of every run, without data, and then that of every setting with them.
-
-    Raises:
-      UserError: one is wrong.
-    """
-    count = len(jax.devices() if devices is None else devices)
-    for validation, setting, seed in itertools.product((sweep.validation, 0.0), settings, _seeds(config, sweep)[-1:]):
-        one = configure(config, setting, seed, validation)
+    """Checks the config of every run, without data, and then that of every setting with them."""
+    count, last = len(jax.devices() if devices is None else devices), config.seed + sweep.seeds - 1
+    for validation, setting in itertools.product((sweep.validation, 0.0), settings):
+        one = configure(config, setting, last, validation)
         check_config(one, count)
         if together:
             check_together(one)
     for setting in settings:
         build(configure(config, setting, config.seed, sweep.validation), devices)
-
-
-def _measure(
-    config: ConfigDict,
-    sweep: Sweep,
-    folder: pathlib.Path,
-    setting: Setting,
-    kind: str,
-    validation: float,
-    **options: Any,
-) -> dict[str, Any]:
-    """The metric of a setting's runs, one a seed, in `folder/KIND/SETTING/seed_S`."""
-    place = pathlib.Path(kind, folder_name(setting))
-    folders = {seed: folder / place / f"seed_{seed}" for seed in _seeds(config, sweep)}
-    found = train_seeds(configure(config, setting, config.seed, validation), folders, **options)
-    each = [result[sweep.metric] for result in found]
-    mean, deviation = summaries.mean_and_deviation(each)
-    return {"fields": setting, "folder": str(place), "values": each, "mean": mean, "deviation": deviation}
 
 
 def rows(found: dict[str, Any]) -> list[list[str]]:

@@ -48,9 +48,13 @@ class Small:
 
         def step(state, batch, arrived=None):
             number, shard, staged = state
-            drawn = self.buffer.local.receive(staged, arrived)
+            local = self.buffer.local
             insert_key, *draw_keys = jax.random.split(jax.random.fold_in(jax.random.key(3), number), 3)
-            shard, staged, handover = self.buffer.local.turn(shard, batch, insert_key, draw_keys, number)
+            if tier == "device":
+                shard = local.insert(shard, batch, insert_key)
+                return (number + 1, shard, local.stage(shard, draw_keys)), staged, ()
+            drawn = local.receive(staged, arrived)
+            shard, staged, handover = local.turn(shard, batch, insert_key, draw_keys, number)
             return (number + 1, shard, staged), drawn, handover
 
         split, whole = PartitionSpec("data"), PartitionSpec()

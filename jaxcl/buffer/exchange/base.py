@@ -60,7 +60,10 @@ def run(routes: tuple[Route, ...], plan: Plan, me: jax.Array, read: Read) -> Car
     if not routes:
         valid = plan.rank != NONE
         rows = read(jnp.arange(len(plan.rank), dtype=jnp.int32))
-        return jax.tree.map(functools.partial(_zero_unless, valid), rows), jnp.where(valid, me, -1), valid
+        rows = jax.tree.map(
+            lambda x: jnp.where(valid.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype)), rows
+        )
+        return rows, jnp.where(valid, me, -1), valid
     by = functools.partial(_run_by, plan=plan, me=me, read=read)
     if len(routes) == 1:
         return by(routes[0])
@@ -74,10 +77,6 @@ def _run_by(route: Route, plan: Plan, me: jax.Array, read: Read) -> Carried:
     valid = plan.rank[position] != NONE
     rows = unpacked(jnp.where(valid[:, None], route.carry(plan, me, packed), 0))
     return rows, jnp.where(valid, source_of(plan, position), -1), valid
-
-
-def _zero_unless(valid: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
 
 
 def smaller(compact: Route, full: Route) -> tuple[Route, ...]:

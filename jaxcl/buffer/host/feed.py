@@ -63,7 +63,10 @@ def turn(
     draw_keys: Sequence[jax.Array],
     step: jax.Array,
 ) -> tuple[Shard, tuple[Pending, ...], tuple[Handover, ...]]:
-    """Decides where the rows go and which ones a draw for each key sends, and hands both over."""
+    """An insert, then a draw for each key: decides where the rows go and which ones are sent, and hands both over.
+
+    `step` is the number of the step, one more each time. What is still to be handed over is returned, for `Store.passed`.
+    """
     rows = buffer.offered(sizes, rows)
     slot, meta = buffer.choose(sizes, state, rows, insert_key)
     state = buffer.write(sizes, state, dataclasses.replace(rows, record={}), slot, meta)
@@ -73,15 +76,10 @@ def turn(
         wide |= jnp.max(first[1:] - first[:-1]) > store.narrow
     sent = jnp.stack([pending.slot for pending in staged]) if staged else jnp.zeros((0, 0), jnp.int32)
     what = Handover(step[None], slot, pack(rows.record)[0], sent[None], wide[None])
-    return state, staged, hand_over(store, handover, sizes.device(), what)
-
-
-def hand_over(store: Store, handover: str, device: jax.Array, what: Handover) -> tuple[Handover, ...]:
-    """Hands over from within the step, in one of the ways of `HANDOVERS`: what is still to be returned from it."""
     if handover == "outputs":
-        return (what,)
-    io_callback(store.hand_over, None, device, *what, ordered=False)
-    return ()
+        return state, staged, (what,)
+    io_callback(store.hand_over, None, sizes.device(), *what, ordered=False)
+    return state, staged, ()
 
 
 def stage(sizes: Sizes, state: Shard, keys: Sequence[jax.Array]) -> tuple[Pending, ...]:
@@ -111,12 +109,13 @@ def receive(sizes: Sizes, on_cpu: bool, staged: tuple[Pending, ...], arrived: ja
 
 
 def _drawn(sizes: Sizes, pending: Pending, packed: jax.Array) -> Drawn:
-    plan = _plan(sizes, pending)
-    first = plan.first[sizes.holder()]
-    sent = (packed, pending.label, pending.id)
-    drawn = buffer.bring(
-        sizes, plan, lambda position: jax.tree.map(lambda x: x.at[position - first].get(mode="clip"), sent)
-    )
+    if isinstance(pending.picked, Plan):
+        plan = jax.tree.map(lambda x: x[0], pending.picked)
+    else:
+        plan = draw.own_plan(pending.picked)
+    first, sent = plan.first[sizes.holder()], (packed, pending.label, pending.id)
+    read = lambda position: jax.tree.map(lambda x: x.at[position - first].get(mode="clip"), sent)  # noqa: E731
+    drawn = buffer.bring(sizes, plan, read)
     return dataclasses.replace(drawn, record=unpack(sizes.record, drawn.record))
 
 
@@ -130,10 +129,3 @@ def no_rows(sizes: Sizes) -> Pending:
 def _kept(sizes: Sizes, plan: Plan) -> Plan | jax.Array:
     """A plan as `Pending` keeps it: with a leading axis of devices, or the ranks alone of this device's own rows."""
     return jax.tree.map(lambda x: x[None], plan) if sizes.routes else plan.rank
-
-
-def _plan(sizes: Sizes, pending: Pending) -> Plan:
-    """The way back."""
-    if isinstance(pending.picked, Plan):
-        return jax.tree.map(lambda x: x[0], pending.picked)
-    return draw.own_plan(pending.picked)

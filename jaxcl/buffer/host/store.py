@@ -289,11 +289,9 @@ class Store:
 
     def _apply(self, handovers: Mapping[int, Handover]) -> jax.Array | None:
         self._populate(handovers)
-        wanted, wide = {}, False
-        for device in self._devices:
-            with self._timed("copy"):
-                wanted[device] = np.asarray(handovers[device].send)[0]
-                wide = bool(np.asarray(handovers[device].wide)[0])
+        with self._timed("copy"):
+            wanted = {device: np.asarray(handovers[device].send)[0] for device in self._devices}
+            wide = bool(np.asarray(handovers[self._devices[0]].wide)[0])
         return self._gather(wanted, wide)
 
     def _populate(self, handovers: Mapping[int, Handover]) -> None:

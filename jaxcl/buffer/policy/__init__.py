@@ -5,11 +5,11 @@ A policy is a file of this package, `NAME.py` with a function `NAME(budget) -> P
 
 from collections.abc import Callable
 
-from jaxcl.buffer.policy.base import Budget, Choose, Moves, Policy
+from jaxcl.buffer.policy.base import Budget, Moves, Policy
 from jaxcl.check import refused
 from jaxcl.registry import Registry
 
-__all__ = ["POLICIES", "Budget", "Choose", "Moves", "Policy", "make_policy"]
+__all__ = ["POLICIES", "Budget", "Moves", "Policy", "make_policy"]
 
 POLICIES: Registry[Callable[[Budget], Policy]] = Registry("buffer.policy", "jaxcl.buffer.policy")
 

@@ -7,7 +7,7 @@ row numbers 0..capacity-1 are dealt round-robin, number g to shard g mod N, so s
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,27 +55,6 @@ class Budget:
         return dealt(self.capacity, self.shards)
 
 
-class Choose(Protocol):
-    """Slots for a batch of rows, as a loop over the rows in their order would choose them."""
-
-    def __call__(
-        self, meta: PyTree, key: jax.Array, shard: jax.Array, label: jax.Array, valid: jax.Array
-    ) -> tuple[jax.Array, PyTree]:
-        """Chooses.
-
-        Args:
-          meta: this shard's metadata.
-          key: a key for this shard and this insert alone.
-          shard: int32 scalar, the shard's number.
-          label: int32 `[n]`.
-          valid: bool `[n]`; invalid rows take no slot and change nothing.
-
-        Returns:
-          slot: int32 `[n]`; a value >= `slots` stores nothing; of equal ones the last row is meant to win.
-          meta: the new metadata.
-        """
-
-
 class Moves(NamedTuple):
     """Which stored rows go where when the shards become another number.
 
@@ -92,11 +71,14 @@ class Moves(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """A policy bound to its budget.
+    """A policy bound to its budget. Of what its functions take, `shard` is the number of a shard, int32 scalar, `meta` its
+    metadata, leaves `[1, ...]`, `label` int32 `[n]` and `valid` bool `[n]`.
 
     Attributes:
-      init: `(shard) -> meta`, metadata of an empty shard; leaves `[1, ...]`.
-      choose: see `Choose`.
+      init: `(shard) -> meta`, of an empty shard.
+      choose: `(meta, key, shard, label, valid) -> (slot, meta)`, the slots of a batch of rows as a loop over them in their
+        order would choose them, int32 `[n]`: a value >= `slots` stores nothing, of equal ones the last row is meant to win.
+        `key` is for this shard and this insert alone; rows that are not valid take no slot and change nothing.
       locate: `(meta, shard, rank) -> slot`: where the stored rows number `rank` (int32 `[n]`, 0..size-1) lie.
       size: `(meta, shard) -> int32 scalar`, rows stored in this shard.
       slots: rows a shard has memory for.
@@ -107,7 +89,7 @@ class Policy(NamedTuple):
     """
 
     init: Callable[[jax.Array], PyTree]
-    choose: Choose
+    choose: Callable[[PyTree, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, PyTree]]
     locate: Callable[[PyTree, jax.Array, jax.Array], jax.Array]
     size: Callable[[PyTree, jax.Array], jax.Array]
     slots: int

@@ -32,9 +32,10 @@ def class_random(budget: Budget) -> Policy:
 
 
 def _first(budget, shard, k):
-    """The slot on `shard` at which the rows of class k begin."""
+    """The slot on `shard` at which the rows of class k begin; integers of JAX or NumPy."""
     quota, spare = divmod(budget.capacity, budget.classes)
-    return share(shard, k * quota + jnp.minimum(k, spare), budget.shards)
+    longer = k - (k > spare) * (k - spare)  # the classes before k that have one row more than the quota: min(k, spare)
+    return share(shard, k * quota + longer, budget.shards)
 
 
 def _init(budget, shard):
@@ -76,7 +77,8 @@ def _class_sizes(meta):
 def _move(budget: Budget, meta: dict[str, np.ndarray], label: np.ndarray, old: int) -> Moves:
     """Each class is spread as evenly as its room on the shards allows, its odd rows where least is stored."""
     before = Budget(budget.capacity, old, budget.classes)
-    begin, begin_now = _first_of_each(before), _first_of_each(budget)
+    bounds = np.arange(budget.classes + 1)  # the last begins where all end
+    begin, begin_now = (_first(b, np.arange(b.shards)[:, None], bounds) for b in (before, budget))
     fill_now = np.zeros((budget.shards, budget.classes), np.int64)
     take, shard, slot = [], [], []
     for k in range(budget.classes):
@@ -94,11 +96,3 @@ def _move(budget: Budget, meta: dict[str, np.ndarray], label: np.ndarray, old: i
             shard.append(np.full(fill[m], m))
             slot.append(begin_now[m, k] + np.arange(fill[m]))
     return Moves(np.concatenate(take), np.concatenate(shard), np.concatenate(slot), int32(fill=fill_now))
-
-
-def _first_of_each(budget: Budget) -> np.ndarray:
-    """`_first` of all shards and classes, and where the last class ends; int64 `[N, K + 1]`."""
-    k = np.arange(budget.classes + 1)
-    quota, spare = divmod(budget.capacity, budget.classes)
-    number = k * quota + np.minimum(k, spare)
-    return share(np.arange(budget.shards)[:, None], number[None, :], budget.shards)
