@@ -36,7 +36,7 @@ def unfinished(tmp_path):
     progress = Progress(step=2, task=1, iterator=None)
     for step in (1, 2):
         lines.write("train", step, {"loss": 1 / step})
-    progress.scores["accuracy"].append([0.5, 0.25])
+    progress.scores["accuracy"] = [[0.5, 0.25]]
     progress.log = lines.saved()
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints", 2, workdir.resolved(config()))
     checkpoints.save(progress.name, {"w": jnp.arange(3.0)}, progress.saved())
