@@ -1,7 +1,7 @@
 # Two commands need nothing but Python 3.11 or newer and make; each prepares .venv when its requirements changed:
 #     make demo    a small comparison of strategies on 8 fake CPU devices, with a report in runs/demo
 #     make test    what CI runs: format, lint, types, every test
-#     make check   for every edit: format, lint, types, the unit tests
+#     make check   for every edit: format, lint, types, the unit tests that are quick; under 3 minutes
 # Paths are relative, so that a checkout in a folder with spaces works too.
 
 PYTHON ?= python3
@@ -19,7 +19,7 @@ test: lint
 	$(PY) -m pytest -n auto --maxprocesses=4 --dist=worksteal
 
 check: lint
-	$(PY) -m pytest -n auto --maxprocesses=4 --dist=worksteal tests/unit
+	$(PY) -m pytest -n auto --maxprocesses=4 --dist=worksteal -m "not slow" tests/unit
 
 lint: .venv/.stamp-dev
 	$(PY) -m ruff format --check .

@@ -155,7 +155,7 @@ def test_the_local_exchange_draws_from_its_own_shard():
             assert set(ids[valid[device]]) <= held[device] and (ids[~valid[device]] == -1).all()
 
 
-@pytest.mark.parametrize("devices", [0, 1, 4])
+@pytest.mark.parametrize("devices", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
 def test_class_balanced_draws(devices):
     """8 rows of a union with 1, 2, 9 and no rows of the four classes: 1, 2 and 5 of them, whole, distinct, as stored."""
     shards = max(devices, 1)

@@ -147,6 +147,7 @@ def test_a_draw_that_does_not_fit_is_exact_too(exchange, mesh_of):
     assert_same(seen["host"], seen["device"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "devices, name, handover",
     [
@@ -305,6 +306,7 @@ def test_an_error_of_the_writer_ends_the_run_with_its_own_traceback(mesh_of):
     assert_no_writer()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("handover", ["callback", "outputs"])
 def test_ctrl_c_loses_no_insert(handover, mesh_of):
     stopped, whole = (Small(mesh_of(4), "host", handover=handover) for _ in range(2))

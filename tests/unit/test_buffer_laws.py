@@ -173,6 +173,7 @@ def test_rows_are_dealt_as_planned(counts):
         check_draw(drawn, stores, representatives)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mix", "balance"])
 def test_both_branches_deliver(kind):
     """8 rows a device on 8 devices: equal shards fit the compact route, rows from one shard alone need the full one."""
@@ -283,7 +284,7 @@ def test_reservoir_keeps_every_row_of_its_stream_equally_often(shards):
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 8])
-@pytest.mark.parametrize("capacity", [8, 21, 40])
+@pytest.mark.parametrize("capacity", [21, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 40))])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_shares_add_up_to_the_budget(policy, capacity, shards):
     """Law 4: offered every class in plenty, the shards together store exactly `capacity` rows, in distinct slots."""

@@ -238,6 +238,7 @@ def test_rows_are_mixed_with_those_at_the_mirror_place(devices, mesh_of):
         np.testing.assert_allclose(wanted[i], share * smooth[i] + (1 - share) * smooth[-1 - i], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dytox_plus_takes_the_same_step_on_any_number_of_devices(mesh_of):
     def step(devices):
         strategy = make_strategy("dytox", {"mixup": 0.8})._replace(draws=0)
@@ -248,6 +249,7 @@ def test_dytox_plus_takes_the_same_step_on_any_number_of_devices(mesh_of):
     close(step(4), step(1), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_whole_run(tmp_path, mesh_of):
     """Digits, three tasks of two classes, appended memory, fine-tuning of all but the encoder: classes that have not come are
     never named, those of the first task are learned, and later ones are named too."""

@@ -69,7 +69,7 @@ class Tasks:
         return {k: mine[expected_order(self.selection.by, features[mine], PER_CLASS)] for k, mine in rows.items()}
 
 
-@pytest.mark.parametrize("by", ["closest", "furthest", "icarl"])
+@pytest.mark.parametrize("by", ["icarl", *(pytest.param(by, marks=pytest.mark.slow) for by in ("closest", "furthest"))])
 @pytest.mark.parametrize("devices,memory", [(1, "sharded"), (4, "sharded"), (4, "replicated"), (4, "independent")])
 def test_the_memory_holds_the_best_of_every_class(by, devices, memory, mesh_of):
     """After each task: of each class seen the first 48 / (classes seen) rows of the oracle's choice from all rows. Of clean

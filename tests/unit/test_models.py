@@ -84,6 +84,7 @@ IMAGENET = [  # options, parameters with 1,000 classes, features
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, options, parameters, features", IMAGENET)
 def test_networks_for_imagenet_are_the_published_ones(name, options, parameters, features):
     """Parameter counts to the last weight; both stems give the outputs' shapes, all float32 around a bfloat16 body."""
@@ -99,6 +100,7 @@ def test_networks_for_imagenet_are_the_published_ones(name, options, parameters,
             assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50", "ghostnet", "mobilenet_v3_small", "convnext_tiny", "ptychonn"])
 def test_a_deep_network_computes_in_bfloat16_and_every_norm_is_synchronised_and_masked(name, mesh_of):
     options = {} if name in ("convnext_tiny", "ptychonn") else {"norm": "sync"}

@@ -226,6 +226,7 @@ def command(*arguments, module="experiments.report"):
     return subprocess.run(program, cwd=root, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_scenario_command(tmp_path):
     flags = ("--config=configs/digits.py", "--scenarios=class,si_blurry", f"--out={tmp_path / 'x.png'}")
     done = command(*flags, module="experiments.scenario")
@@ -233,6 +234,7 @@ def test_scenario_command(tmp_path):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_command(folder):
     done = command(folder)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == str(folder / "report.html")

@@ -22,7 +22,7 @@ def learnt(state):
     return jax.device_get((state.params, state.batch_stats))
 
 
-@pytest.mark.parametrize("model", ["mlp", "convnet"])
+@pytest.mark.parametrize("model", ["mlp", pytest.param("convnet", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["incremental", "er"])
 @pytest.mark.parametrize("devices", [2, 8])
 def test_any_number_of_devices_takes_the_same_step(name, model, devices, mesh_of):
@@ -60,7 +60,7 @@ def test_the_loss_is_the_mean_over_all_valid_rows(name, mesh_of):
     assert float(metrics["replayed"]) == (draw.valid.sum() if name == "er" else 0)
 
 
-@pytest.mark.parametrize("model", ["mlp", "convnet"])
+@pytest.mark.parametrize("model", ["mlp", pytest.param("convnet", marks=pytest.mark.slow)])
 def test_rows_that_are_not_valid_weigh_nothing(model, mesh_of):
     batch, draw = make_batch(0), make_draw(1)
     junk = {name: np.array(x) for name, x in batch.items()}

@@ -95,6 +95,7 @@ def test_icarl_classifies_by_the_nearest_mean_of_what_is_stored(devices, mesh_of
         assert row.argmax() == nearest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 4])
 def test_bic_finds_the_best_correction_of_the_held_out_rows(devices, mesh_of):
     """Against SciPy's minimum of the balanced CE over the held-out rows, in task 1; without old classes, none."""
