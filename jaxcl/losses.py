@@ -2,9 +2,9 @@
 
 The caller weighs the rows (invalid rows weigh nothing) and reduces.
 
-Logits are floats [n, K]; everything is computed in float32 whatever their dtype. Labels are ints [n] in 0..K-1; others are
-clipped, never an error or a NaN, so that padding may hold any label; give such rows weight 0. A class mask, bool [K] or
-[n, K], is False where a class takes no part: it restricts the rows to the classes of the task (task-incremental evaluation)
+Logits are floats `[n, K]`; everything is computed in float32 whatever their dtype. Labels are ints `[n]` in 0..K-1; others are
+clipped, never an error or a NaN, so that padding may hold any label; give such rows weight 0. A class mask, bool `[K]` or
+`[n, K]`, is False where a class takes no part: it restricts the rows to the classes of the task (task-incremental evaluation)
 or to those seen so far; None stands for all.
 """
 
@@ -23,28 +23,28 @@ def _allowed(logits: jax.Array, class_mask: jax.Array | None) -> jax.Array:
 
 
 def _at(values: jax.Array, labels: jax.Array) -> jax.Array:
-    """values[n, labels[n]] -> [n, 1], labels clipped."""
+    """values[n, labels[n]] -> `[n, 1]`, labels clipped."""
     return jnp.take_along_axis(values, jnp.clip(labels, 0, values.shape[-1] - 1)[:, None], axis=-1)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, class_mask: jax.Array | None = None) -> jax.Array:
-    """Softmax cross-entropy of each row: float32 [n], in nats; about 1e30 for a label that the mask forbids."""
+    """Softmax cross-entropy of each row: float32 `[n]`, in nats; about 1e30 for a label that the mask forbids."""
     return -_at(jax.nn.log_softmax(_allowed(logits, class_mask)), labels)[:, 0]
 
 
 def reconstruction_error(outputs: Mapping[str, jax.Array], target: Mapping[str, jax.Array]) -> jax.Array:
-    """Mean absolute error of each row, summed over the target's tensors: float32 [n], in the units of the tensors.
+    """Mean absolute error of each row, summed over the target's tensors: float32 `[n]`, in the units of the tensors.
 
     Args:
-      outputs: of the model, those of `target`'s names among them; floats [n, ...].
-      target: floats [n, ...] by name, at least one.
+      outputs: of the model, those of `target`'s names among them; floats `[n, ...]`.
+      target: floats `[n, ...]` by name, at least one.
     """
     errors = [jnp.abs(outputs[name].astype(jnp.float32) - x).reshape(len(x), -1).mean(1) for name, x in target.items()]
     return sum(errors[1:], errors[0])
 
 
 def topk_correct(logits: jax.Array, labels: jax.Array, k: int = 1, class_mask: jax.Array | None = None) -> jax.Array:
-    """Whether each row's label is among its k largest logits, bool [n]. k is static and >= 1; k = 1 is accuracy.
+    """Whether each row's label is among its k largest logits, bool `[n]`. k is static and >= 1; k = 1 is accuracy.
 
     Ties count against the row (equal logits rank before the label's), and so does NaN: neither a constant nor a
     diverged model scores by accident. A label that the mask forbids is never correct; any other is once k >= K.

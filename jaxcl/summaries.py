@@ -1,6 +1,6 @@
 """Summaries of the accuracy matrix, each published variant under its own name.
 
-A run leaves a T x T matrix A of accuracies in [0, 1]: row i after training task i, column j on the test set of task j.
+A run leaves a T x T matrix A of accuracies in `[0, 1]`: row i after training task i, column j on the test set of task j.
 All columns are filled; those above the diagonal (tasks not trained yet) enter no summary but `forward_transfer`.
 With one task nothing can be forgotten or transferred: those summaries are 0.0.
 
@@ -42,7 +42,7 @@ def average_accuracy(matrix: ArrayLike) -> float:
 
 
 def accuracy_so_far(matrix: ArrayLike) -> NDArray[np.float64]:
-    """Mean over the tasks seen so far, after each task: [T], element i is 1/(i+1) sum_{j<=i} A[i, j]."""
+    """Mean over the tasks seen so far, after each task: `[T]`, element i is 1/(i+1) sum_{j<=i} A[i, j]."""
     a = _square(matrix)
     return np.tril(a).sum(1) / np.arange(1, len(a) + 1)
 
@@ -92,7 +92,7 @@ def backward_transfer_diaz_rodriguez(matrix: ArrayLike) -> float:
 def forward_transfer(matrix: ArrayLike, random_init: ArrayLike) -> float:
     """1/(T-1) sum_{j>=1} (A[j-1, j] - random_init[j]). Lopez-Paz & Ranzato 2017 (GEM), FWT.
 
-    random_init: [T] accuracies of the untrained model. Raises UserError for another shape.
+    random_init: `[T]` accuracies of the untrained model. Raises UserError for another shape.
     """
     a, b = _square(matrix), np.asarray(random_init, np.float64)
     if b.shape != (len(a),):
@@ -101,9 +101,9 @@ def forward_transfer(matrix: ArrayLike, random_init: ArrayLike) -> float:
 
 
 def per_class_accuracy(confusion: ArrayLike) -> list[float | None]:
-    """Of each class the share of its rows that were recognised: [K], None for a class without rows.
+    """Of each class the share of its rows that were recognised: `[K]`, None for a class without rows.
 
-    confusion: int [K, K], rows by label and by the class predicted.
+    confusion: int `[K, K]`, rows by label and by the class predicted.
     """
     counts = np.asarray(confusion, np.float64)
     rows = counts.sum(1)

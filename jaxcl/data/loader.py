@@ -40,9 +40,9 @@ class Loader:
     whatever had been read ahead; `{"next_index": t}` is the state before batch t.
 
     A batch holds b = batch_size / process_count rows:
-      image: uint8 [b, H, W, C]; label: int32 [b]; id: int32 [b], the row's index in the source;
-      valid: bool [b], False for the padding that fills the last batch of an epoch (image 0, label 0, id -1);
-      target: the source's targets by name, [b, ...], where it has any.
+      image: uint8 `[b, H, W, C]`; label: int32 `[b]`; id: int32 `[b]`, the row's index in the source;
+      valid: bool `[b]`, False for the padding that fills the last batch of an epoch (image 0, label 0, id -1);
+      target: the source's targets by name, `[b, ...]`, where it has any.
 
     Attributes:
       source: where the rows are.
@@ -126,14 +126,14 @@ def train_batches(
 
     Args:
       source: where the rows are.
-      indices: int [n], the rows to train on.
+      indices: int `[n]`, the rows to train on.
       batch_size: rows of a global batch, over all processes.
       epochs: passes over `indices`; the loader has epochs * ceil(n / batch_size) batches.
       seed: integers >= 0, such as (seed, task): with the epoch they determine the order, and with epoch and row the window
         of an image that is cut at random.
       by_class: sorts the rows of every global batch by class. Each device then sees few classes, and the shards of a sharded
         memory differ as much as they can.
-      memory: int [m], rows that join `indices`, in any number of copies.
+      memory: int `[m]`, rows that join `indices`, in any number of copies.
       part: of every `part` neighbours in `memory` one joins an epoch, drawn anew for each.
       reading: see `Reading`.
 

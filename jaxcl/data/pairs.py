@@ -1,7 +1,7 @@
 """Sources of pairs for contrastive learning: images with captions, with the names of their classes, or in a second style.
 
 A source of pairs is a `Source` whose labels are keys, the same for rows that match each other, and whose targets hold the
-other side: "text", tokens int32 [n, L], or "image", uint8 [n, H, W, C]. The loader treats it as any other.
+other side: "text", tokens int32 `[n, L]`, or "image", uint8 `[n, H, W, C]`. The loader treats it as any other.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def open_pairs(
     """Opens a data set and returns its (train, test) pairs.
 
     Args:
-      name: "emoji:FILE", an archive of `noto` uint8 [n, H, W, 3], `caption` and, for styles, `emojitwo` with
+      name: "emoji:FILE", an archive of `noto` uint8 `[n, H, W, 3]`, `caption` and, for styles, `emojitwo` with
         `has_emojitwo`; "tfds:coco_captions", every caption a row; or what `open_source` takes, with the names of the
         classes as text.
       pairs: "captions", "views" (the image alone) or "styles".

@@ -17,13 +17,13 @@ class Source:
     """Labelled images of one split, by row.
 
     Attributes:
-      labels: int32 [n], each in 0..K-1.
+      labels: int32 `[n]`, each in 0..K-1.
       image_shape: (H, W, C).
       class_names: K names, by label.
       read: `read(indices: int [m]) -> uint8 [m, H, W, C]`, a fresh array, in the order asked for. Thread-safe.
       read_random: `read_random(indices, seed)`, the same of a window of each image that seed and index choose; for training
         on images of many sizes. None where an image is read whole.
-      targets: what a model is to reconstruct from each image, float32 [n, ...] by name; {} where it classifies.
+      targets: what a model is to reconstruct from each image, float32 `[n, ...]` by name; {} where it classifies.
     """
 
     labels: np.ndarray
@@ -54,13 +54,13 @@ class Source:
 
 
 def array_source(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Source:
-    """A source over arrays in memory: images uint8 [n, H, W, C], labels int [n] in 0..K-1."""
+    """A source over arrays in memory: images uint8 `[n, H, W, C]`, labels int `[n]` in 0..K-1."""
     # Indexing with an array copies, so no caller can write into the set.
     return Source(labels.astype(np.int32), images.shape[1:], tuple(class_names), images.__getitem__)
 
 
 def rows_of_each(numbers: np.ndarray, count: int) -> list[np.ndarray]:
-    """The rows, int64 and ascending, at which `numbers` int [n] is 0, 1, ..., count - 1; other numbers belong to none."""
+    """The rows, int64 and ascending, at which `numbers` int `[n]` is 0, 1, ..., count - 1; other numbers belong to none."""
     order = np.argsort(numbers, kind="stable")
     return np.split(order, np.searchsorted(numbers[order], np.arange(count + 1)))[1:-1]
 

@@ -19,12 +19,12 @@ Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
 
 
 def middle(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    """The middle of a PNG or JPEG file as uint8 [H, W, C]."""
+    """The middle of a PNG or JPEG file as uint8 `[H, W, C]`."""
     return _cut(encoded, shape, middle_box)
 
 
 def random(encoded: bytes, shape: tuple[int, int, int], seed: tuple[int, ...]) -> np.ndarray:
-    """A window of a PNG or JPEG file, which `seed` chooses, as uint8 [H, W, C]."""
+    """A window of a PNG or JPEG file, which `seed` chooses, as uint8 `[H, W, C]`."""
     # The length comes first because a SeedSequence takes (1,) and (1, 0) for the same entropy.
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((len(seed), *seed))))
     return _cut(encoded, shape, lambda width, height: random_box(width, height, rng))

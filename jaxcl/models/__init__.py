@@ -6,7 +6,7 @@ which it names those that it uses:
     num_classes  K, outputs of the head
     dtype        of the computation; parameters, statistics and outputs are float32
     axis_name    mesh axis of the batch, over which a norm may sum its statistics
-    classes      bool [T, K], the classes of each task
+    classes      bool `[T, K]`, the classes of each task
 
 A field or parameter with a default is an option, see `_options`. The module is called as `module(images, train=..., mask=...)`,
 see `Apply`. The rest of jaxcl sees parameters, batch statistics and outputs, never a module.
@@ -47,14 +47,14 @@ class Apply(Protocol):
         Args:
           params: as `Init` gives them.
           batch_stats: running statistics of the norm layers, {} without any.
-          images: [B, H, W, C] floats.
+          images: `[B, H, W, C]` floats.
           train: static; normalise by the statistics of the batch and update the running ones.
-          mask: [B] bool, False for invalid rows: their content, NaN included, touches no other row, no statistic and no
+          mask: `[B]` bool, False for invalid rows: their content, NaN included, touches no other row, no statistic and no
             gradient of a loss that gives them weight 0. None where all are valid.
 
         Returns:
           {"logits": [B, K] float32, "features": [B, D] float32, the input of the head} (see `dytox` for what it adds), or of
-          a model that reconstructs images {"amplitude": ..., "phase": ...} of [B, H, W, 1] float32; and the new batch_stats:
+          a model that reconstructs images {"amplitude": ..., "phase": ...} of `[B, H, W, 1]` float32; and the new batch_stats:
           as given unless `train`. With the "local" norm they differ between devices; average them to keep them replicated.
         """
 

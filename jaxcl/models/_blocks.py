@@ -39,7 +39,7 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None) -> jax.Array:
-        """x [B, H, W, C], mask [B] -> [B, H / stride, W / stride, channels], sides rounded up."""
+        """x `[B, H, W, C]`, mask `[B]` -> `[B, H / stride, W / stride, channels]`, sides rounded up."""
         x = nn.Conv(
             self.channels,
             (self.kernel, self.kernel),
@@ -66,7 +66,7 @@ class SqueezeExcite(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, H, W, C] -> the same shape."""
+        """x `[B, H, W, C]` -> the same shape."""
         means = x.astype(jnp.float32).mean((1, 2), keepdims=True)
         hidden = nn.relu(nn.Dense(self.squeezed, dtype=self.dtype)(means))
         return x * nn.hard_sigmoid(nn.Dense(x.shape[-1], dtype=self.dtype)(hidden))

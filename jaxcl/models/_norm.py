@@ -13,7 +13,7 @@ class MaskedBatchNorm(nn.Module):
     """Normalises the last axis over valid rows and positions.
 
     Parameters and collections are those of Linen's BatchNorm: params `scale`, `bias`, and batch_stats `mean`, `var`
-    (biased), all [C] float32. Where no row is valid, the running statistics normalise and stay as they are.
+    (biased), all `[C]` float32. Where no row is valid, the running statistics normalise and stay as they are.
     Initialise with train=False: an initialisation is no batch, and runs outside shard_map.
 
     Attributes:
@@ -32,7 +32,7 @@ class MaskedBatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """x [B, ..., C] -> the same shape. mask: [B] bool or float row weights, None for all ones."""
+        """x `[B, ..., C]` -> the same shape. mask: `[B]` bool or float row weights, None for all ones."""
         channels = x.shape[-1]
         scale = self.param("scale", self.scale_init, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
@@ -48,7 +48,7 @@ class MaskedBatchNorm(nn.Module):
         return ((x - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias).astype(self.dtype)
 
     def _statistics(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Weight of the valid rows [], their mean [C] and biased variance [C]; one collective."""
+        """Weight of the valid rows [], their mean `[C]` and biased variance `[C]`; one collective."""
         # Rows are reduced over positions first: the weights then touch [B, C] instead of the whole of x, and the count
         # of rows (not of positions) is exact in float32 at any scale.
         positions = tuple(range(1, x.ndim - 1))

@@ -71,7 +71,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
-        """images [B, H, W, C] floats, mask [B] -> logits [B, K], features [B, D], D = 8 or 32 times width."""
+        """images `[B, H, W, C]` floats, mask `[B]` -> logits `[B, K]`, features `[B, D]`, D = 8 or 32 times width."""
         conv = partial(nn.Conv, use_bias=False, kernel_init=he_fan_out, dtype=self.dtype)
         norm = partial(MaskedBatchNorm, axis_name=self.axis_name if self.norm == "sync" else None, dtype=self.dtype)
         last_scale_init = nn.initializers.zeros if self.zero_init else nn.initializers.ones

@@ -27,7 +27,7 @@ class ImageTower(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """images [B, H, W, C] floats -> [B, D] float32, of length 1."""
+        """images `[B, H, W, C]` floats -> `[B, D]` float32, of length 1."""
         x = images.astype(self.dtype)
         for channels, kernel, stride in ((self.width, 4, 4), (2 * self.width, 3, 2), (4 * self.width, 3, 2)):
             x = nn.Conv(channels, (kernel, kernel), (stride, stride), dtype=self.dtype)(x)
@@ -52,7 +52,7 @@ class TextTower(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """tokens int32 [B, L] -> [B, D] float32, of length 1."""
+        """tokens int32 `[B, L]` -> `[B, D]` float32, of length 1."""
         real = (tokens > 0)[..., None]
         vectors = nn.Embed(self.vocabulary, self.width, dtype=self.dtype)(tokens)
         x = jnp.sum(vectors * real, 1) / jnp.maximum(jnp.sum(real, 1), 1)
@@ -61,7 +61,7 @@ class TextTower(nn.Module):
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """x [B, D] at length 1; the gradient at 0 is finite."""
+    """x `[B, D]` at length 1; the gradient at 0 is finite."""
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), -1, keepdims=True) + 1e-12)
 
 

@@ -25,7 +25,7 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
-        """images [B, H, W, C] floats of any size, mask [B] -> logits [B, K], features [B, 4 * width]."""
+        """images `[B, H, W, C]` floats of any size, mask `[B]` -> logits `[B, K]`, features `[B, 4 * width]`."""
         norm = partial(MaskedBatchNorm, axis_name=self.axis_name if self.norm == "sync" else None, dtype=self.dtype)
         x = images.astype(self.dtype)
         for channels in (self.width, 2 * self.width, 4 * self.width):

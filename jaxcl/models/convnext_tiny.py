@@ -46,7 +46,7 @@ class ConvNeXt(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
-        """images [B, H, W, C] floats -> logits [B, K], features [B, 8 * width]. train and mask are unused."""
+        """images `[B, H, W, C]` floats -> logits `[B, K]`, features [B, 8 * width]. train and mask are unused."""
         del train, mask
         norm = partial(nn.LayerNorm, dtype=self.dtype)
 

@@ -56,7 +56,7 @@ class GatedAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, side: tuple[int, int]) -> jax.Array:
-        """x [B, P, D], the patches of a grid of `side` -> [B, P, D]."""
+        """x `[B, P, D]`, the patches of a grid of `side` -> `[B, P, D]`."""
         width = x.shape[-1]
 
         def dense(units: int, name: str, kernel_init: Any = _dense_init, bias: bool = False) -> nn.Dense:
@@ -77,7 +77,7 @@ class GatedAttention(nn.Module):
 
 
 def relative_positions(side: tuple[int, int]) -> np.ndarray:
-    """float32 [P, P, 3]: for patch p and q of a grid, row by row, how far q is to the right, below, and both squared."""
+    """float32 `[P, P, 3]`: for patch p and q of a grid, row by row, how far q is to the right, below, and both squared."""
     y, x = (axis.ravel() for axis in np.mgrid[: side[0], : side[1]])
     dx, dy = x[None] - x[:, None], y[None] - y[:, None]
     return np.stack([dx, dy, dx**2 + dy**2], axis=-1).astype(np.float32)
@@ -124,13 +124,13 @@ class TaskAttention(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, patches: jax.Array) -> jax.Array:
-        """tokens [T, D], patches [B, P, D] -> an embedding for each task, [B, T, D]."""
+        """tokens `[T, D]`, patches `[B, P, D]` -> an embedding for each task, `[B, T, D]`."""
         width, scale = tokens.shape[-1], np.sqrt(tokens.shape[-1] // self.heads)
         norm = nn.LayerNorm(_EPS)
         own, others = norm(tokens), norm(patches)
 
         def heads_of(name: str) -> tuple[jax.Array, jax.Array]:
-            """Of the tokens [T, h, d] and of the patches [B, P, h, d], by the same weights."""
+            """Of the tokens `[T, h, d]` and of the patches `[B, P, h, d]`, by the same weights."""
             dense = nn.Dense(width, use_bias=False, kernel_init=_dense_init, dtype=self.dtype, name=name)
             split = (self.heads, width // self.heads)
             return dense(own).reshape(-1, *split), dense(others).reshape(*patches.shape[:2], *split)
@@ -158,7 +158,7 @@ class Heads(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, T, D] -> [B, outputs] float32."""
+        """x `[B, T, D]` -> [B, outputs] float32."""
         _, tasks, width = x.shape
         scale = self.param("scale", nn.initializers.ones, (tasks, width))
         shift = self.param("shift", nn.initializers.zeros, (tasks, width))
@@ -178,7 +178,7 @@ class DyTox(nn.Module):
     """See above.
 
     Attributes:
-      task_of_class: the task that each class belongs to, [K], -1 for a class that does not come; T of them.
+      task_of_class: the task that each class belongs to, `[K]`, -1 for a class that does not come; T of them.
       width: D; the paper's embed_dim.
       depth: self-attention blocks.
       heads: of attention; divide the width.
@@ -197,7 +197,7 @@ class DyTox(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
         """images [B, H, W, C] floats -> logits [B, K]; embeddings [B, T, D], and the same as features [B, T * D]; divergence
-        [B, T, M + 1], M classes in the largest task. Rows do not mix: train and mask are unused."""
+        `[B, T, M + 1]`, M classes in the largest task. Rows do not mix: train and mask are unused."""
         del train, mask
         rows, height, breadth, _ = images.shape
         if height % self.patch or breadth % self.patch:

@@ -92,7 +92,7 @@ class GhostNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
-        """images [B, H, W, C] floats, mask [B] -> logits [B, K], features [B, 1280]."""
+        """images `[B, H, W, C]` floats, mask `[B]` -> logits `[B, K]`, features `[B, 1280]`."""
         norm = partial(MaskedBatchNorm, axis_name=self.axis_name if self.norm == "sync" else None, dtype=self.dtype)
         layer = partial(ConvNorm, norm=norm, dtype=self.dtype)
 

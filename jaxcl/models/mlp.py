@@ -26,7 +26,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
-        """images [B, H, W, C] floats -> logits [B, K], features [B, D]. Rows do not mix: train and mask are unused."""
+        """images `[B, H, W, C]` floats -> logits `[B, K]`, features `[B, D]`. Rows do not mix: train and mask are unused."""
         del train, mask
         init = KERNEL_INITS[self.kernel_init]
         x = images.reshape(len(images), -1).astype(self.dtype)

@@ -46,7 +46,7 @@ class MobileNetV3Small(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
-        """images [B, H, W, C] floats, mask [B] -> logits [B, K], features [B, 1024]."""
+        """images `[B, H, W, C]` floats, mask `[B]` -> logits `[B, K]`, features `[B, 1024]`."""
         axis = self.axis_name if self.norm == "sync" else None
         norm = partial(MaskedBatchNorm, axis_name=axis, momentum=0.99, epsilon=1e-3, dtype=self.dtype)
         layer = partial(ConvNorm, norm=norm, dtype=self.dtype)

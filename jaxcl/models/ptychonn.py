@@ -28,7 +28,7 @@ class PtychoNN(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
-        """images [B, H, W, C] floats -> amplitude [B, H, W, 1], any number, and phase [B, H, W, 1], -pi..pi, float32.
+        """images `[B, H, W, C]` floats -> amplitude `[B, H, W, 1]`, any number, and phase `[B, H, W, 1]`, -pi..pi, float32.
 
         Rows do not meet: train and mask are unused.
 

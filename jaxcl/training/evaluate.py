@@ -36,12 +36,12 @@ def make_evaluate(
 ) -> Evaluate:
     """`evaluate(weights, batches) -> scores`, each task's test rows apart:
 
-    of classification the means accuracy, top5 and accuracy_in_task, float64 [T], and confusion: int32 [K, K], test rows by
+    of classification the means accuracy, top5 and accuracy_in_task, float64 `[T]`, and confusion: int32 `[K, K]`, test rows by
     label and by the class ranked first; of reconstruction the mean error, float64 [T]; the mean of every other metric, float64
-    [T], by the name behind its colon.
+    `[T]`, by the name behind its colon.
 
     Args:
-      task_of_row: int32 [n], the task of each test row.
+      task_of_row: int32 `[n]`, the task of each test row.
       seeds: the weights have a leading axis of seeds, and so has every score.
       reconstructs: whether the batches hold a "target" that the model reconstructs, instead of classifying.
       metrics: names of other metrics of `METRICS`.
@@ -94,7 +94,7 @@ def named_metrics(names: Sequence[str]) -> dict[str, Metric]:
 
 
 def count_rows(bound: Bound, metrics: dict[str, Metric], weights: Weights, batch: Batch) -> Counts:
-    """Of a batch, over all devices: "rows" int32 [T]; "scores", the sum [T] of each metric; "confusion"."""
+    """Of a batch, over all devices: "rows" int32 `[T]`; "scores", the sum `[T]` of each metric; "confusion"."""
     outputs = bound.predict(weights.params, weights.batch_stats, bound.normalize(batch["image"]))
     ranking = None if "target" in batch else bound.strategy.scores(outputs, weights.strategy_state)
     classes, label, task, valid = bound.classes, batch["label"], batch["task"], batch["valid"]

@@ -78,7 +78,7 @@ def make_train_step(bound: Bound, seed: int | Sequence[int]) -> TrainStep:
     """A step `(state, batch) -> (state, metrics)`.
 
     `batch` is {"image": uint8 [B, H, W, C], "label": int32 [B], "id": int32 [B], "valid": bool [B]}, split by rows, and where
-    images are to be reconstructed "target": {name: float32 [B, ...]}. Rows that are not valid weigh nothing.
+    images are to be reconstructed "target": {name: float32 `[B, ...]`}. Rows that are not valid weigh nothing.
 
     Args:
       seed: of augmentation and buffer. Several: the step takes one step for each of them, alone as before; every leaf of

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def crop(key: jax.Array, image: jax.Array) -> jax.Array:
-    """image [H, W, C] -> the same shape. The padding is an eighth of each side: 4 pixels of 32."""
+    """image `[H, W, C]` -> the same shape. The padding is an eighth of each side: 4 pixels of 32."""
     h, w, _ = image.shape
     pad_h, pad_w = max(1, h // 8), max(1, w // 8)
     padded = jnp.pad(image, ((pad_h, pad_h), (pad_w, pad_w), (0, 0)))

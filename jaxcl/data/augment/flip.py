@@ -5,5 +5,5 @@ import jax.numpy as jnp
 
 
 def flip(key: jax.Array, image: jax.Array) -> jax.Array:
-    """image [H, W, C] -> the same shape."""
+    """image `[H, W, C]` -> the same shape."""
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)

@@ -21,8 +21,8 @@ class Task:
     Attributes:
       index: its place in the scenario, from 0.
       classes: the labels that appear in its train rows.
-      train: int64 [n], its rows of the train source, ascending.
-      test: int64 [m], its rows of the test source, ascending.
+      train: int64 `[n]`, its rows of the train source, ascending.
+      test: int64 `[m]`, its rows of the test source, ascending.
     """
 
     index: int
@@ -40,7 +40,7 @@ class Scenario:
 
     @functools.cached_property
     def task_of_test_row(self) -> np.ndarray:
-        """int32 [n]: the task in whose test a row of the test source is, -1 for none, up to the last row that is in one."""
+        """int32 `[n]`: the task in whose test a row of the test source is, -1 for none, up to the last row that is in one."""
         task_of = np.full(1 + max(int(task.test.max()) for task in self.tasks), -1, np.int32)
         for task in self.tasks:
             task_of[task.test] = task.index
@@ -48,14 +48,14 @@ class Scenario:
 
     @functools.cached_property
     def class_table(self) -> np.ndarray:
-        """bool [T, K]: the classes that appear in each task."""
+        """bool `[T, K]`: the classes that appear in each task."""
         table = np.zeros((len(self.tasks), self.num_classes), bool)
         for task in self.tasks:
             table[task.index, list(task.classes)] = True
         return table
 
     def seen(self, t: int) -> np.ndarray:
-        """int64 [n]: the train rows of tasks 0..t, what training from scratch after task t uses."""
+        """int64 `[n]`: the train rows of tasks 0..t, what training from scratch after task t uses."""
         if not 0 <= t < len(self.tasks):
             raise IndexError(f"task {t} of {len(self.tasks)}")
         return np.concatenate([task.train for task in self.tasks[: t + 1]])
@@ -130,7 +130,7 @@ def class_incremental(
     """Splits a set by class.
 
     Args:
-      train_labels, test_labels: int [n], in 0..num_classes-1.
+      train_labels, test_labels: int `[n]`, in 0..num_classes-1.
       num_classes: K.
       tasks: a number of tasks, of equal size (where K does not divide, the first ones have one class more), or the
         classes of every task, in any sizes and not necessarily all of them.

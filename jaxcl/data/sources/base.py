@@ -24,7 +24,7 @@ def brief(error: BaseException) -> str:
 
 def check_labels(name: str, where: str, labels: np.ndarray, num_classes: int) -> None:
     """Raises:
-    UserError: the split called `where` is empty, or labels int [n] lie outside 0..num_classes-1, or that is too many.
+    UserError: the split called `where` is empty, or labels int `[n]` lie outside 0..num_classes-1, or that is too many.
     """
     if num_classes > MOST_CLASSES:
         raise wrong(name, f"has {num_classes} classes, give at most {MOST_CLASSES}")

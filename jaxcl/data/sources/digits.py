@@ -35,7 +35,7 @@ def digits(*, rest: str, data_dir: str | None, cache_bytes: int, **_: Any) -> tu
 
 
 def load() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns {"train": (images, labels), "test": ...}: uint8 [n, 8, 8] of range 0..255, int64 [n].
+    """Returns {"train": (images, labels), "test": ...}: uint8 `[n, 8, 8]` of range 0..255, int64 `[n]`.
 
     A fifth of every class, drawn with a fixed seed, is the test split (1,438 and 359 rows).
     """
@@ -52,7 +52,7 @@ def load() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """The `digits` set: image uint8 [8, 8, 1] (PNG), label in 0..9; splits train and test."""
+    """The `digits` set: image uint8 `[8, 8, 1]` (PNG), label in 0..9; splits train and test."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First release."}

@@ -51,8 +51,8 @@ def simulate(
       seed: of specimens, places and counts.
 
     Returns:
-      (train, test): `read` gives patterns, uint8 [m, side, side, 1]; `targets` are "amplitude" and "phase", float32
-      [n, side, side, 1].
+      (train, test): `read` gives patterns, uint8 `[m, side, side, 1]`; `targets` are "amplitude" and "phase", float32
+      `[n, side, side, 1]`.
 
     Raises:
       UserError: a size is out of range.
@@ -92,7 +92,7 @@ def _scan(
 
 
 def probe(side: int) -> np.ndarray:
-    """complex128 [side, side], |.|^2 sums to 1."""
+    """complex128 `[side, side]`, |.|^2 sums to 1."""
     x = np.arange(side) - (side - 1) / 2
     squares = x[:, None] ** 2 + x[None, :] ** 2
     beam = np.exp(-squares / (2 * (side / 3) ** 2) + 1j * np.pi * squares / side)
@@ -100,7 +100,7 @@ def probe(side: int) -> np.ndarray:
 
 
 def diffract(beam: np.ndarray, objects: np.ndarray) -> np.ndarray:
-    """beam [s, s], objects [n, s, s], both complex -> the share of the photons that each pixel expects, [n, s, s]."""
+    """beam `[s, s]`, objects `[n, s, s]`, both complex -> the share of the photons that each pixel expects, `[n, s, s]`."""
     far = np.fft.fftshift(np.fft.fft2(beam * objects, norm="ortho"), axes=(-2, -1))
     return np.abs(far) ** 2
 

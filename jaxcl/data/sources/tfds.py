@@ -89,20 +89,20 @@ class _Examples:
     shape: tuple[int, int, int]
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Whole images, uint8 [m, H, W, C]."""
+        """Whole images, uint8 `[m, H, W, C]`."""
         return self._stack([_decode(file, self.shape) for file in self._files(indices)])
 
     def read_middle(self, indices: np.ndarray) -> np.ndarray:
-        """The middle square of each image, uint8 [m, H, W, C]."""
+        """The middle square of each image, uint8 `[m, H, W, C]`."""
         return self._stack([window.middle(file, self.shape) for file in self._files(indices)])
 
     def read_random(self, indices: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
-        """A window of each image, uint8 [m, H, W, C]."""
+        """A window of each image, uint8 `[m, H, W, C]`."""
         pairs = zip(self._files(indices), np.asarray(indices).tolist(), strict=True)
         return self._stack([window.random(file, self.shape, (*seed, row)) for file, row in pairs])
 
     def scan(self, images: np.ndarray | None = None) -> np.ndarray:
-        """All labels, int32 [n]; all images are written to `images`, uint8 [n, H, W, C], and without it none is decoded."""
+        """All labels, int32 `[n]`; all images are written to `images`, uint8 `[n, H, W, C]`, and without it none is decoded."""
         labels = np.empty(len(self.rows), np.int32)
 
         def load(start: int) -> None:
@@ -136,7 +136,7 @@ def _encoded(name: str, builder: Any, split: str, image_key: str) -> Any:
 
 
 def _decode(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    """A PNG or JPEG file to uint8 [H, W, C]."""
+    """A PNG or JPEG file to uint8 `[H, W, C]`."""
     from PIL import Image
 
     with Image.open(io.BytesIO(encoded)) as image:
