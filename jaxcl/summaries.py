@@ -1,6 +1,6 @@
 """Summaries of the accuracy matrix, each published variant under its own name.
 
-A run leaves a T x T matrix A of accuracies in `[0, 1]`: row i after training task i, column j on the test set of task j.
+A run leaves a T x T matrix A of accuracies in [0, 1]: row i after training task i, column j on the test set of task j.
 All columns are filled; those above the diagonal (tasks not trained yet) enter no summary but `forward_transfer`.
 With one task nothing can be forgotten or transferred: those summaries are 0.0.
 
