@@ -91,5 +91,7 @@ def explain(path: str, argv: list[str]) -> None:
         for part in name.split("."):
             allowed = list(group) if isinstance(group, ConfigDict) else []
             if part not in allowed:
-                raise UserError(f"--config.{name}: no such field; {near(part, allowed)}")
+                # What a config file does not name of a network's options, absl cannot set.
+                more = "; the network's others are set in the config file" if name.startswith("model.options.") else ""
+                raise UserError(f"--config.{name}: no such field; {near(part, allowed)}{more}")
             group = group[part]

@@ -77,7 +77,7 @@ MISTAKES = {
     "--config configs/digits.py:foo": "--config: configs/digits.py: get_config() takes no argument 'foo'",
     "--config=configs/split_cifar10.py:foo": "--config=configs/split_cifar10.py:foo: no such size",
     "--config=configs/nowhere.py": "--config: there is no file configs/nowhere.py",
-    f"{DIGITS} --config.model.options.foo=3": "--config.model.options.foo: no such field; allowed are hidden",
+    f"{DIGITS} --config.model.options.foo=3": "--config.model.options.foo: no such field; allowed are hidden; the network",
     f"{DIGITS} --config.bufer.capacity=3": "--config.bufer.capacity: no such field; did you mean buffer?",
     f"{DIGITS} --config.seed.a=3": "--config.seed.a: no such field",
     f"{DIGITS} --config.batch_size=many": "flag --config.batch_size=many: invalid literal",
