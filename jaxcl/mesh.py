@@ -6,6 +6,7 @@ jaxcl is data-parallel: one mesh axis, `AXIS`, over every device of every proces
 
 import contextlib
 import json
+import math
 import os
 import re
 import sys
@@ -21,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxcl.errors import PEER_LOST, PeerLost, UserError
 from jaxcl.types import PyTree
 
+Axis = str | tuple[str, ...]  # one axis of a mesh, or several that together number the devices
 AXIS = "data"
 WHOLE = PartitionSpec()  # every device holds it whole
 ROWS = PartitionSpec(AXIS)  # split over the devices along its leading axis
@@ -162,6 +164,11 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     # jax.make_mesh would give Explicit axes; shard_map over ordinary arrays wants Auto.
     return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def axis_size(mesh: Mesh, axis: Axis) -> int:
+    """The number of places along an axis, or along several together."""
+    return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis))
 
 
 def over_mesh(mesh: Mesh, function: Callable, in_specs: PyTree, out_specs: PyTree) -> Callable:

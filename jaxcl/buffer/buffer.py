@@ -16,14 +16,18 @@ import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
 
+from jaxcl import mesh as mesh_lib
+from jaxcl.buffer import bits, repeats, shard
 from jaxcl.buffer import draw as draw_lib
-from jaxcl.buffer import repeats, shard
+from jaxcl.buffer import rows as rows_lib
 from jaxcl.buffer import threefry as random
 from jaxcl.buffer.draw import Plan
 from jaxcl.buffer.exchange import base as exchange
 from jaxcl.buffer.exchange.base import Read, Route
 from jaxcl.buffer.policy import Policy
+from jaxcl.buffer.policy.base import INT32_MAX
 from jaxcl.buffer.shard import Drawn, Rows, Shard
+from jaxcl.errors import UserError
 from jaxcl.types import PyTree
 
 MEMORIES = ("sharded", "replicated", "independent")
@@ -38,7 +42,7 @@ class Sizes:
     Attributes:
       record: one record as a pytree of `jax.ShapeDtypeStruct`.
       shards: N, the number of devices.
-      axis: of the mesh; None without one.
+      axis: of the mesh, one name or several; None without one.
       policy: which slot a row takes, bound to this capacity.
       routes: of the exchange; () where no row travels.
       alone: whether every device draws from the rows it holds, without knowing of the others.
@@ -49,7 +53,7 @@ class Sizes:
     capacity: int
     representatives: int
     shards: int
-    axis: str | None
+    axis: mesh_lib.Axis | None
     memory: str
     sampling: str
     policy: Policy
@@ -63,9 +67,27 @@ class Sizes:
         """r, rows of one draw on each device."""
         return self.representatives // self.shards
 
+    @property
+    def stored(self) -> PyTree:
+        """One record as it is stored, a pytree of `jax.ShapeDtypeStruct`."""
+        return jax.tree.map(bits.stored_as, self.record)
+
     def device(self) -> jax.Array:
-        """This device's number, int32."""
-        return jnp.int32(0) if self.axis is None else lax.axis_index(self.axis).astype(jnp.int32)
+        """This device's number, int32.
+
+        Raises:
+          UserError: the function is traced where the axis is missing or has another size than the buffer was made for.
+        """
+        if self.axis is None:
+            return jnp.int32(0)
+        try:
+            found = lax.axis_size(self.axis)
+        except NameError:
+            found = 0
+        if found != self.shards:
+            where = f"where it has {found}" if found else "outside shard_map over it"
+            raise UserError(f"buffer: made for {self.shards} devices along the axis {self.axis!r}, used {where}")
+        return lax.axis_index(self.axis).astype(jnp.int32)
 
     def part(self) -> jax.Array:
         """This device's number among those that divide the capacity."""
@@ -78,7 +100,7 @@ class Sizes:
 
 def init(sizes: Sizes) -> Shard:
     """An empty memory."""
-    state = shard.empty(sizes.record, sizes.policy.slots, sizes.policy.init(sizes.part()))
+    state = shard.empty(sizes.stored, sizes.policy.slots, sizes.policy.init(sizes.part()))
     slot_of = None if sizes.num_ids is None else jnp.zeros((sizes.num_ids,), jnp.int32)
     return dataclasses.replace(state, slot_of=slot_of)
 
@@ -87,14 +109,31 @@ def init(sizes: Sizes) -> Shard:
 
 
 def insert(sizes: Sizes, state: Shard, rows: Rows, key: jax.Array) -> Shard:
-    """Stores rows `[b, ...]`: of a sharded memory those that this device is given, else those of all devices."""
-    return keep(sizes, state, offered(sizes, rows), key)
+    """Stores rows `[b, ...]`: of a sharded memory those that this device is given, else those of all devices.
+
+    Raises:
+      UserError: the rows do not fit the record.
+    """
+    state, rows = given(sizes, state, rows)
+    return _store(sizes, state, offered(sizes, rows), key)
 
 
 def keep(sizes: Sizes, state: Shard, rows: Rows, key: jax.Array) -> Shard:
     """Stores rows that this device is given, whatever the memory."""
-    slot, meta = choose(sizes, state, rows, key)
-    return write(sizes, state, rows, slot, meta)
+    return _store(sizes, *given(sizes, state, rows), key)
+
+
+def _store(sizes: Sizes, state: Shard, rows: Rows, key: jax.Array) -> Shard:
+    slot, state = choose(sizes, state, rows, key)
+    return write(sizes, state, rows, slot)
+
+
+def given(sizes: Sizes, state: Shard, rows: Rows) -> tuple[Shard, Rows]:
+    """The rows that this device is given, checked, completed and in bits, and the state that has counted them."""
+    n = rows_lib.check_rows(sizes.record, rows, labelled=sizes.policy.classes is not None)
+    rows = rows_lib.complete(rows, n, lambda j: sizes.device() + sizes.shards * (state.came[0] + j))
+    rows = dataclasses.replace(rows, record=jax.tree.map(bits.to_bits, rows.record))
+    return dataclasses.replace(state, came=state.came + n), rows
 
 
 def offered(sizes: Sizes, rows: Rows) -> Rows:
@@ -105,19 +144,22 @@ def offered(sizes: Sizes, rows: Rows) -> Rows:
     return unpacked(lax.all_gather(packed, sizes.axis, tiled=True))
 
 
-def choose(sizes: Sizes, state: Shard, rows: Rows, key: jax.Array) -> tuple[jax.Array, PyTree]:
-    """The slot of each row, int32 `[b]`, unique, out of range where it is not stored; and the policy's new metadata."""
+def choose(sizes: Sizes, state: Shard, rows: Rows, key: jax.Array) -> tuple[jax.Array, Shard]:
+    """The slot of each row, int32 `[b]`, unique, out of range where it is not stored; and the state that has counted them."""
     # Devices that choose apart have keys apart; those that hold the same rows make the same choice.
     key = random.fold_in(key, sizes.device() if sizes.memory == "independent" else sizes.part())
+    storable = rows_lib.storable(rows, sizes.policy.classes, sizes.num_ids)
+    refused = state.refused + jnp.minimum(jnp.sum(rows.valid & ~storable, dtype=jnp.int32), INT32_MAX - state.refused)
+    rows = dataclasses.replace(rows, valid=rows.valid & storable, label=jnp.where(storable, rows.label, 0))
     if sizes.num_ids is not None:
         rows = repeats.distinct(state, rows, sizes.axis if sizes.memory == "sharded" else None)
     slot, meta = sizes.policy.choose(state.meta, key, sizes.part(), rows.label, rows.valid)
-    return shard.keep_last(slot, sizes.policy.slots), meta
+    return shard.keep_last(slot, sizes.policy.slots), dataclasses.replace(state, meta=meta, refused=refused)
 
 
-def write(sizes: Sizes, state: Shard, rows: Rows, slot: jax.Array, meta: PyTree) -> Shard:
+def write(sizes: Sizes, state: Shard, rows: Rows, slot: jax.Array) -> Shard:
     """Stores the rows at these slots."""
-    state = shard.write(state, rows, slot, meta)
+    state = shard.write(state, rows, slot)
     if state.slot_of is None:
         return state
     slot_of = repeats.remember(state.slot_of, rows.id, slot, sizes.policy.slots)
@@ -128,7 +170,7 @@ def write(sizes: Sizes, state: Shard, rows: Rows, slot: jax.Array, meta: PyTree)
 
 
 def draw(sizes: Sizes, state: Shard, key: jax.Array) -> Drawn:
-    """This device's r of R rows drawn without replacement; invalid where the memory holds fewer."""
+    """This device's r of R rows drawn without replacement; invalid where the memory holds fewer. No gradient passes."""
     plan = pick(sizes, state, key)
     return bring(sizes, plan, lambda position: shard.read(state, locate(sizes, state, plan, position)))
 
@@ -138,7 +180,9 @@ def pick(sizes: Sizes, state: Shard, key: jax.Array) -> Plan:
     if sizes.routes:
         return _plan(sizes, state, key, sizes.axis, sizes.representatives)
     if sizes.alone:
-        key = key if sizes.shards == 1 else random.fold_in(key, sizes.device())
+        if sizes.shards > 1:
+            # N first, which is no device's number: an insert with the same key chooses by other random numbers.
+            key = random.fold_in(random.fold_in(key, jnp.int32(sizes.shards)), sizes.device())
         return draw_lib.own_plan(_plan(sizes, state, key, None, sizes.per_device).rank)
     # All hold the same rows: every device takes its share of one draw.
     key, offset_key = random.split(key, 2)
@@ -147,7 +191,7 @@ def pick(sizes: Sizes, state: Shard, key: jax.Array) -> Plan:
     return draw_lib.own_plan(rank[exchange.dealt_to(sizes.device(), offset, sizes.per_device, sizes.shards)])
 
 
-def _plan(sizes: Sizes, state: Shard, key: jax.Array, axis: str | None, count: int) -> Plan:
+def _plan(sizes: Sizes, state: Shard, key: jax.Array, axis: mesh_lib.Axis | None, count: int) -> Plan:
     """A draw of `count` rows from the shards along `axis`, or from this device's alone."""
     rule = sizes.policy
 
@@ -165,9 +209,13 @@ def locate(sizes: Sizes, state: Shard, plan: Plan, position: jax.Array) -> jax.A
     return sizes.policy.locate(state.meta, sizes.part(), rank)
 
 
-def bring(sizes: Sizes, plan: Plan, read: Read) -> Drawn:
-    """Carries what is drawn to where it is wanted; `read` gives (record, label, id), see `exchange.base.run`."""
+def bring(sizes: Sizes, plan: Plan, read: Read, unpacked: Callable[[Any], PyTree] = lambda record: record) -> Drawn:
+    """Carries what is drawn to where it is wanted.
+
+    `read` gives (record, label, id), see `exchange.base.run`; `unpacked` makes of its record the one that is stored.
+    """
     (record, label, ident), source, valid = exchange.run(sizes.routes, plan, sizes.device(), read)
+    record = jax.tree.map(bits.from_bits, sizes.record, unpacked(record))
     return Drawn(record=record, label=label, id=jnp.where(valid, ident, -1), valid=valid, shard=source)
 
 
@@ -179,7 +227,8 @@ def stage(sizes: Sizes, state: Shard, keys: Sequence[jax.Array]) -> tuple[Drawn,
 def no_rows(sizes: Sizes) -> Drawn:
     """A draw without a valid row."""
     r = sizes.per_device
-    record = jax.tree.map(lambda s: jnp.zeros((r, *s.shape), s.dtype), sizes.record)
+    zeros = jax.tree.map(lambda s: jnp.zeros((r, *s.shape), s.dtype), sizes.stored)
+    record = jax.tree.map(bits.from_bits, sizes.record, zeros)
     none = jnp.full((r,), -1, jnp.int32)
     return Drawn(record, jnp.zeros((r,), jnp.int32), none, jnp.zeros((r,), bool), none)
 
@@ -209,6 +258,23 @@ def bind(sizes: Sizes) -> Local:
     return Local(**bound)
 
 
+def held_here(sizes: Sizes, state: Shard) -> jax.Array:
+    """Rows that this device holds, int32 `[1]`."""
+    return sizes.policy.size(state.meta, sizes.part())[None]
+
+
+def size(sizes: Sizes, held: jax.Array) -> jax.Array:
+    """Rows stored over all devices, copies included, int32 scalar; `held` int32 `[N]`."""
+    return held[0] if sizes.memory == "replicated" else jnp.sum(held, dtype=jnp.int32)
+
+
+def can_draw(sizes: Sizes, held: jax.Array) -> jax.Array:
+    """Whether every row of a draw would be valid, bool scalar; `held` int32 `[N]`."""
+    if sizes.alone:
+        return jnp.min(held) >= sizes.per_device
+    return size(sizes, held) >= sizes.representatives
+
+
 def stats(sizes: Sizes, state: Shard) -> dict[str, Any]:
     """Plain numbers about what the shards of all devices hold.
 
@@ -218,10 +284,13 @@ def stats(sizes: Sizes, state: Shard) -> dict[str, Any]:
     Returns:
       rows: stored rows over all devices, copies included; rows_per_shard; distinct_ids: different ids among them;
       overlap: of the rows of a shard, the share that a given other shard holds too, averaged over pairs of shards;
-      class_histogram: stored rows of each class, where `num_classes` is known.
+      refused: valid rows that could not be stored: a label outside [0, K) given to a policy that chooses by class, a negative
+      id, or one beyond `num_ids`; class_histogram: stored rows of each class in [0, K), where `num_classes` is known.
     """
     shards = sizes.shards
-    ids, label = (np.asarray(multihost_utils.process_allgather(x, tiled=True)) for x in (state.id, state.label))
+    ids, label, refused = (
+        np.asarray(multihost_utils.process_allgather(x, tiled=True)) for x in (state.id, state.label, state.refused)
+    )
     written = ids >= 0
     held = [np.unique(row[row >= 0]) for row in ids.reshape(shards, -1)]
     every = np.concatenate(held)
@@ -233,7 +302,9 @@ def stats(sizes: Sizes, state: Shard) -> dict[str, Any]:
         "rows_per_shard": written.reshape(shards, -1).sum(axis=1).tolist(),
         "distinct_ids": len(copies),
         "overlap": float((copies * (copies - 1)).sum() / pairs) if pairs else 0.0,
+        "refused": int(refused.sum() if sizes.memory == "sharded" else refused[0]),
     }
     if sizes.num_classes is not None:
-        found["class_histogram"] = np.bincount(label[written], minlength=sizes.num_classes).tolist()
+        known = label[written & (label >= 0) & (label < sizes.num_classes)]
+        found["class_histogram"] = np.bincount(known, minlength=sizes.num_classes).tolist()
     return found

@@ -2,26 +2,29 @@
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import buffer as device_tier
-from jaxcl.buffer.buffer import DRAWS, MEMORIES, Local, Sizes, Staged, stats
+from jaxcl.buffer.bits import spec_of
+from jaxcl.buffer.buffer import DRAWS, MEMORIES, Local, Sizes, Staged, can_draw, held_here, size, stats
 from jaxcl.buffer.exchange import EXCHANGES
 from jaxcl.buffer.host import feed
 from jaxcl.buffer.host.feed import HANDOVERS
 from jaxcl.buffer.host.rows import check_fits
 from jaxcl.buffer.host.store import Pending, Store
 from jaxcl.buffer.policy import make_policy
+from jaxcl.buffer.policy.base import INT32_MAX
 from jaxcl.buffer.repeats import REPEATS
+from jaxcl.buffer.rows import check_rows
 from jaxcl.buffer.shard import Drawn, Rows, Shard
 from jaxcl.check import Rule, check, one_of, refused
-from jaxcl.mesh import AXIS, ROWS, WHOLE
+from jaxcl.mesh import AXIS, WHOLE
 from jaxcl.types import PyTree
 
 TIERS = ("device", "host")
@@ -39,6 +42,9 @@ class Buffer:
       draw: `(state, key) -> Drawn` of `representatives` rows, split by rows over the devices, without replacement; invalid
         where the memory holds fewer. Draws with different keys are independent: call it again for a second set.
       stage: `(state, keys) -> Staged`, a draw for each key, as a training step leaves it for the next one.
+      insert_and_draw: `(state, rows, key) -> (state, Drawn)`, both in one program, compiled, in place: `state` is donated.
+      size: `(state) -> int32 scalar`, rows stored over all devices, copies included.
+      can_draw: `(state) -> bool scalar`, whether every row of a draw would be valid.
       stats: `(state) -> dict` of plain numbers, see `buffer.stats`.
       no_rows: `() -> Drawn` (host tier: `Pending`) without a valid row, the first value of double-buffered representatives.
       local: the same for use inside `shard_map`; of the host tier `turn` and `receive` too.
@@ -51,7 +57,10 @@ class Buffer:
     init: Callable[[], Shard]
     insert: Callable[[Shard, Rows, jax.Array], Shard]
     draw: Callable[[Shard, jax.Array], Drawn]
+    insert_and_draw: Callable[[Shard, Rows, jax.Array], tuple[Shard, Drawn]]
     stage: Callable[[Shard, Sequence[jax.Array]], Staged]
+    size: Callable[[Shard], jax.Array]
+    can_draw: Callable[[Shard], jax.Array]
     stats: Callable[[Shard], dict[str, Any]]
     no_rows: Callable[[], Drawn | Pending]
     local: Local
@@ -72,6 +81,7 @@ def make_buffer(
     num_classes: int | None = None,
     accept: float | None = None,
     mesh: Mesh | None = None,
+    axis: str | Sequence[str] = AXIS,
     memory: str = "sharded",
     exchange: str = "mix",
     sampling: str = "uniform",
@@ -91,7 +101,9 @@ def make_buffer(
       policy: which row makes room for a new one, one of `POLICIES` or `module.path:name`.
       num_classes: static bound on the labels, for policies and draws by class.
       accept: probability with which `class_random` stores a row of a full class (the paper's c/b).
-      mesh: devices to share the buffer along the axis `jaxcl.mesh.AXIS`; None keeps it on one device without collectives.
+      mesh: devices to share the buffer; None keeps it on one device without collectives.
+      axis: of the mesh, along which the buffer is shared, or several, which together number its devices; along other axes every
+        device holds the same.
       memory: "sharded": the devices' shards together hold `capacity` rows, each device choosing among the rows it is given.
         "replicated": every device holds the same `capacity` rows. "independent": every device holds `capacity` rows of its
         own choice among the rows of all devices, so the union is up to N times as large and rows may be held twice (DyTox's
@@ -114,34 +126,40 @@ def make_buffer(
       queue: of the host tier, how many steps' rows may wait to be stored.
 
     Raises:
-      UserError: a size or name that is not allowed, or rows that cannot fit into memory.
+      UserError: a size, name or record that is not allowed, or rows that cannot fit into memory.
     """
+    record = spec_of(record)
     check("buffer.memory", memory, one_of(MEMORIES))
     check("buffer.sampling", sampling, one_of(DRAWS))
     check("buffer.repeats", repeats, one_of(REPEATS))
     check("buffer.tier", tier, one_of(TIERS))
     check("buffer.handover", handover, one_of(HANDOVERS))
-    shards = 1 if mesh is None else mesh.shape[AXIS]
-    multiple = Rule(lambda x: x >= 1 and x % shards == 0, f"a positive multiple of the number of devices, {shards}")
+    along = _along(mesh, axis)
+    shards = 1 if mesh is None else mesh_lib.axis_size(mesh, along)
+    check("buffer.capacity", capacity, Rule(_is_size, f"an integer from 1 to {INT32_MAX - 1}"))
+    multiple = Rule(
+        lambda x: _is_size(x) and x % shards == 0, f"an integer, a positive multiple of the number of devices, {shards}"
+    )
     check("buffer.representatives", representatives, multiple)
     parts = shards if memory == "sharded" else 1  # among how many the policy divides `capacity`
     rule = make_policy(policy, capacity=capacity, shards=parts, num_classes=num_classes, accept=accept)
     held = capacity * shards if memory == "independent" else capacity
+    check("buffer.capacity", held, Rule(_is_size, f"at most {INT32_MAX - 1} rows over all devices"))
     if representatives > held:
         raise refused("buffer.representatives", representatives, f"at most {held}, the rows that the memory holds")
     if sampling == "class_balanced" and rule.class_sizes is None:
         raise refused("buffer.sampling", sampling, f"a policy that keeps classes apart, which {policy} does not")
     if repeats == "distinct":
-        bound = Rule(lambda x: x is not None and x >= 1, "a positive number, which repeats=distinct needs")
+        bound = Rule(_is_size, "a positive integer, which repeats=distinct needs")
         check("buffer.num_ids", num_ids, bound)
-    routes = EXCHANGES.make(exchange, per_device=representatives // shards, shards=shards, axis=AXIS)
+    routes = EXCHANGES.make(exchange, per_device=representatives // shards, shards=shards, axis=along)
     alone = shards == 1 or memory == "independent" or not routes
     sizes = Sizes(
-        record=jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), record),
+        record=record,
         capacity=capacity,
         representatives=representatives,
         shards=shards,
-        axis=None if mesh is None else AXIS,
+        axis=None if mesh is None else along,
         memory=memory,
         sampling=sampling,
         policy=rule,
@@ -151,7 +169,7 @@ def make_buffer(
         num_ids=num_ids if repeats == "distinct" else None,
     )
     devices = jax.devices()[:1] if mesh is None else mesh.local_devices
-    store, local, on_device = None, device_tier.bind(sizes), _bytes(sizes.record) + LABEL_AND_ID
+    store, local, on_device = None, device_tier.bind(sizes), _bytes(sizes.stored) + LABEL_AND_ID
     if tier == "host":
         if mesh is None:
             raise refused("buffer.tier", tier, "a mesh with it, which may be one of one device")
@@ -161,19 +179,38 @@ def make_buffer(
     return _over_mesh(sizes, mesh, local, store, repeats)
 
 
+def _along(mesh: Mesh | None, axis: str | Sequence[str]) -> mesh_lib.Axis:
+    """The axis of the mesh along which the buffer is shared."""
+    axes = (axis,) if isinstance(axis, str) else tuple(axis)
+    if mesh is not None and not (axes and len(set(axes)) == len(axes) and set(axes) <= set(mesh.axis_names)):
+        raise refused("buffer.axis", axis, f"one or several of the mesh's axes, {', '.join(map(str, mesh.axis_names))}")
+    return axes[0] if len(axes) == 1 else axes
+
+
+def _is_size(x: Any) -> bool:
+    return isinstance(x, numbers.Integral) and x is not True and 1 <= int(x) < INT32_MAX
+
+
 def _over_mesh(sizes: Sizes, mesh: Mesh | None, local: Local, store: Store | None, repeats: str) -> Buffer:
     """The functions on global arrays: rows and state split over the mesh, keys known to all."""
 
-    def split(function: Callable, *in_specs: PyTree) -> Callable:
-        return function if mesh is None else mesh_lib.over_mesh(mesh, function, in_specs, ROWS)
+    rows_spec = WHOLE if sizes.axis is None else PartitionSpec(sizes.axis)
 
-    init, row = split(local.init), _bytes(sizes.record) + LABEL_AND_ID
+    def split(function: Callable, *in_specs: PyTree) -> Callable:
+        return function if mesh is None else mesh_lib.over_mesh(mesh, function, in_specs, rows_spec)
+
+    init, row = split(local.init), _bytes(sizes.stored) + LABEL_AND_ID
     moved = sizes.routes[0].rows_moved if sizes.routes else 0
+    insert, draw = split(local.insert, rows_spec, rows_spec, WHOLE), split(local.draw, rows_spec, WHOLE)
+    held = jax.jit(split(functools.partial(held_here, sizes), rows_spec))
     return Buffer(
         init=jax.jit(init),
-        insert=split(local.insert, ROWS, ROWS, WHOLE),
-        draw=split(local.draw, ROWS, WHOLE),
-        stage=split(local.stage, ROWS, WHOLE),
+        insert=functools.partial(_insert, sizes, insert),
+        draw=draw,
+        insert_and_draw=jax.jit(functools.partial(_insert_and_draw, sizes, insert, draw), donate_argnums=0),
+        stage=split(local.stage, rows_spec, WHOLE),
+        size=lambda state: size(sizes, held(state)),
+        can_draw=lambda state: can_draw(sizes, held(state)),
         stats=functools.partial(stats, sizes),
         no_rows=jax.jit(split(local.no_rows)),
         local=local,
@@ -184,6 +221,20 @@ def _over_mesh(sizes: Sizes, mesh: Mesh | None, local: Local, store: Store | Non
         traffic={"rows_needed": sizes.per_device, "rows_moved": moved, "row_bytes": row, "bytes_moved": moved * row},
         host=store,
     )
+
+
+def _insert(sizes: Sizes, insert: Callable, state: Shard, rows: Rows, key: jax.Array) -> Shard:
+    """Over all devices; the rows are checked as they are given, before JAX narrows their types."""
+    check_rows(sizes.record, rows, labelled=sizes.policy.classes is not None, shards=sizes.shards)
+    return insert(state, rows, key)
+
+
+def _insert_and_draw(
+    sizes: Sizes, insert: Callable, draw: Callable, state: Shard, rows: Rows, key: jax.Array
+) -> tuple[Shard, Drawn]:
+    insert_key, draw_key = jax.random.split(key)
+    state = _insert(sizes, insert, state, rows, insert_key)
+    return state, draw(state, draw_key)
 
 
 def _bytes(tree: PyTree) -> int:

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.buffer.shard import Rows, Shard
+from jaxcl.mesh import Axis
 
 REPEATS = ("all", "first_epoch", "distinct")
 
 
-def distinct(shard: Shard, rows: Rows, axis: str | None) -> Rows:
+def distinct(shard: Shard, rows: Rows, axis: Axis | None) -> Rows:
     """Marks rows invalid whose id is stored, or is that of an earlier valid row of the batch.
 
     "Stored" and "earlier" mean in any shard and in the batch of all devices along `axis`, in the order of devices; None: in

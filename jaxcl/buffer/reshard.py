@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxcl.buffer.policy import make_policy
+from jaxcl.buffer.policy.base import INT32_MAX
 from jaxcl.buffer.shard import Shard
 from jaxcl.check import refused
 
@@ -51,4 +52,8 @@ def reshard(
         slot_of[moves.shard, np.asarray(state.id)[moves.take]] = moves.slot
         slot_of = slot_of.reshape(-1)
     record = jax.tree.map(move, state.record)
-    return Shard(record, move(state.label), move(state.id, empty=-1), moves.meta, slot_of)
+    # No number that an id was made of is used again.
+    came: Any = np.full((new,), -(-int(state.came.max()) * old // new), np.int32)
+    lost: Any = np.zeros((new,), np.int32)
+    lost[0] = min(int(np.sum(state.refused, dtype=np.int64)), INT32_MAX)
+    return Shard(record, move(state.label), move(state.id, empty=-1), moves.meta, came, lost, slot_of)

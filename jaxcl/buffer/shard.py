@@ -5,9 +5,11 @@ row takes is the policy's decision (`policy/`), made without looking at the reco
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxcl.types import PyTree
 
@@ -15,19 +17,20 @@ from jaxcl.types import PyTree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows, such as those on their way into the buffer.
+    """Rows, such as those on their way into the buffer, which completes what is None.
 
     Attributes:
-      record: pytree of arrays `[n, ...]`; the buffer stores each leaf in its own dtype and never looks inside.
-      label: int32 `[n]`, the class of each row, read by policies that balance classes.
-      id: int32 `[n]`, the identity of each row in its data set.
-      valid: bool `[n]`; an invalid row is never stored.
+      record: pytree of arrays `[n, ...]`; the buffer stores each leaf bit for bit and never looks inside.
+      label: int32 `[n]`, the class of each row, read by policies that balance classes; 0 if not given.
+      id: int32 `[n]`, at least 0, the identity of each row in its data set; if not given a number that no other row of this
+        buffer has, up to 2**31 rows.
+      valid: bool `[n]`; an invalid row is never stored. True if not given.
     """
 
     record: PyTree
-    label: jax.Array
-    id: jax.Array
-    valid: jax.Array
+    label: Any = None
+    id: Any = None
+    valid: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +44,7 @@ class Drawn(Rows):
       shard: int32 `[n]`, the shard each row was drawn from (-1 where invalid).
     """
 
-    shard: jax.Array
+    shard: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -50,10 +53,12 @@ class Shard:
     """What a device stores; as a global array, every leaf is split over the devices along its leading axis.
 
     Attributes:
-      record: pytree of arrays `[slots, ...]`.
+      record: pytree of arrays `[slots, ...]`, stored as `bits` says.
       label: int32 `[slots]`.
       id: int32 `[slots]`, -1 where nothing was written yet.
       meta: the policy's metadata, leaves `[1, ...]`.
+      came: int32 `[1]`, rows that this device was given, modulo 2**32.
+      refused: int32 `[1]`, valid rows that could not be stored because of their id or label; saturates.
       slot_of: int32 `[num_ids]`, the slot at which each id was last stored here, 0 before; None unless copies are refused.
     """
 
@@ -61,16 +66,20 @@ class Shard:
     label: jax.Array
     id: jax.Array
     meta: PyTree
+    came: jax.Array
+    refused: jax.Array
     slot_of: jax.Array | None = None
 
 
 def empty(record: PyTree, slots: int, meta: PyTree) -> Shard:
-    """A share without rows. `record` is a pytree of `jax.ShapeDtypeStruct` of one record."""
+    """A share without rows. `record` is a pytree of `jax.ShapeDtypeStruct` of one record as it is stored."""
     return Shard(
         record=jax.tree.map(lambda s: jnp.zeros((slots, *s.shape), s.dtype), record),
         label=jnp.zeros((slots,), jnp.int32),
         id=jnp.full((slots,), -1, jnp.int32),
         meta=meta,
+        came=jnp.zeros((1,), jnp.int32),
+        refused=jnp.zeros((1,), jnp.int32),
     )
 
 
@@ -87,21 +96,25 @@ def keep_last(slot: jax.Array, slots: int) -> jax.Array:
     return jnp.where(overwritten | (slot >= slots), slots + position, slot)
 
 
-def write(shard: Shard, rows: Rows, slot: jax.Array, meta: PyTree) -> Shard:
-    """Stores `rows` at `slot` (int32 `[n]`, unique or out of range = not stored), in place when `shard` is donated."""
+def write(shard: Shard, rows: Rows, slot: jax.Array) -> Shard:
+    """Stores `rows`, their record in bits, at `slot` (int32 `[n]`, unique or out of range = not stored), in place when `shard`
+    is donated."""
 
     def put(stored: jax.Array, new: jax.Array) -> jax.Array:
-        return stored.at[slot].set(new.astype(stored.dtype), mode="drop", unique_indices=True)
+        return stored.at[slot].set(new, mode="drop", unique_indices=True)
 
-    return Shard(
+    return dataclasses.replace(
+        shard,
         record=jax.tree.map(put, shard.record, rows.record),
         label=put(shard.label, rows.label),
         id=put(shard.id, rows.id),
-        meta=meta,
-        slot_of=shard.slot_of,
     )
 
 
 def read(shard: Shard, slot: jax.Array) -> tuple[PyTree, jax.Array, jax.Array]:
-    """The (record, label, id) stored at `slot` (int32 `[n]`)."""
-    return jax.tree.map(lambda stored: stored.at[slot].get(mode="clip"), (shard.record, shard.label, shard.id))
+    """The (record, label, id) stored at `slot` (int32 `[n]`).
+
+    No gradient goes through it: on a mesh none could, as rows travel as bytes, and a result shall not depend on the mesh.
+    """
+    stored = lax.stop_gradient((shard.record, shard.label, shard.id))
+    return jax.tree.map(lambda leaf: leaf.at[slot].get(mode="clip"), stored)

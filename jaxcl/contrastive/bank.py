@@ -114,7 +114,7 @@ class Bank:
         slot -= self._base()
         count = jnp.arange(len(slot), dtype=jnp.int32)
         mine = (slot >= 0) & (slot < self.here)
-        return BankState(shard_lib.write(state.shard, new, jnp.where(mine, slot, self.here + count), ()), meta)
+        return BankState(shard_lib.write(state.shard, new, jnp.where(mine, slot, self.here + count)), meta)
 
     def previous(self, state: BankState, ids: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
         """What this device stores of these examples, {side: float32 `[B, D]`}, and bool `[B]`: 0 and False where it holds

@@ -374,7 +374,7 @@ def test_replayable(policy, devices):
 def test_memory_is_rows_times_row_bytes():
     buffer, *_ = setup(8, "class_random", 64 * 256, 16)
     row = 6 + 12 + 1 + 4 + 4  # image, logits, flag, label, id
-    assert buffer.num_bytes == 64 * 256 * row + 8 * K * 4
+    assert buffer.num_bytes == 64 * 256 * row + 8 * (K + 2) * 4  # fill of K classes, rows that came, rows refused
 
 
 @pytest.mark.parametrize(

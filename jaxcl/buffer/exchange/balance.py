@@ -14,9 +14,10 @@ from jax import lax
 
 from jaxcl.buffer.draw import Plan
 from jaxcl.buffer.exchange.base import Route, smaller
+from jaxcl.mesh import Axis
 
 
-def balance(per_device: int, shards: int, axis: str) -> tuple[Route, ...]:
+def balance(per_device: int, shards: int, axis: Axis) -> tuple[Route, ...]:
     """The compact route, if it is smaller, and the one that always fits."""
     pairs = compact_pair(per_device), per_device
     return smaller(*(balance_route(pair, per_device, shards, axis) for pair in pairs))
@@ -31,7 +32,7 @@ def compact_pair(per_device: int) -> int:
     return min(per_device, math.ceil(2.25 * math.sqrt(per_device)))
 
 
-def balance_route(pair: int, per_device: int, shards: int, axis: str) -> Route:
+def balance_route(pair: int, per_device: int, shards: int, axis: Axis) -> Route:
     """Every device keeps up to r of the rows its shard supplies; what is beyond goes to those that have fewer.
 
     The rows given away, in order of position, take the free places in the order "first free place of every device, then the
@@ -124,7 +125,7 @@ def _receive(per_device: int, plan: Plan, me: jax.Array) -> jax.Array:
     return jnp.where(by >= 0, moves.position[by], stayed)
 
 
-def _carry(pair: int, per_device: int, axis: str, plan: Plan, me: jax.Array, packed: jax.Array) -> jax.Array:
+def _carry(pair: int, per_device: int, axis: Axis, plan: Plan, me: jax.Array, packed: jax.Array) -> jax.Array:
     moves = _moves(plan, per_device)
     moved = lax.all_to_all(packed[per_device:], axis, 0, 0, tiled=True)
     by = _arrival(moves, per_device, me)

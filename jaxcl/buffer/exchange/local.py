@@ -4,8 +4,9 @@ This is another law than that of `mix` and `balance`: the rows of small shards a
 """
 
 from jaxcl.buffer.exchange.base import Route
+from jaxcl.mesh import Axis
 
 
-def local(per_device: int, shards: int, axis: str) -> tuple[Route, ...]:
+def local(per_device: int, shards: int, axis: Axis) -> tuple[Route, ...]:
     """No route."""
     return ()

@@ -13,9 +13,10 @@ from jax import lax
 
 from jaxcl.buffer.draw import Plan
 from jaxcl.buffer.exchange.base import Route, dealt_to, six_sigma, smaller, source_of
+from jaxcl.mesh import Axis
 
 
-def mix(per_device: int, shards: int, axis: str) -> tuple[Route, ...]:
+def mix(per_device: int, shards: int, axis: Axis) -> tuple[Route, ...]:
     """The compact route, if it is smaller, and the one that always fits."""
     both = compact_hops(per_device, shards), Hops(shards, shards, per_device, per_device)
     return smaller(*(mix_route(hops, per_device, axis) for hops in both))
@@ -72,7 +73,7 @@ def compact_hops(per_device: int, shards: int) -> Hops:
     return two if 2 * two.rows_moved <= one.rows_moved else one
 
 
-def mix_route(hops: Hops, per_device: int, axis: str) -> Route:
+def mix_route(hops: Hops, per_device: int, axis: Axis) -> Route:
     """Position p goes to device (p + offset) mod N; see the module's text.
 
     A device sends its positions first[me]..first[me+1]-1. Those bound for the same a are `across` apart, so the k-th of them
@@ -114,7 +115,7 @@ def _receive(hops: Hops, per_device: int, plan: Plan, me: jax.Array) -> jax.Arra
     return dealt_to(me, plan.offset, per_device, hops.shards)
 
 
-def _carry(hops: Hops, per_device: int, axis: str, plan: Plan, me: jax.Array, packed: jax.Array) -> jax.Array:
+def _carry(hops: Hops, per_device: int, axis: Axis, plan: Plan, me: jax.Array, packed: jax.Array) -> jax.Array:
     across, shards = hops.across, hops.shards
     groups = None if hops.along == 1 else hops.rows
     packed = lax.all_to_all(packed, axis, 0, 0, axis_index_groups=groups, tiled=True)

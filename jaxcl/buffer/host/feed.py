@@ -30,7 +30,7 @@ def make_store(sizes: Sizes, mesh: Mesh, path: str | None, queue: int) -> Store:
     """The rows of a buffer in host memory; see `Store`."""
     # A device has to send what its shard supplies: r rows on average, so that this almost always suffices.
     narrow = min(six_sigma(sizes.per_device, 1), sizes.representatives) if sizes.routes else sizes.per_device
-    return Store(sizes.record, sizes.policy.slots, narrow, mesh, path, queue)
+    return Store(sizes.stored, sizes.policy.slots, narrow, mesh, path, queue)
 
 
 def bind(sizes: Sizes, store: Store, handover: str, *, on_cpu: bool) -> Local:
@@ -67,9 +67,10 @@ def turn(
 
     `step` is the number of the step, one more each time. What is still to be handed over is returned, for `Store.passed`.
     """
+    state, rows = buffer.given(sizes, state, rows)
     rows = buffer.offered(sizes, rows)
-    slot, meta = buffer.choose(sizes, state, rows, insert_key)
-    state = buffer.write(sizes, state, dataclasses.replace(rows, record={}), slot, meta)
+    slot, state = buffer.choose(sizes, state, rows, insert_key)
+    state = buffer.write(sizes, state, dataclasses.replace(rows, record={}), slot)
     staged = stage(sizes, state, draw_keys)
     wide = jnp.bool_(False)
     for first in (pending.picked.first[0] for pending in staged if isinstance(pending.picked, Plan)):
@@ -115,8 +116,7 @@ def _drawn(sizes: Sizes, pending: Pending, packed: jax.Array) -> Drawn:
         plan = draw.own_plan(pending.picked)
     first, sent = plan.first[sizes.holder()], (packed, pending.label, pending.id)
     read = lambda position: jax.tree.map(lambda x: x.at[position - first].get(mode="clip"), sent)  # noqa: E731
-    drawn = buffer.bring(sizes, plan, read)
-    return dataclasses.replace(drawn, record=unpack(sizes.record, drawn.record))
+    return buffer.bring(sizes, plan, read, lambda packed: unpack(sizes.stored, packed))
 
 
 def no_rows(sizes: Sizes) -> Pending:

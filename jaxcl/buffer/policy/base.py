@@ -82,6 +82,7 @@ class Policy(NamedTuple):
       locate: `(meta, shard, rank) -> slot`: where the stored rows number `rank` (int32 `[n]`, 0..size-1) lie.
       size: `(meta, shard) -> int32 scalar`, rows stored in this shard.
       slots: rows a shard has memory for.
+      classes: K if labels have to lie in [0, K): of other rows none is offered as valid. None if labels are not read.
       class_sizes: `(meta) -> int32 [K]`, rows of each class in this shard, for policies whose ranks run class by class; else
         None.
       move: `(meta, label, old) -> Moves` from `old` shards to those of the budget, in NumPy on the host; `meta` and `label`
@@ -93,14 +94,21 @@ class Policy(NamedTuple):
     locate: Callable[[PyTree, jax.Array, jax.Array], jax.Array]
     size: Callable[[PyTree, jax.Array], jax.Array]
     slots: int
+    classes: int | None = None
     class_sizes: Callable[[PyTree], jax.Array] | None = None
     move: Callable[[Any, np.ndarray, int], Moves] | None = None
 
 
-def bind(budget: Budget, *, class_sizes: Callable[[PyTree], jax.Array] | None = None, **functions: Callable) -> Policy:
+def bind(
+    budget: Budget,
+    *,
+    classes: int | None = None,
+    class_sizes: Callable[[PyTree], jax.Array] | None = None,
+    **functions: Callable,
+) -> Policy:
     """The policy of these functions by their names in `Policy`; all but `class_sizes` take the budget first."""
     bound: dict[str, Any] = {name: functools.partial(function, budget) for name, function in functions.items()}
-    return Policy(slots=budget.slots, class_sizes=class_sizes, **bound)
+    return Policy(slots=budget.slots, classes=classes, class_sizes=class_sizes, **bound)
 
 
 def check_classes(budget: Budget, policy: str) -> None:

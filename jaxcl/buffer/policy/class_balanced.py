@@ -39,13 +39,22 @@ def class_balanced(budget: Budget) -> Policy:
     Slots are kept in the order of their rows' classes (`order`: class 0, class 1, ..., free), so that a uniform row of a
     class is one look-up. A slot changes class by moving one entry of each class in between: O(K) a row that grows its
     class, in a loop over the rows. Where no class grows (the shard is full, no class new) all rows are placed at once and
-    the loop takes no step. Labels outside [0, K) are not stored. n saturates at 2**31 - 2.
+    the loop takes no step. n saturates at 2**31 - 2.
 
     Raises:
       UserError: `num_classes` is missing.
     """
     check_classes(budget, "class_balanced")
-    return bind(budget, init=_init, choose=_choose, locate=_locate, size=_size, class_sizes=_class_sizes, move=_move)
+    return bind(
+        budget,
+        classes=budget.classes,
+        init=_init,
+        choose=_choose,
+        locate=_locate,
+        size=_size,
+        class_sizes=_class_sizes,
+        move=_move,
+    )
 
 
 def _init(budget, shard):
@@ -58,8 +67,6 @@ def _choose(budget, meta, key, shard, label, valid):
     order, stored, seen = (meta[name][0] for name in ("order", "stored", "seen"))
     n, k, slots = label.shape[0], budget.classes, budget.slots
     words = random.words(key, 2 * n)
-    valid = valid & (label >= 0) & (label < k)
-    label = jnp.clip(label, 0, k - 1)
     before = seen[label] + jnp.minimum(earlier_same(label, valid), INT32_MAX - 1 - seen[label])
     drawn = random.below(words[:, :n], before + 1)  # below m with probability m / n, and then uniform
     # If no row grows its class, sizes stay as they are: what holds for the first row holds for all.

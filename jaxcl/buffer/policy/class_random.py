@@ -28,7 +28,16 @@ def class_random(budget: Budget) -> Policy:
         "a number in (0, 1], candidates / batch_size: the policy class_random needs it",
     )
     check("buffer.accept", budget.accept, in_range)
-    return bind(budget, init=_init, choose=_choose, locate=_locate, size=_size, class_sizes=_class_sizes, move=_move)
+    return bind(
+        budget,
+        classes=budget.classes,
+        init=_init,
+        choose=_choose,
+        locate=_locate,
+        size=_size,
+        class_sizes=_class_sizes,
+        move=_move,
+    )
 
 
 def _first(budget, shard, k):

@@ -26,13 +26,13 @@ def herding(budget: Budget) -> Policy:
     classes shard i takes from the one next above class K - 1 - i: shards take from different classes. Nothing is random.
 
     `jaxcl.buffer.selection` ranks the rows. Each class is a list linked from its last row back: O(K) a row, in a loop over the
-    rows, which takes no step where no row can be stored. Labels outside [0, K) are not stored.
+    rows, which takes no step where no row can be stored.
 
     Raises:
       UserError: `num_classes` is missing.
     """
     check_classes(budget, "herding")
-    return bind(budget, init=_init, choose=_choose, locate=rank_is_slot, size=_size, move=_move)
+    return bind(budget, classes=budget.classes, init=_init, choose=_choose, locate=rank_is_slot, size=_size, move=_move)
 
 
 def _init(budget, shard):
@@ -47,8 +47,6 @@ def _choose(budget, meta, key, shard, label, valid):
     previous, last, stored = (meta[name][0] for name in ("previous", "last", "stored"))
     room = budget.room(shard)
     n = label.shape[0]
-    valid = valid & (label >= 0) & (label < budget.classes)
-    label = jnp.clip(label, 0, budget.classes - 1)
     # In a full shard the largest class shrinks only when another grows: if no row can, none will.
     steps = jnp.where(jnp.any(_is_taken(room, stored, label, valid)), n, 0)
     slot = jnp.full((n,), budget.slots, jnp.int32)
