@@ -124,8 +124,10 @@ def measure(
     if shutil.which(peer_python) is None:
         raise UserError(f"--peer_python: {peer_python} cannot be run")
     own = {n: Contender("jaxcl", "jax_peers", n) for n in (1, many)}
+    weighted = Contender("jaxcl_weighted", "jax_peers", 1)
     peers = [
         Contender("flashbax", "jax_peers", 1, peer_python),
+        Contender("flashbax_prioritised", "jax_peers", 1, peer_python),
         Contender("brax", "jax_peers", 1, peer_python),
         Contender("brax_sharded", "jax_peers", many, peer_python),
         Contender("mammoth", "torch_peers", 1, peer_python, mammoth),
@@ -146,7 +148,8 @@ def measure(
     for peer in peers:
         for capacity in capacities:
             workers = [Worker(peer, capacity, batch)]
-            workers += [] if workers[0].result.missing else [Worker(own[peer.devices], capacity, batch)]
+            ours = weighted if peer.name == "flashbax_prioritised" else own[peer.devices]
+            workers += [] if workers[0].result.missing else [Worker(ours, capacity, batch)]
             result, *beside = take_turns(workers, rounds, seconds)
             results.append(result)
             pair = compare(*workers) if beside and not (result.missing or beside[0].missing) else None
@@ -190,6 +193,7 @@ def goals(results: Sequence[Result], flat: dict[int, float | None], pairs: Seque
         yield goal(f"memory beyond the rows, fraction, {devices} device(s)", max(excess, default=None), 0.05)
     worst = {p["peer"]: max(q["jaxcl_over_peer"] for q in pairs if q["peer"] == p["peer"]) for p in pairs}
     yield goal("time over flashbax's, one device", worst.get("flashbax"), 1.25)
+    yield goal("time over flashbax's, weighted, one device", worst.get("flashbax_prioritised"), 1.25)
     for peer in ("mammoth", "mammoth_late", "avalanche"):
         yield goal(f"times faster than {peer}", 1 / worst[peer] if peer in worst else None, 20.0, least=True)
 

@@ -49,6 +49,24 @@ def buffer(found: Json) -> str:
     return "\n\n".join([*parts, *missing])
 
 
+def buffer_sizes(found: Json) -> str:
+    by_rows: dict[str, list[Json]] = {"policy": found["inserts"], "sampling": found["draws"]}
+    parts = [
+        rows(f"{name} | rows | ms | temporaries, bytes", f"{{{name}}} | {{rows:,}} | {{ms}} | {{temp_bytes:,}}", records)
+        for name, records in by_rows.items()
+    ]
+    dtypes = ({"dtype": one["dtype"]} | each for one in found["dtypes"] for each in one["capacities"])
+    parts += [
+        rows(
+            "dtype | capacity | insert and draw, ms | temporaries, bytes",
+            "{dtype} | {capacity:,} | {ms} | {temp_bytes:,}",
+            dtypes,
+        ),
+        rows("sampling | devices | insert and draw, ms", "{sampling} | {devices} | {ms}", found["devices"]),
+    ]
+    return "\n\n".join(parts)
+
+
 def step(found: Json) -> str:
     return rows(
         "model | b | r | dtype | with rehearsal, ms | plain, ms | ratio | control | floor | insert alone, ms | draw alone, ms",

@@ -79,6 +79,7 @@ class Jaxcl(DonatedPeer):
     note = "reservoir; draws from the union of all shards without replacement"
     peak = 1.3
     one_device = False
+    sampling = "uniform"
 
     def __init__(self, sizes: Sizes) -> None:
         import jaxcl
@@ -95,6 +96,7 @@ class Jaxcl(DonatedPeer):
             capacity=sizes.capacity * devices,
             representatives=sizes.batch * devices,
             policy="reservoir",
+            sampling=self.sampling,
             mesh=mesh,
         )
 
@@ -106,9 +108,25 @@ class Jaxcl(DonatedPeer):
         def insert_and_draw(state: Any, rows: dict[str, jax.Array], key: jax.Array) -> tuple[Any, Any]:
             insert_key, draw_key = jax.random.split(key)
             state = insert(state, rows, insert_key)
-            return state, buffer.draw(state, draw_key)
+            drawn = buffer.draw(state, draw_key)
+            if self.sampling == "weighted":
+                state = buffer.update_weights(state, drawn, new_weights(draw_key, len(drawn.id)))
+            return state, drawn
 
         self.bind(buffer.init(), insert_and_draw, insert)
+
+
+def new_weights(key: jax.Array, n: int) -> jax.Array:
+    """Weights that the drawn rows get, as a loss would give them; float32 `[n]`."""
+    return jax.random.uniform(key, (n,), jnp.float32, 0.1, 2.0)
+
+
+class JaxclWeighted(Jaxcl):
+    """The same with draws in proportion to weights, which every drawn row gets anew."""
+
+    name = "jaxcl_weighted"
+    note = "as jaxcl; draws by weight, without replacement, and gives the drawn rows new weights"
+    sampling = "weighted"
 
 
 class Flashbax(DonatedPeer):
@@ -131,6 +149,36 @@ class Flashbax(DonatedPeer):
         def add_and_sample(state: Any, rows: Any, key: Any) -> tuple[Any, Any]:
             state = buffer.add(state, rows)
             return state, buffer.sample(state, key).experience
+
+        self.bind(buffer.init(one_record()), add_and_sample, buffer.add)
+
+
+class FlashbaxPrioritised(DonatedPeer):
+    """flashbax's prioritised item buffer: as above, with new priorities for the drawn rows in the same program."""
+
+    name = "flashbax_prioritised"
+    note = "as flashbax; draws by priority, with replacement, and gives the drawn rows new priorities"
+    peak = 1.2
+
+    def __init__(self, sizes: Sizes) -> None:
+        import flashbax
+
+        super().__init__(sizes)
+        self.started(importlib.metadata.version("flashbax"))
+        buffer = flashbax.make_prioritised_item_buffer(
+            max_length=sizes.capacity,
+            min_length=1,
+            sample_batch_size=sizes.batch,
+            add_batches=True,
+            priority_exponent=1.0,
+            device=jax.default_backend(),
+        )
+
+        def add_and_sample(state: Any, rows: Any, key: Any) -> tuple[Any, Any]:
+            state = buffer.add(state, rows)
+            sample = buffer.sample(state, key)
+            state = buffer.set_priorities(state, sample.indices, new_weights(key, sizes.batch))
+            return state, sample.experience
 
         self.bind(buffer.init(one_record()), add_and_sample, buffer.add)
 
@@ -187,4 +235,4 @@ class BraxSharded(JaxPeer):
 
 
 if __name__ == "__main__":
-    protocol.main(Jaxcl, Flashbax, BraxRaw, BraxSharded)
+    protocol.main(Jaxcl, JaxclWeighted, Flashbax, FlashbaxPrioritised, BraxRaw, BraxSharded)
