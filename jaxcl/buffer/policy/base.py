@@ -141,7 +141,7 @@ def arrivals(label: jax.Array, valid: jax.Array, classes: int) -> tuple[jax.Arra
     label = jnp.where(valid, label, classes)
     came = jnp.zeros((classes + 1,), jnp.int32).at[label].add(1)
     order = stable_order(label, classes + 1)
-    ahead = jnp.arange(label.shape[0], dtype=jnp.int32) - (jnp.cumsum(came) - came)[label[order]]
+    ahead = jnp.arange(label.shape[0], dtype=jnp.int32) - (jnp.cumsum(came, dtype=jnp.int32) - came)[label[order]]
     return order, jnp.zeros_like(label).at[order].set(ahead, unique_indices=True), came[:classes]
 
 

@@ -85,11 +85,11 @@ def _choose(budget, meta, key, shard, label, valid):
     carry = order, stored, jnp.full_like(label, slots)
     order, stored, slot = lax.fori_loop(0, trips(count), one, carry)
     # From here on no class grows, sizes stay as they are, and all rows are placed at once.
-    at_once = order.at[(jnp.cumsum(stored) - stored)[label] + drawn].get(mode="clip")
+    at_once = order.at[(jnp.cumsum(stored, dtype=jnp.int32) - stored)[label] + drawn].get(mode="clip")
     at_once = jnp.where(valid & (drawn < stored[label]), at_once, slots)
     seen = seen + jnp.minimum(came, INT32_MAX - 1 - seen)
     slot = jnp.where(position < end, slot, at_once)
-    return slot, {"order": order[None], "stored": stored[None], "seen": seen[None]}
+    return slot, {"order": order.reshape(meta["order"].shape), "stored": stored[None], "seen": seen[None]}
 
 
 def _heights(budget, turn, sizes):
@@ -110,9 +110,9 @@ def _take(budget, turn, rows, label, before, drawn, words, step, carry):
     grow = valid & ((stored[free] > 0) | room)
     highest, size = height == top, jnp.maximum(top // budget.shards + 1, 1)
     pick = random.below(words[:, i], jnp.maximum(jnp.sum(highest, dtype=jnp.int32), 1) * size)
-    victim = jnp.argmax(jnp.cumsum(highest) > pick // size).astype(jnp.int32)
+    victim = jnp.argmax(jnp.cumsum(highest, dtype=jnp.int32) > pick // size).astype(jnp.int32)
     victim, rank = jnp.where(stored[free] > 0, free, victim), jnp.where(stored[free] > 0, 0, pick % size)
-    begin = jnp.cumsum(stored) - stored
+    begin = jnp.cumsum(stored, dtype=jnp.int32) - stored
     end = begin + stored
     at = jnp.where(grow, begin[victim] + rank, begin[c] + jnp.minimum(drawn[i], stored[c] - 1))
     # The victim's entry nearest to c fills the gap; each class in between moves its near end to its far end.
@@ -138,7 +138,7 @@ def _locate(budget, meta, shard, rank):
 
 
 def _size(budget, meta, shard):
-    return jnp.sum(meta["stored"][0, : budget.classes])
+    return jnp.sum(meta["stored"][0, : budget.classes], dtype=jnp.int32)
 
 
 def _class_sizes(meta):

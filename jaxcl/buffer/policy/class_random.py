@@ -69,14 +69,14 @@ def _choose(budget, meta, key, shard, label, valid):
 
 def _locate(budget, meta, shard, rank):
     # Rank counts the stored rows class by class; each sub-buffer is filled from its beginning.
-    until = jnp.cumsum(meta["fill"][0])
+    until = jnp.cumsum(meta["fill"][0], dtype=jnp.int32)
     k = jnp.searchsorted(until, rank, side="right", method="scan_unrolled").astype(jnp.int32)
     k = jnp.minimum(k, budget.classes - 1)
     return _first(budget, shard, k) + rank - (until[k] - meta["fill"][0, k])
 
 
 def _size(budget, meta, shard):
-    return jnp.sum(meta["fill"])
+    return jnp.sum(meta["fill"], dtype=jnp.int32)
 
 
 def _class_sizes(meta):

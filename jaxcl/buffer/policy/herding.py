@@ -50,7 +50,7 @@ def _init(budget, shard):
 def _choose(budget, meta, key, shard, label, valid):
     previous, last, stored = (meta[name][0] for name in ("previous", "last", "stored"))
     slots, turn = budget.slots, turns(budget, shard)
-    size = jnp.sum(stored)
+    size = jnp.sum(stored, dtype=jnp.int32)
     order, ahead, _ = arrivals(label, valid, budget.classes)
     # The rows that come first fill the shard, each in the slot behind the one before.
     slot = size + jnp.cumsum(valid, dtype=jnp.int32) - 1
@@ -68,7 +68,7 @@ def _choose(budget, meta, key, shard, label, valid):
     rows, count = compacted(valid & ~filling & (ahead - added[label] < fit[label]))
     one = functools.partial(_take, budget, turn, rows, label)
     previous, last, stored, slot = lax.fori_loop(0, trips(count), one, (previous, last, stored, slot))
-    return slot, {"previous": previous[None], "last": last[None], "stored": stored[None]}
+    return slot, {"previous": previous.reshape(meta["previous"].shape), "last": last[None], "stored": stored[None]}
 
 
 def _heights(budget, turn, sizes):
@@ -100,7 +100,7 @@ def _take(budget, turn, rows, label, step, carry):
 
 
 def _size(budget, meta, shard):
-    return jnp.sum(meta["stored"])
+    return jnp.sum(meta["stored"], dtype=jnp.int32)
 
 
 def _move(budget: Budget, meta: dict[str, np.ndarray], label: np.ndarray, old: int) -> Moves:
