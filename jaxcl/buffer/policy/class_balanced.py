@@ -67,7 +67,8 @@ def _init(budget, shard):
 
 
 def _choose(budget, meta, key, shard, label, valid):
-    order, stored, seen = (meta[name][0] for name in ("order", "stored", "seen"))
+    # `order` keeps its axis of one: under vmap XLA copies all of it to put the axis back.
+    order, stored, seen = meta["order"], meta["stored"][0], meta["seen"][0]
     n, slots, turn = label.shape[0], budget.slots, turns(budget, shard)
     position = jnp.arange(n, dtype=jnp.int32)
     words = random.words(key, 2 * n)
@@ -85,11 +86,11 @@ def _choose(budget, meta, key, shard, label, valid):
     carry = order, stored, jnp.full_like(label, slots)
     order, stored, slot = lax.fori_loop(0, trips(count), one, carry)
     # From here on no class grows, sizes stay as they are, and all rows are placed at once.
-    at_once = order.at[(jnp.cumsum(stored, dtype=jnp.int32) - stored)[label] + drawn].get(mode="clip")
+    at_once = order.at[0, (jnp.cumsum(stored, dtype=jnp.int32) - stored)[label] + drawn].get(mode="clip")
     at_once = jnp.where(valid & (drawn < stored[label]), at_once, slots)
     seen = seen + jnp.minimum(came, INT32_MAX - 1 - seen)
     slot = jnp.where(position < end, slot, at_once)
-    return slot, {"order": order.reshape(meta["order"].shape), "stored": stored[None], "seen": seen[None]}
+    return slot, {"order": order, "stored": stored[None], "seen": seen[None]}
 
 
 def _heights(budget, turn, sizes):
@@ -123,9 +124,9 @@ def _take(budget, turn, rows, label, before, drawn, words, step, carry):
     far = jnp.where(classes == victim, at, far)
     moved = (between & (stored > 0)) | (classes == c) | ((classes == victim) & (near != at))
     # One read, on which the write depends: XLA would otherwise copy `order`.
-    entry = order.at[jnp.append(near, at)].get(mode="clip")
+    entry = order.at[0, jnp.append(near, at)].get(mode="clip")
     taken = entry[-1]
-    order = order.at[jnp.where(grow & moved, far, slots + classes)].set(
+    order = order.at[0, jnp.where(grow & moved, far, slots + classes)].set(
         jnp.where(classes == c, taken, entry[:-1]), mode="drop", unique_indices=True
     )
     kept = grow | (drawn[i] < stored[c])

@@ -48,7 +48,8 @@ def _init(budget, shard):
 
 
 def _choose(budget, meta, key, shard, label, valid):
-    previous, last, stored = (meta[name][0] for name in ("previous", "last", "stored"))
+    # `previous` keeps its axis of one: under vmap XLA copies all of it to put the axis back.
+    previous, last, stored = meta["previous"], meta["last"][0], meta["stored"][0]
     slots, turn = budget.slots, turns(budget, shard)
     size = jnp.sum(stored, dtype=jnp.int32)
     order, ahead, _ = arrivals(label, valid, budget.classes)
@@ -59,7 +60,7 @@ def _choose(budget, meta, key, shard, label, valid):
     added = jnp.zeros_like(stored).at[label].add(filling.astype(jnp.int32))
     link, at, k = jnp.roll(slot[order], 1), slot[order], label[order]
     link = jnp.where(ahead[order] == 0, last[k], link)
-    previous = previous.at[at].set(link, mode="drop")
+    previous = previous.at[0, at].set(link, mode="drop")
     newest = (at < slots) & (ahead[order] + 1 == added[k])
     last = last.at[jnp.where(newest, k, budget.classes)].set(at, mode="drop")
     stored = stored + added
@@ -68,7 +69,7 @@ def _choose(budget, meta, key, shard, label, valid):
     rows, count = compacted(valid & ~filling & (ahead - added[label] < fit[label]))
     one = functools.partial(_take, budget, turn, rows, label)
     previous, last, stored, slot = lax.fori_loop(0, trips(count), one, (previous, last, stored, slot))
-    return slot, {"previous": previous.reshape(meta["previous"].shape), "last": last[None], "stored": stored[None]}
+    return slot, {"previous": previous, "last": last[None], "stored": stored[None]}
 
 
 def _heights(budget, turn, sizes):
@@ -89,10 +90,10 @@ def _take(budget, turn, rows, label, step, carry):
     # A write that holds what was read, of two entries, the second out of range: XLA turns other forms into a copy of
     # `previous` a row.
     pair = jnp.stack([at, jnp.full_like(at, slots + 1)])
-    read = previous.at[pair].get(mode="clip")
+    read = previous.at[0, pair].get(mode="clip")
     before = read[0]
     written = jnp.where(read < 0, read, last[c])
-    previous = previous.at[pair].set(written, mode="drop", unique_indices=True)
+    previous = previous.at[0, pair].set(written, mode="drop", unique_indices=True)
     last = jnp.where(store & (classes == victim), before, last)
     last = jnp.where(store & (classes == c), at, last)
     stored = stored + store * ((classes == c).astype(jnp.int32) - (classes == victim))
