@@ -68,6 +68,20 @@ class ClassRandom:
                 self.slots[self.begin[k] + int(anywhere[j])] = int(ident)
 
 
+def height(row: int, label: int, shard: int, shards: int) -> int:
+    """Of the row number `row` of class `label` on a shard: of all heights each class has every one on a single shard."""
+    width = len(f"{shards - 1:b}")
+    begins = sorted(range(shards), key=lambda s: f"{s:0{width}b}"[::-1]).index(label % shards)
+    return row * shards + (shard - begins) % shards
+
+
+def highest(lists: list[list[int]], shard: int, shards: int) -> tuple[int, list[int]]:
+    """The greatest height of a top row, and the classes that have it."""
+    tops = {k: height(len(rows) - 1, k, shard, shards) for k, rows in enumerate(lists) if rows}
+    top = max(tops.values(), default=-1)
+    return top, [k for k in tops if tops[k] == top]
+
+
 class ClassBalanced:
     """One shard of class-balancing reservoir sampling, with a list of slots a class, the free slots as the last one.
 
@@ -75,7 +89,7 @@ class ClassBalanced:
     """
 
     def __init__(self, shard: int, capacity: int, shards: int, num_classes: int):
-        self.slots, self.seen = {}, [0] * num_classes
+        self.slots, self.seen, self.at = {}, [0] * num_classes, (shard, shards)
         self.lists = [[] for _ in range(num_classes)] + [list(range(share(shard, capacity, shards)))]
 
     def insert(self, ids, labels, valid, drawn, evict):
@@ -85,12 +99,12 @@ class ClassBalanced:
             c = labels[j]
             if not valid[j]:
                 continue
-            top = max(map(len, classes))
+            top, largest = highest(classes, *self.at)
             if free:
                 slot = self.move(len(classes), 0, c)
-            elif len(classes[c]) == self.seen[c] and len(classes[c]) < top:
-                largest = [k for k, rows in enumerate(classes) if len(rows) == top]
-                which, rank = divmod(evict(j, len(largest) * top), top)
+            elif len(classes[c]) == self.seen[c] and height(len(classes[c]), c, *self.at) <= top:
+                rows = len(classes[largest[0]])
+                which, rank = divmod(evict(j, len(largest) * rows), rows)
                 slot = self.move(largest[which], rank, c)
             else:
                 slot = classes[c][drawn[j]] if drawn[j] < len(classes[c]) else None
@@ -133,19 +147,18 @@ class Herding:
     """One shard of ranked exemplars: a list of slots a class, best first; the largest gives up its last."""
 
     def __init__(self, shard: int, capacity: int, shards: int, num_classes: int):
-        self.shard, self.room, self.slots = shard, share(shard, capacity, shards), {}
+        self.at, self.room, self.slots = (shard, shards), share(shard, capacity, shards), {}
         self.lists = [[] for _ in range(num_classes)]
 
     def insert(self, ids, labels, valid):
         for j, ident in enumerate(ids):
             if not valid[j]:
                 continue
-            mine, top = self.lists[labels[j]], max(map(len, self.lists))
+            mine, (top, largest) = self.lists[labels[j]], highest(self.lists, *self.at)
             if len(self.slots) < self.room:
                 slot = len(self.slots)
-            elif len(mine) + 1 < top:
-                turn = {(k + self.shard) % len(self.lists): k for k, rows in enumerate(self.lists) if len(rows) == top}
-                slot = self.lists[turn[max(turn)]].pop()
+            elif height(len(mine), labels[j], *self.at) < top:
+                slot = self.lists[largest[-1]].pop()
             else:
                 continue
             mine.append(slot)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.buffer.shard import Rows, Shard
+from jaxcl.buffer.sort import first_of_each
 from jaxcl.mesh import Axis
 
 REPEATS = ("all", "first_epoch", "distinct")
@@ -30,9 +31,7 @@ def distinct(shard: Shard, rows: Rows, axis: Axis | None) -> Rows:
     stored = shard.id.at[shard.slot_of.at[ids].get(mode="clip")].get(mode="clip") == ids
     if axis is not None:
         stored = lax.psum(stored.astype(jnp.int32), axis) > 0
-    sorted_ids, position = lax.sort((ids, jnp.arange(len(ids), dtype=jnp.int32)), num_keys=2)
-    first = jnp.concatenate([jnp.ones((1,), bool), sorted_ids[1:] != sorted_ids[:-1]])
-    fresh = jnp.zeros_like(first).at[position].set(first, unique_indices=True) & ~stored
+    fresh = first_of_each(ids + 1, len(shard.slot_of) + 1) & ~stored
     if axis is not None:
         n = len(rows.id)
         fresh = lax.dynamic_slice_in_dim(fresh, lax.axis_index(axis) * n, n)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcl.buffer.sort import last_of_each
 from jaxcl.types import PyTree
 
 
@@ -89,11 +90,8 @@ def keep_last(slot: jax.Array, slots: int) -> jax.Array:
     A scatter with repeated indices has no defined order (on GPU not even a whole winner); this makes the batch mean what a
     loop over its rows would mean. Every dropped row gets an index of its own, so that the indices are truly unique.
     """
-    n = slot.shape[0]
-    position = jnp.arange(n, dtype=jnp.int32)
-    later = position[None, :] > position[:, None]
-    overwritten = jnp.any((slot[:, None] == slot[None, :]) & later, axis=1)
-    return jnp.where(overwritten | (slot >= slots), slots + position, slot)
+    last = last_of_each(jnp.minimum(slot, slots), slots + 1)
+    return jnp.where(last & (slot < slots), slot, slots + jnp.arange(slot.shape[0], dtype=jnp.int32))
 
 
 def write(shard: Shard, rows: Rows, slot: jax.Array) -> Shard:

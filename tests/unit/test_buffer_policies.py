@@ -387,11 +387,3 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="selection: 'best' is not allowed"):
         one = jnp.zeros(1, jnp.int32)
         selection.rank_rows("best", jax.random.key(0), jnp.zeros((1, 1)), one, one == 0, one, num_classes=1, quota=1)
-
-
-def test_labels_out_of_bounds_are_not_stored():
-    for name in ("class_balanced", "herding"):
-        rule = make_policy(name, capacity=8, shards=1, num_classes=2)
-        me = jnp.int32(0)
-        slot, meta = rule.choose(rule.init(me), jax.random.key(0), me, jnp.array([0, 2, -1, 1]), jnp.ones(4, bool))
-        assert slot.tolist() == [0, 8, 8, 1] and int(rule.size(meta, me)) == 2

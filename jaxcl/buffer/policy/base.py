@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import custom_vmap
 
+from jaxcl.buffer.sort import stable_order
 from jaxcl.check import Rule, check
 from jaxcl.types import PyTree
 
@@ -124,11 +126,61 @@ def share(shard: Any, capacity: Any, shards: int) -> Any:
     return (capacity - shard + shards - 1) // shards
 
 
-def earlier_same(label: jax.Array, valid: jax.Array) -> jax.Array:
-    """For each row of a batch, how many valid rows before it have its label (int32 `[n]`)."""
-    n = label.shape[0]
-    before = jnp.tri(n, k=-1, dtype=bool)
-    return jnp.sum((label[:, None] == label[None, :]) & before & valid[None, :], axis=1, dtype=jnp.int32)
+def arrivals(label: jax.Array, valid: jax.Array, classes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The order of a batch by classes.
+
+    Args:
+      label: int32 `[n]`, in [0, classes) where valid.
+      valid: bool `[n]`.
+
+    Returns:
+      order: int32 `[n]`, the positions of the valid rows class by class, each class in its order; behind them the others.
+      ahead: int32 `[n]`, for each valid row how many valid ones before it have its label.
+      came: int32 `[classes]`, valid rows of each class.
+    """
+    label = jnp.where(valid, label, classes)
+    came = jnp.zeros((classes + 1,), jnp.int32).at[label].add(1)
+    order = stable_order(label, classes + 1)
+    ahead = jnp.arange(label.shape[0], dtype=jnp.int32) - (jnp.cumsum(came, dtype=jnp.int32) - came)[label[order]]
+    return order, jnp.zeros_like(label).at[order].set(ahead, unique_indices=True), came[:classes]
+
+
+def compacted(chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The positions of the true entries of `chosen`, bool `[n]`, int32 `[n]` with n behind them; and their number, int32."""
+    n = chosen.shape[0]
+    until = jnp.cumsum(chosen, dtype=jnp.int32)
+    place = jnp.where(chosen, until - 1, n)
+    position = jnp.arange(n, dtype=jnp.int32)
+    return jnp.full((n,), n, jnp.int32).at[place].set(position, mode="drop"), jnp.sum(chosen, dtype=jnp.int32)
+
+
+@custom_vmap
+def trips(count: jax.Array) -> jax.Array:
+    """The steps of a loop that needs `count`, int32 scalar; under vmap the most that any needs, so that all stop together.
+
+    Loops that stop apart would be made one by selecting between old and new state, all of it, at every step. Steps beyond a
+    loop's own count must change nothing.
+    """
+    return count
+
+
+@trips.def_vmap
+def _trips_of_all(size: int, batched: Any, count: jax.Array) -> tuple[jax.Array, bool]:
+    return trips(jnp.max(count)), False
+
+
+def turns(budget: Budget, shard: jax.Array) -> jax.Array:
+    """When each class gets its next row on this shard, int32 `[K]`, in [0, N).
+
+    With fewer rows than classes, or a number that does not divide, a shard cannot treat all classes alike. For the union to
+    be fair, row j of class c has the height j N + turn, and a full shard keeps the rows of least height. The turn of a class
+    is 0 on one shard, 1 on the next and so on, so that in the union it has exactly one row of each height. It begins at
+    the shard that is c mod N with its bits reversed: few classes begin far apart. With one shard heights are numbers of rows.
+    """
+    width = (budget.shards - 1).bit_length()
+    reverse = [int(f"{s:0{width}b}"[::-1], 2) for s in range(budget.shards)]
+    begin = np.argsort(np.argsort(reverse)).astype(np.int32)
+    return (shard - begin[np.arange(budget.classes) % budget.shards]) % budget.shards
 
 
 def rank_is_slot(budget: Budget, meta: PyTree, shard: jax.Array, rank: jax.Array) -> jax.Array:

@@ -12,12 +12,15 @@ from jaxcl.buffer.policy.base import (
     Budget,
     Moves,
     Policy,
+    arrivals,
     bind,
     check_classes,
+    compacted,
     deal_by_class,
     dealt,
-    earlier_same,
     int32,
+    trips,
+    turns,
 )
 
 
@@ -64,42 +67,53 @@ def _init(budget, shard):
 
 
 def _choose(budget, meta, key, shard, label, valid):
-    order, stored, seen = (meta[name][0] for name in ("order", "stored", "seen"))
-    n, k, slots = label.shape[0], budget.classes, budget.slots
+    # `order` keeps its axis of one: under vmap XLA copies all of it to put the axis back.
+    order, stored, seen = meta["order"], meta["stored"][0], meta["seen"][0]
+    n, slots, turn = label.shape[0], budget.slots, turns(budget, shard)
+    position = jnp.arange(n, dtype=jnp.int32)
     words = random.words(key, 2 * n)
-    before = seen[label] + jnp.minimum(earlier_same(label, valid), INT32_MAX - 1 - seen[label])
+    _, ahead, came = arrivals(label, valid, budget.classes)
+    before = seen[label] + jnp.minimum(ahead, INT32_MAX - 1 - seen[label])
     drawn = random.below(words[:, :n], before + 1)  # below m with probability m / n, and then uniform
-    # If no row grows its class, sizes stay as they are: what holds for the first row holds for all.
-    at_once = order.at[(jnp.cumsum(stored) - stored)[label] + drawn].get(mode="clip")
+    # The greatest height rises as long as slots are free, then it only falls: a class never gets a row beyond `last`.
+    filling = valid & (jnp.cumsum(valid, dtype=jnp.int32) <= stored[-1])
+    filled = stored[:-1].at[label].add(filling.astype(jnp.int32))
+    last = ((jnp.max(_heights(budget, turn, filled)) - turn) // budget.shards)[label]
+    may_grow = filling | (valid & (stored == jnp.append(seen, 0))[label] & (before <= last))
+    end = jnp.max(jnp.where(may_grow, position + 1, 0))
+    rows, count = compacted(valid & (position < end) & (filling | (drawn <= last)))
+    one = functools.partial(_take, budget, turn, rows, label, before, drawn, words[:, n:])
+    carry = order, stored, jnp.full_like(label, slots)
+    order, stored, slot = lax.fori_loop(0, trips(count), one, carry)
+    # From here on no class grows, sizes stay as they are, and all rows are placed at once.
+    at_once = order.at[0, (jnp.cumsum(stored, dtype=jnp.int32) - stored)[label] + drawn].get(mode="clip")
     at_once = jnp.where(valid & (drawn < stored[label]), at_once, slots)
-    steps = jnp.where(jnp.any(_grows(stored, label, before, valid)), n, 0)
-    one = functools.partial(_take, slots, label, valid, before, drawn, words[:, n:])
-    order, stored, slot = lax.fori_loop(0, steps, one, (order, stored, at_once))
-    classes = jnp.arange(k, dtype=jnp.int32)
-    added = jnp.sum((label[:, None] == classes[None, :]) & valid[:, None], axis=0, dtype=jnp.int32)
-    seen = seen + jnp.minimum(added, INT32_MAX - 1 - seen)
-    return slot, {"order": order[None], "stored": stored[None], "seen": seen[None]}
+    seen = seen + jnp.minimum(came, INT32_MAX - 1 - seen)
+    slot = jnp.where(position < end, slot, at_once)
+    return slot, {"order": order, "stored": stored[None], "seen": seen[None]}
 
 
-def _grows(stored, label, before, valid):
-    """Whether a row makes its class larger; the free slots are the last class of `stored`."""
-    held = stored[label]
-    return valid & ((stored[-1] > 0) | ((held == before) & (held < jnp.max(stored[:-1]))))
+def _heights(budget, turn, sizes):
+    """Of the top row of each class, int32 `[K]`, negative where it has none."""
+    return (sizes - 1) * budget.shards + turn
 
 
-def _take(slots, label, valid, before, drawn, words, i, carry):
-    """Row i of the batch."""
+def _take(budget, turn, rows, label, before, drawn, words, step, carry):
+    """One row of the batch; beyond the last nothing."""
     order, stored, slot = carry
-    free = len(stored) - 1
+    slots, free, i = budget.slots, budget.classes, rows[step]
+    valid, i = i < label.shape[0], jnp.minimum(i, label.shape[0] - 1)
     classes = jnp.arange(free + 1, dtype=jnp.int32)
     c = label[i]
-    grow = _grows(stored, c, before[i], valid[i])
-    top = jnp.maximum(jnp.max(stored[:free]), 1)
-    largest = stored[:free] == top
-    pick = random.below(words[:, i], jnp.maximum(jnp.sum(largest, dtype=jnp.int32), 1) * top)
-    victim = jnp.argmax(jnp.cumsum(largest) > pick // top).astype(jnp.int32)
-    victim, rank = jnp.where(stored[free] > 0, free, victim), jnp.where(stored[free] > 0, 0, pick % top)
-    begin = jnp.cumsum(stored) - stored
+    height = _heights(budget, turn, stored[:free])
+    top = jnp.max(height)
+    room = (stored[c] == before[i]) & (height[c] + budget.shards <= top)
+    grow = valid & ((stored[free] > 0) | room)
+    highest, size = height == top, jnp.maximum(top // budget.shards + 1, 1)
+    pick = random.below(words[:, i], jnp.maximum(jnp.sum(highest, dtype=jnp.int32), 1) * size)
+    victim = jnp.argmax(jnp.cumsum(highest, dtype=jnp.int32) > pick // size).astype(jnp.int32)
+    victim, rank = jnp.where(stored[free] > 0, free, victim), jnp.where(stored[free] > 0, 0, pick % size)
+    begin = jnp.cumsum(stored, dtype=jnp.int32) - stored
     end = begin + stored
     at = jnp.where(grow, begin[victim] + rank, begin[c] + jnp.minimum(drawn[i], stored[c] - 1))
     # The victim's entry nearest to c fills the gap; each class in between moves its near end to its far end.
@@ -110,14 +124,14 @@ def _take(slots, label, valid, before, drawn, words, i, carry):
     far = jnp.where(classes == victim, at, far)
     moved = (between & (stored > 0)) | (classes == c) | ((classes == victim) & (near != at))
     # One read, on which the write depends: XLA would otherwise copy `order`.
-    entry = order.at[jnp.append(near, at)].get(mode="clip")
+    entry = order.at[0, jnp.append(near, at)].get(mode="clip")
     taken = entry[-1]
-    order = order.at[jnp.where(grow & moved, far, slots + classes)].set(
+    order = order.at[0, jnp.where(grow & moved, far, slots + classes)].set(
         jnp.where(classes == c, taken, entry[:-1]), mode="drop", unique_indices=True
     )
-    kept = grow | (valid[i] & (drawn[i] < stored[c]))
+    kept = grow | (drawn[i] < stored[c])
     change = grow * ((classes == c).astype(jnp.int32) - (classes == victim))
-    return order, stored + change, slot.at[i].set(jnp.where(kept, taken, slots))
+    return order, stored + change, slot.at[i].set(jnp.where(valid & kept, taken, slot[i]))
 
 
 def _locate(budget, meta, shard, rank):
@@ -125,7 +139,7 @@ def _locate(budget, meta, shard, rank):
 
 
 def _size(budget, meta, shard):
-    return jnp.sum(meta["stored"][0, : budget.classes])
+    return jnp.sum(meta["stored"][0, : budget.classes], dtype=jnp.int32)
 
 
 def _class_sizes(meta):

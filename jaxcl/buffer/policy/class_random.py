@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.buffer import threefry as random
-from jaxcl.buffer.policy.base import Budget, Moves, Policy, bind, check_classes, earlier_same, int32, share
+from jaxcl.buffer.policy.base import Budget, Moves, Policy, arrivals, bind, check_classes, int32, share
 from jaxcl.check import Rule, check, refused
 
 
@@ -56,27 +56,27 @@ def _choose(budget, meta, key, shard, label, valid):
     k = jnp.arange(budget.classes, dtype=jnp.int32)
     begin = _first(budget, shard, k)
     room = _first(budget, shard, k + 1) - begin
-    number = fill[label] + earlier_same(label, valid)
+    _, ahead, came = arrivals(label, valid, budget.classes)
+    number = fill[label] + ahead
     words = random.words(key, 2 * n)
     accepted = random.unit(words[0, :n]) < budget.accept
     anywhere = random.below(words[:, n:], jnp.maximum(room[label], 1))
     append = number < room[label]
     slot = begin[label] + jnp.where(append, number, anywhere)
     kept = valid & (append | accepted) & (room[label] > 0)
-    added = jnp.sum((label[:, None] == k[None, :]) & valid[:, None], axis=0, dtype=jnp.int32)
-    return jnp.where(kept, slot, budget.slots), {"fill": jnp.minimum(fill + added, room)[None]}
+    return jnp.where(kept, slot, budget.slots), {"fill": jnp.minimum(fill + came, room)[None]}
 
 
 def _locate(budget, meta, shard, rank):
     # Rank counts the stored rows class by class; each sub-buffer is filled from its beginning.
-    until = jnp.cumsum(meta["fill"][0])
+    until = jnp.cumsum(meta["fill"][0], dtype=jnp.int32)
     k = jnp.searchsorted(until, rank, side="right", method="scan_unrolled").astype(jnp.int32)
     k = jnp.minimum(k, budget.classes - 1)
     return _first(budget, shard, k) + rank - (until[k] - meta["fill"][0, k])
 
 
 def _size(budget, meta, shard):
-    return jnp.sum(meta["fill"])
+    return jnp.sum(meta["fill"], dtype=jnp.int32)
 
 
 def _class_sizes(meta):

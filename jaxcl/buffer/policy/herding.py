@@ -10,12 +10,16 @@ from jaxcl.buffer.policy.base import (
     Budget,
     Moves,
     Policy,
+    arrivals,
     bind,
     check_classes,
+    compacted,
     deal_by_class,
     int32,
     merge,
     rank_is_slot,
+    trips,
+    turns,
 )
 
 
@@ -44,46 +48,60 @@ def _init(budget, shard):
 
 
 def _choose(budget, meta, key, shard, label, valid):
-    previous, last, stored = (meta[name][0] for name in ("previous", "last", "stored"))
-    room = budget.room(shard)
-    n = label.shape[0]
-    # In a full shard the largest class shrinks only when another grows: if no row can, none will.
-    steps = jnp.where(jnp.any(_is_taken(room, stored, label, valid)), n, 0)
-    slot = jnp.full((n,), budget.slots, jnp.int32)
-    one = functools.partial(_take, budget, shard, room, label, valid)
-    previous, last, stored, slot = lax.fori_loop(0, steps, one, (previous, last, stored, slot))
-    return slot, {"previous": previous[None], "last": last[None], "stored": stored[None]}
+    # `previous` keeps its axis of one: under vmap XLA copies all of it to put the axis back.
+    previous, last, stored = meta["previous"], meta["last"][0], meta["stored"][0]
+    slots, turn = budget.slots, turns(budget, shard)
+    size = jnp.sum(stored, dtype=jnp.int32)
+    order, ahead, _ = arrivals(label, valid, budget.classes)
+    # The rows that come first fill the shard, each in the slot behind the one before.
+    slot = size + jnp.cumsum(valid, dtype=jnp.int32) - 1
+    filling = valid & (slot < budget.room(shard))
+    slot = jnp.where(filling, slot, slots)
+    added = jnp.zeros_like(stored).at[label].add(filling.astype(jnp.int32))
+    link, at, k = jnp.roll(slot[order], 1), slot[order], label[order]
+    link = jnp.where(ahead[order] == 0, last[k], link)
+    previous = previous.at[0, at].set(link, mode="drop")
+    newest = (at < slots) & (ahead[order] + 1 == added[k])
+    last = last.at[jnp.where(newest, k, budget.classes)].set(at, mode="drop")
+    stored = stored + added
+    # From here on the greatest height only falls: of each class no more rows can be stored than fit below it now.
+    fit = (jnp.max(_heights(budget, turn, stored)) - 1 - turn) // budget.shards + 1 - stored
+    rows, count = compacted(valid & ~filling & (ahead - added[label] < fit[label]))
+    one = functools.partial(_take, budget, turn, rows, label)
+    previous, last, stored, slot = lax.fori_loop(0, trips(count), one, (previous, last, stored, slot))
+    return slot, {"previous": previous, "last": last[None], "stored": stored[None]}
 
 
-def _is_taken(room, stored, label, valid):
-    return valid & ((jnp.sum(stored) < room) | (stored[label] + 1 < jnp.max(stored)))
+def _heights(budget, turn, sizes):
+    """Of the last row of each class, int32 `[K]`, negative where it has none."""
+    return (sizes - 1) * budget.shards + turn
 
 
-def _take(budget, shard, room, label, valid, i, carry):
-    """Row i of the batch."""
+def _take(budget, turn, rows, label, step, carry):
+    """One row of the batch for a full shard; beyond the last nothing."""
     previous, last, stored, slot = carry
-    classes, slots = jnp.arange(budget.classes, dtype=jnp.int32), budget.slots
-    c, size = label[i], jnp.sum(stored)
-    store, free = _is_taken(room, stored, c, valid[i]), size < room
-    turn = jnp.where(stored == jnp.max(stored), (classes + shard) % budget.classes, -1)
-    victim = jnp.argmax(turn)
-    at = jnp.where(free, size, last[victim])
-    at = jnp.where(store, at, slots)
+    classes, slots, i = jnp.arange(budget.classes, dtype=jnp.int32), budget.slots, rows[step]
+    c = label.at[i].get(mode="clip")
+    height = _heights(budget, turn, stored)
+    top = jnp.max(height)
+    store = (i < label.shape[0]) & (height[c] + budget.shards < top)
+    victim = jnp.max(jnp.where(height == top, classes, 0))
+    at = jnp.where(store, last[victim], slots)
     # A write that holds what was read, of two entries, the second out of range: XLA turns other forms into a copy of
     # `previous` a row.
-    pair = jnp.stack([at, jnp.int32(slots + 1)])
-    read = previous.at[pair].get(mode="clip")
+    pair = jnp.stack([at, jnp.full_like(at, slots + 1)])
+    read = previous.at[0, pair].get(mode="clip")
     before = read[0]
     written = jnp.where(read < 0, read, last[c])
-    previous = previous.at[pair].set(written, mode="drop", unique_indices=True)
-    last = jnp.where(store & ~free & (classes == victim), before, last)
+    previous = previous.at[0, pair].set(written, mode="drop", unique_indices=True)
+    last = jnp.where(store & (classes == victim), before, last)
     last = jnp.where(store & (classes == c), at, last)
-    stored = stored + store * ((classes == c).astype(jnp.int32) - ((classes == victim) & ~free))
-    return previous, last, stored, slot.at[i].set(at)
+    stored = stored + store * ((classes == c).astype(jnp.int32) - (classes == victim))
+    return previous, last, stored, slot.at[i].set(at, mode="drop")
 
 
 def _size(budget, meta, shard):
-    return jnp.sum(meta["stored"])
+    return jnp.sum(meta["stored"], dtype=jnp.int32)
 
 
 def _move(budget: Budget, meta: dict[str, np.ndarray], label: np.ndarray, old: int) -> Moves:
