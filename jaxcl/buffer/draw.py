@@ -78,7 +78,7 @@ def make_balanced_plan(key: jax.Array, class_sizes: jax.Array, count: int) -> Pl
       count: R.
     """
     shards, classes = class_sizes.shape
-    words = random.words(key, 1 + classes + 4 * count)
+    words = random.words(key, 1 + classes + 3 * count)
     held = jnp.sum(class_sizes, axis=0, dtype=jnp.int32)
     share = fair_shares(words[0, 1 : 1 + classes], held, count)
     number, label, real = _subset_of_each(key, words[:, 1 + classes :], held, share, count)
@@ -188,20 +188,19 @@ def _subset_of_each(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of every class that holds T = `held` rows, m = `share` of the numbers 0..T-1, uniform over the subsets (int32 `[K]`).
 
-    A class with at most 4 m rows permutes them. A larger one draws 2 m numbers with replacement and keeps the first m distinct
-    ones; in the rare case of fewer it draws again, alone. Every step treats all numbers of a class alike. Two sorts of 4 R.
+    A class with at most 3 m rows permutes them. A larger one draws 3 m numbers with replacement and keeps the first m distinct
+    ones; in the rare case of fewer it draws again, alone. Every step treats all numbers of a class alike. One sort of 3 R.
 
     Args:
       key: for drawing again.
-      words: uint32 `[2, 4 * count]`, random.
+      words: uint32 `[2, 3 * count]`, random.
       count: R, at least the sum of the shares.
 
     Returns:
       numbers and their classes int32 `[R]`, class by class, and whether there is such a row, bool `[R]`.
     """
-    n, classes = 4 * count, held.shape[0]
-    permuted = held <= 4 * share
-    tried = jnp.where(permuted, held, 2 * share)
+    n, classes = 3 * count, held.shape[0]
+    permuted, tried = held <= 3 * share, jnp.minimum(held, 3 * share)
     until, begin = jnp.cumsum(share, dtype=jnp.int32), jnp.cumsum(tried, dtype=jnp.int32) - tried
 
     def class_of(until: jax.Array, position: jax.Array) -> jax.Array:
@@ -209,31 +208,30 @@ def _subset_of_each(
 
     trial, position = jnp.arange(n, dtype=jnp.int32), jnp.arange(count, dtype=jnp.int32)
     found = class_of(begin + tried, trial)  # the class of each trial; K for none
-    of = jnp.minimum(found, classes - 1)
-    label = jnp.minimum(class_of(until, position), classes - 1)
-    # The class that a position belongs to has its m-th trial, in the order of keeping, here, and its last one of m there.
-    here = begin[label] + position - (until - share)[label]
-    last = begin[label] + share[label] - 1
+    of, label = jnp.minimum(found, classes - 1), jnp.minimum(class_of(until, position), classes - 1)
+    mixed, last, real = permuted[of], until[label] - 1, position < until[-1]
 
-    def attempt(words: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The number of each position, and whether its class is complete."""
-        number = jnp.where(permuted[of], trial - begin[of], random.below(words, jnp.maximum(held[of], 1)))
-        # In the order of drawing, or in that of 64 random bits each.
-        order = jnp.where(permuted[of], words, jnp.stack([trial.astype(jnp.uint32), jnp.zeros((n,), jnp.uint32)]))
-        group, number, *keys = lax.sort((found, number, *order), num_keys=3)
-        again = (group[1:] == group[:-1]) & (number[1:] == number[:-1])
-        behind = 2 * group + jnp.concatenate([jnp.zeros((1,), bool), again])
-        behind, _, _, number = lax.sort((behind, *keys, number), num_keys=3)
-        return number[here], behind[last] == 2 * label
+    def attempt(words: jax.Array) -> jax.Array:
+        """The number of each position; -1 for the last ones of a class with too few."""
+        number = jnp.where(mixed, trial - begin[of], random.below(words, jnp.maximum(held[of], 1)))
+        # What is permuted by 64 random bits each; what is drawn by its number, equal ones in the order of drawing.
+        low = jnp.where(mixed, words[0], number.astype(jnp.uint32))
+        high = jnp.where(mixed, words[1], trial.astype(jnp.uint32))
+        group, low, _, row = lax.sort((found, low, high, trial), num_keys=3)
+        repeated = jnp.concatenate([jnp.zeros((1,), bool), (group[1:] == group[:-1]) & (low[1:] == low[:-1])])
+        sorted_to = jnp.zeros((n,), jnp.int32).at[row].set(2 * trial + repeated, unique_indices=True)
+        fresh = mixed | (sorted_to % 2 == 0)
+        ahead = jnp.cumsum(fresh, dtype=jnp.int32) - fresh
+        nth = jnp.where(mixed, sorted_to // 2 - begin[of], ahead - ahead[begin[of]])
+        kept = fresh & (nth < share[of]) & (found < classes)
+        to = jnp.where(kept, (until - share)[of] + nth, count + trial)
+        return jnp.full((count,), -1, jnp.int32).at[to].set(number, mode="drop", unique_indices=True)
 
-    def incomplete(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return jnp.any((position < until[-1]) & ~carry[2])
+    def incomplete(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return jnp.any(real & (carry[1][last] < 0))
 
-    def again(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        key, number, complete = carry
-        key = random.fold_in(key, jnp.int32(1))
-        new, now = attempt(random.words(key, n))
-        return key, jnp.where(complete, number, new), complete | now
+    def again(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        key, number = random.fold_in(carry[0], jnp.int32(1)), carry[1]
+        return key, jnp.where(number[last] < 0, attempt(random.words(key, n)), number)
 
-    number = lax.while_loop(incomplete, again, (key, *attempt(words)))[1]
-    return number, label, position < until[-1]
+    return lax.while_loop(incomplete, again, (key, attempt(words)))[1], label, real
