@@ -28,7 +28,7 @@ from jax import lax
 from jaxcl.buffer import threefry as random
 from jaxcl.buffer.draw import NONE, Plan, Supply
 
-RADIX = 16
+RADIX = 8
 LEAST, MOST = 2.0**-64, 2.0**64
 
 

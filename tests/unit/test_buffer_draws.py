@@ -144,11 +144,16 @@ def steps(times, ids, valid):
     return Rows(record, (ids % 5).astype(np.int32), ids, np.asarray(valid, bool))
 
 
-@pytest.mark.parametrize(("devices", "memory"), [(0, "sharded"), (4, "sharded"), (4, "independent")])
-def test_windows_are_the_rows_that_follow(devices, memory):
+@pytest.mark.parametrize(
+    ("devices", "options"),
+    [(0, {}), (0, {"sampling": "weighted"}), (4, {}), (4, {"memory": "independent"})],
+    ids=str,
+)
+def test_windows_are_the_rows_that_follow(devices, options):
     """Episodes of random lengths, one stream a device, against a list of each device's last rows."""
     shards, capacity, length = max(devices, 1), 22 if devices else 11, 4
-    buffer, insert, sample, place = ring(devices, capacity, length, memory=memory)
+    memory = options.get("memory", "sharded")
+    buffer, insert, sample, place = ring(devices, capacity, length, **options)
     rng, state = np.random.default_rng(0), buffer.init()
     assert not np.asarray(sample(state, jax.random.key(0)).valid).any()
     kept, time, lengths, fresh = [[] for _ in range(shards)], np.zeros(shards, int), set(), itertools.count()
