@@ -9,7 +9,7 @@
 Learning with Asynchronous Distributed Rehearsal Buffers, CCGrid 2024.
 """
 
-from jaxcl.buffer.buffer import DRAWS, MEMORIES, Staged
+from jaxcl.buffer.buffer import DRAWS, MEMORIES, SAMPLINGS, Staged
 from jaxcl.buffer.exchange import EXCHANGES
 from jaxcl.buffer.host import HANDOVERS
 from jaxcl.buffer.make import TIERS, Buffer, make_buffer
@@ -24,6 +24,7 @@ __all__ = [
     "MEMORIES",
     "POLICIES",
     "REPEATS",
+    "SAMPLINGS",
     "TIERS",
     "Buffer",
     "Drawn",

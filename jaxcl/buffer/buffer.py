@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 
 from jaxcl import mesh as mesh_lib
-from jaxcl.buffer import bits, repeats, shard
+from jaxcl.buffer import bits, repeats, shard, weights, windows
 from jaxcl.buffer import draw as draw_lib
 from jaxcl.buffer import rows as rows_lib
 from jaxcl.buffer import threefry as random
@@ -25,13 +25,15 @@ from jaxcl.buffer.draw import Plan
 from jaxcl.buffer.exchange import base as exchange
 from jaxcl.buffer.exchange.base import Read, Route
 from jaxcl.buffer.policy import Policy
-from jaxcl.buffer.policy.base import INT32_MAX
+from jaxcl.buffer.policy.base import INT32_MAX, share
 from jaxcl.buffer.shard import Drawn, Rows, Shard
+from jaxcl.buffer.windows import Window
 from jaxcl.errors import UserError
 from jaxcl.types import PyTree
 
 MEMORIES = ("sharded", "replicated", "independent")
-DRAWS = ("uniform", "class_balanced")
+DRAWS = ("uniform", "class_balanced")  # that training knows
+SAMPLINGS = (*DRAWS, "uniform_with_replacement", "weighted", "weighted_with_replacement")
 Staged = tuple[Any, ...]  # of Drawn, in the host tier of Pending
 
 
@@ -47,6 +49,7 @@ class Sizes:
       routes: of the exchange; () where no row travels.
       alone: whether every device draws from the rows it holds, without knowing of the others.
       num_ids: None unless copies are refused.
+      window: what a draw gives in place of one row; None: one row.
     """
 
     record: PyTree
@@ -61,6 +64,17 @@ class Sizes:
     alone: bool
     num_classes: int | None
     num_ids: int | None
+    window: Window | None = None
+
+    @property
+    def weighted(self) -> bool:
+        """Whether rows have weights."""
+        return self.sampling.startswith("weighted")
+
+    @property
+    def replaces(self) -> bool:
+        """Whether a drawn row is put back, so that it may be drawn again."""
+        return self.sampling.endswith("with_replacement")
 
     @property
     def per_device(self) -> int:
@@ -102,7 +116,8 @@ def init(sizes: Sizes) -> Shard:
     """An empty memory."""
     state = shard.empty(sizes.stored, sizes.policy.slots, sizes.policy.init(sizes.part()))
     slot_of = None if sizes.num_ids is None else jnp.zeros((sizes.num_ids,), jnp.int32)
-    return dataclasses.replace(state, slot_of=slot_of)
+    tree = weights.empty(sizes.policy.slots) if sizes.weighted else None
+    return dataclasses.replace(state, slot_of=slot_of, weights=tree)
 
 
 # Insert.
@@ -130,7 +145,7 @@ def _store(sizes: Sizes, state: Shard, rows: Rows, key: jax.Array) -> Shard:
 
 def given(sizes: Sizes, state: Shard, rows: Rows) -> tuple[Shard, Rows]:
     """The rows that this device is given, checked, completed and in bits, and the state that has counted them."""
-    n = rows_lib.check_rows(sizes.record, rows, labelled=sizes.policy.classes is not None)
+    n = rows_lib.check_rows(sizes.record, rows, labelled=sizes.policy.classes is not None, weighted=sizes.weighted)
     rows = rows_lib.complete(rows, n, lambda j: sizes.device() + sizes.shards * (state.came[0] + j))
     rows = dataclasses.replace(rows, record=jax.tree.map(bits.to_bits, rows.record))
     return dataclasses.replace(state, came=state.came + n), rows
@@ -160,6 +175,8 @@ def choose(sizes: Sizes, state: Shard, rows: Rows, key: jax.Array) -> tuple[jax.
 def write(sizes: Sizes, state: Shard, rows: Rows, slot: jax.Array) -> Shard:
     """Stores the rows at these slots."""
     state = shard.write(state, rows, slot)
+    if state.weights is not None:
+        state = dataclasses.replace(state, weights=weights.put(state.weights, slot, rows.weight))
     if state.slot_of is None:
         return state
     slot_of = repeats.remember(state.slot_of, rows.id, slot, sizes.policy.slots)
@@ -170,9 +187,25 @@ def write(sizes: Sizes, state: Shard, rows: Rows, slot: jax.Array) -> Shard:
 
 
 def draw(sizes: Sizes, state: Shard, key: jax.Array) -> Drawn:
-    """This device's r of R rows drawn without replacement; invalid where the memory holds fewer. No gradient passes."""
+    """This device's r of R drawn rows; invalid where the memory holds fewer. No gradient passes."""
     plan = pick(sizes, state, key)
-    return bring(sizes, plan, lambda position: shard.read(state, locate(sizes, state, plan, position)))
+    return bring(sizes, plan, functools.partial(read, sizes, state, plan))
+
+
+def read(sizes: Sizes, state: Shard, plan: Plan, position: jax.Array) -> tuple[PyTree, jax.Array, jax.Array, dict]:
+    """The (record, label, id, further fields of `Drawn`) of the rows at these positions of the plan, if of this shard."""
+    slot, more = locate(sizes, state, plan, position), {}
+    if plan.supply is not None:
+        nth = position - plan.first[sizes.holder()]
+        supplied = jax.tree.map(lambda x: x.at[nth].get(mode="clip"), plan.supply)
+        more = {"slot": slot, "weight": supplied.weight, "importance": supplied.importance}
+    if sizes.window is None:
+        return *shard.read(state, slot), more
+    parts = sizes.shards if sizes.memory == "sharded" else 1
+    room = share(sizes.part(), sizes.capacity, parts)
+    record, more["length"] = windows.read(sizes.window, state, slot, room)
+    _, label, ident = shard.read(dataclasses.replace(state, record={}), slot)
+    return record, label, ident, more
 
 
 def pick(sizes: Sizes, state: Shard, key: jax.Array) -> Plan:
@@ -183,12 +216,14 @@ def pick(sizes: Sizes, state: Shard, key: jax.Array) -> Plan:
         if sizes.shards > 1:
             # N first, which is no device's number: an insert with the same key chooses by other random numbers.
             key = random.fold_in(random.fold_in(key, jnp.int32(sizes.shards)), sizes.device())
-        return draw_lib.own_plan(_plan(sizes, state, key, None, sizes.per_device).rank)
+        plan = _plan(sizes, state, key, None, sizes.per_device)
+        return draw_lib.own_plan(plan.rank, plan.supply)
     # All hold the same rows: every device takes its share of one draw.
     key, offset_key = random.split(key, 2)
     offset = jax.random.randint(offset_key, (), 0, sizes.shards)
-    rank = _plan(sizes, state, key, None, sizes.representatives).rank
-    return draw_lib.own_plan(rank[exchange.dealt_to(sizes.device(), offset, sizes.per_device, sizes.shards)])
+    plan = _plan(sizes, state, key, None, sizes.representatives)
+    mine = exchange.dealt_to(sizes.device(), offset, sizes.per_device, sizes.shards)
+    return draw_lib.own_plan(*jax.tree.map(lambda x: x[mine], (plan.rank, plan.supply)))
 
 
 def _plan(sizes: Sizes, state: Shard, key: jax.Array, axis: mesh_lib.Axis | None, count: int) -> Plan:
@@ -198,13 +233,19 @@ def _plan(sizes: Sizes, state: Shard, key: jax.Array, axis: mesh_lib.Axis | None
     def over(x: jax.Array) -> jax.Array:
         return x[None] if axis is None else lax.all_gather(x, axis)
 
+    if state.weights is not None:
+        me, replace = sizes.holder(), sizes.replaces
+        return weights.make_weighted_plan(key, state.weights, count, me=me, over=over, replace=replace)
     if sizes.sampling == "class_balanced" and rule.class_sizes is not None:
         return draw_lib.make_balanced_plan(key, over(rule.class_sizes(state.meta)), count)
-    return draw_lib.make_plan(key, over(rule.size(state.meta, sizes.part())), count)
+    make = draw_lib.make_plan_with_replacement if sizes.replaces else draw_lib.make_plan
+    return make(key, over(rule.size(state.meta, sizes.part())), count)
 
 
 def locate(sizes: Sizes, state: Shard, plan: Plan, position: jax.Array) -> jax.Array:
     """The slots of the rows at these positions of the plan, if they are of this shard; else anything."""
+    if plan.supply is not None:
+        return plan.supply.slot.at[position - plan.first[sizes.holder()]].get(mode="clip")
     rank = plan.rank.at[position].get(mode="clip") - plan.base[sizes.holder()]
     return sizes.policy.locate(state.meta, sizes.part(), rank)
 
@@ -212,11 +253,12 @@ def locate(sizes: Sizes, state: Shard, plan: Plan, position: jax.Array) -> jax.A
 def bring(sizes: Sizes, plan: Plan, read: Read, unpacked: Callable[[Any], PyTree] = lambda record: record) -> Drawn:
     """Carries what is drawn to where it is wanted.
 
-    `read` gives (record, label, id), see `exchange.base.run`; `unpacked` makes of its record the one that is stored.
+    `read` gives (record, label, id) and possibly further fields, see `exchange.base.run`; `unpacked` makes of its record the
+    one that is stored.
     """
-    (record, label, ident), source, valid = exchange.run(sizes.routes, plan, sizes.device(), read)
+    (record, label, ident, *more), source, valid = exchange.run(sizes.routes, plan, sizes.device(), read)
     record = jax.tree.map(bits.from_bits, sizes.record, unpacked(record))
-    return Drawn(record=record, label=label, id=jnp.where(valid, ident, -1), valid=valid, shard=source)
+    return Drawn(record, label, jnp.where(valid, ident, -1), valid, source, **(more[0] if more else {}))
 
 
 def stage(sizes: Sizes, state: Shard, keys: Sequence[jax.Array]) -> tuple[Drawn, ...]:
@@ -227,10 +269,15 @@ def stage(sizes: Sizes, state: Shard, keys: Sequence[jax.Array]) -> tuple[Drawn,
 def no_rows(sizes: Sizes) -> Drawn:
     """A draw without a valid row."""
     r = sizes.per_device
-    zeros = jax.tree.map(lambda s: jnp.zeros((r, *s.shape), s.dtype), sizes.stored)
+    length = () if sizes.window is None else (sizes.window.length,)
+    zeros = jax.tree.map(lambda s: jnp.zeros((r, *length, *s.shape), s.dtype), sizes.stored)
     record = jax.tree.map(bits.from_bits, sizes.record, zeros)
-    none = jnp.full((r,), -1, jnp.int32)
-    return Drawn(record, jnp.zeros((r,), jnp.int32), none, jnp.zeros((r,), bool), none)
+    none, zero, more = jnp.full((r,), -1, jnp.int32), jnp.zeros((r,), jnp.int32), {}
+    if sizes.weighted:
+        more = {"slot": zero, "weight": jnp.zeros((r,), jnp.float32), "importance": jnp.zeros((r,), jnp.float32)}
+    if sizes.window is not None:
+        more["length"] = zero
+    return Drawn(record, zero, none, jnp.zeros((r,), bool), none, **more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +294,7 @@ class Local:
     draw: Callable[[Shard, jax.Array], Drawn]
     stage: Callable[[Shard, Sequence[jax.Array]], Staged]
     no_rows: Callable[[], Any]
+    update_weights: Any = None
     turn: Any = None
     receive: Any = None
 
@@ -268,11 +316,16 @@ def size(sizes: Sizes, held: jax.Array) -> jax.Array:
     return held[0] if sizes.memory == "replicated" else jnp.sum(held, dtype=jnp.int32)
 
 
+def drawable_here(sizes: Sizes, state: Shard) -> jax.Array:
+    """Rows that this device holds and may draw, int32 `[1]`: those of weight 0 are none."""
+    return held_here(sizes, state) if state.weights is None else state.weights.positive
+
+
 def can_draw(sizes: Sizes, held: jax.Array) -> jax.Array:
-    """Whether every row of a draw would be valid, bool scalar; `held` int32 `[N]`."""
+    """Whether every row of a draw would be valid, bool scalar; `held` int32 `[N]`, see `drawable_here`."""
     if sizes.alone:
-        return jnp.min(held) >= sizes.per_device
-    return size(sizes, held) >= sizes.representatives
+        return jnp.min(held) >= (1 if sizes.replaces else sizes.per_device)
+    return size(sizes, held) >= (1 if sizes.replaces else sizes.representatives)
 
 
 def stats(sizes: Sizes, state: Shard) -> dict[str, Any]:
@@ -285,7 +338,8 @@ def stats(sizes: Sizes, state: Shard) -> dict[str, Any]:
       rows: stored rows over all devices, copies included; rows_per_shard; distinct_ids: different ids among them;
       overlap: of the rows of a shard, the share that a given other shard holds too, averaged over pairs of shards;
       refused: valid rows that could not be stored: a label outside [0, K) given to a policy that chooses by class, a negative
-      id, or one beyond `num_ids`; class_histogram: stored rows of each class in [0, K), where `num_classes` is known.
+      id, or one beyond `num_ids`, a negative weight or one that is not finite; class_histogram: stored rows of each class in
+      [0, K), where `num_classes` is known.
     """
     shards = sizes.shards
     ids, label, refused = (

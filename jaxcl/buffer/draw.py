@@ -1,4 +1,4 @@
-"""Which rows are drawn: a sample of the union without replacement, planned alike on every device.
+"""Which rows are drawn: a sample of the union, planned alike on every device.
 
 All devices share the key and the N shard sizes, so each computes the same plan and no coordination is needed. Row numbers
 ("ranks") of the union run through shard 0's rows first, then shard 1's, and so on. The cost depends on R, the rows drawn,
@@ -19,20 +19,37 @@ NONE = np.iinfo(np.int32).max  # the rank of "no row": sorts behind every real o
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """One global draw of R rows, equal on all devices.
+class Supply:
+    """What one shard supplies to a weighted draw, in the order of its positions in the plan.
 
     Attributes:
-      rank: int32 `[R]`, the drawn ranks of the union in ascending order, `NONE` behind them.
+      slot: int32 `[R]`, where the rows lie; anything beyond what the shard supplies.
+      weight, importance: float32 `[R]`, of these rows, see `weights.make_weighted_plan`.
+    """
+
+    slot: jax.Array
+    weight: jax.Array
+    importance: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One global draw of R rows, equal on all devices but for `supply`.
+
+    Attributes:
+      rank: int32 `[R]`, the drawn ranks of the union in ascending order, `NONE` behind them; of a weighted draw 0, 1, 2, ...
       first: int32 `[N + 1]`; shard s supplies the plan's positions first[s]..first[s+1]-1.
       base: int32 `[N]`, the rank of each shard's first row.
       offset: int32 scalar in [0, N), uniform: where dealing the rows to devices begins.
+      supply: of a weighted draw, this device's; else None.
     """
 
     rank: jax.Array
     first: jax.Array
     base: jax.Array
     offset: jax.Array
+    supply: Supply | None = None
 
 
 def make_plan(key: jax.Array, sizes: jax.Array, count: int) -> Plan:
@@ -40,6 +57,13 @@ def make_plan(key: jax.Array, sizes: jax.Array, count: int) -> Plan:
     words = random.words(key, 4 * count + 1)
     rank = sample_ranks(key, words[:, 1:], jnp.sum(sizes, dtype=jnp.int32), count)
     return _plan(rank, sizes, words[:, :1])
+
+
+def make_plan_with_replacement(key: jax.Array, sizes: jax.Array, count: int) -> Plan:
+    """Plans `count` rows, each drawn alone and uniformly from shards that hold `sizes` rows (int32 `[N]`)."""
+    words, total = random.words(key, 1 + count), jnp.sum(sizes, dtype=jnp.int32)
+    rank = jnp.sort(random.below(words[:, 1:], jnp.maximum(total, 1)))
+    return _plan(jnp.where(total > 0, rank, NONE), sizes, words[:, :1])
 
 
 def make_balanced_plan(key: jax.Array, class_sizes: jax.Array, count: int) -> Plan:
@@ -53,23 +77,20 @@ def make_balanced_plan(key: jax.Array, class_sizes: jax.Array, count: int) -> Pl
       class_sizes: int32 `[N, K]`, rows of each class in each shard.
       count: R.
     """
-    classes = class_sizes.shape[1]
-    words = random.words(key, 1 + classes + count)
-    share = fair_shares(words[0, 1 : 1 + classes], jnp.sum(class_sizes, axis=0, dtype=jnp.int32), count)
-    until = jnp.cumsum(share)
-    position = jnp.arange(count, dtype=jnp.int32)
-    label = jnp.searchsorted(until, position, side="right", method="scan_unrolled").astype(jnp.int32)
-    real = position < until[-1]
-    label = jnp.where(real, label, 0)
-    number = _distinct_within(words[:, 1 + classes :], label, real, jnp.sum(class_sizes, axis=0)[label])
-    # From "row `number` of its class" to the shard that holds it, then to its rank in the union.
-    until_shard = jnp.cumsum(class_sizes, axis=0)[:, label]
-    holder = jnp.sum(until_shard <= number[None, :], axis=0, dtype=jnp.int32)
-    holder = jnp.minimum(holder, class_sizes.shape[0] - 1)
-    within = number - (until_shard[holder, position] - class_sizes[holder, label])
-    before_class = jnp.cumsum(class_sizes, axis=1)[holder, label] - class_sizes[holder, label]
+    shards, classes = class_sizes.shape
+    words = random.words(key, 1 + classes + 3 * count)
+    held = jnp.sum(class_sizes, axis=0, dtype=jnp.int32)
+    share = fair_shares(words[0, 1 : 1 + classes], held, count)
+    number, label, real = _subset_of_each(key, words[:, 1 + classes :], held, share, count)
+    # From "row `number` of its class" to its rank. Counted class by class, those of a class shard by shard, the row's number
+    # tells its class and holder; a shard counts its ranks class by class as well.
+    until = jnp.cumsum(class_sizes.T.reshape(-1), dtype=jnp.int32)
+    counted = (jnp.cumsum(held) - held)[label] + number
+    part = jnp.minimum(jnp.searchsorted(until, counted, side="right", method="scan_unrolled"), shards * classes - 1)
+    size, holder = class_sizes.T.reshape(-1)[part], part % shards
     sizes = jnp.sum(class_sizes, axis=1, dtype=jnp.int32)
-    rank = (jnp.cumsum(sizes) - sizes)[holder] + before_class + within
+    before_class = (jnp.cumsum(class_sizes, axis=1, dtype=jnp.int32) - class_sizes)[holder, label]
+    rank = (jnp.cumsum(sizes) - sizes)[holder] + before_class + counted - (until[part] - size)
     return _plan(jnp.sort(jnp.where(real, rank, NONE)), sizes, words[:, :1])
 
 
@@ -80,10 +101,10 @@ def _plan(rank: jax.Array, sizes: jax.Array, words: jax.Array) -> Plan:
     return Plan(rank=rank, first=first, base=until - sizes, offset=random.below(words, jnp.int32(sizes.shape[0]))[0])
 
 
-def own_plan(rank: jax.Array) -> Plan:
+def own_plan(rank: jax.Array, supply: Supply | None = None) -> Plan:
     """The plan of a draw from one device's rows: `rank` int32 `[r]` of them, `NONE` where there is none; N is 1."""
     zero = jnp.int32(0)
-    return Plan(rank, first=jnp.array([0, len(rank)], jnp.int32), base=zero[None], offset=zero)
+    return Plan(rank, jnp.array([0, len(rank)], jnp.int32), base=zero[None], offset=zero, supply=supply)
 
 
 def no_plan(count: int, shards: int) -> Plan:
@@ -162,22 +183,55 @@ def fair_shares(words: jax.Array, sizes: jax.Array, count: jax.Array | int) -> j
     return share.at[order].add((jnp.arange(k) < spare).astype(share.dtype))
 
 
-def _distinct_within(words: jax.Array, label: jax.Array, real: jax.Array, total: jax.Array) -> jax.Array:
-    """Distinct integers for the positions of each label, uniform over the subsets of [0, total); int32 `[R]`.
+def _subset_of_each(
+    key: jax.Array, words: jax.Array, held: jax.Array, share: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of every class that holds T = `held` rows, m = `share` of the numbers 0..T-1, uniform over the subsets (int32 `[K]`).
 
-    Floyd's algorithm (Bentley and Floyd 1987) runs over all labels at once: the m positions of a label, `total` its rows,
-    take t uniform in [0, j] for j = total - m .. total - 1, or j itself if t is taken. It never draws again, so the last row
-    of a small class costs what the first costs.
+    A class with at most 3 m rows permutes them. A larger one draws 3 m numbers with replacement and keeps the first m distinct
+    ones; in the rare case of fewer it draws again, alone. Every step treats all numbers of a class alike. One sort of 3 R.
+
+    Args:
+      key: for drawing again.
+      words: uint32 `[2, 3 * count]`, random.
+      count: R, at least the sum of the shares.
+
+    Returns:
+      numbers and their classes int32 `[R]`, class by class, and whether there is such a row, bool `[R]`.
     """
-    count = label.shape[0]
-    position = jnp.arange(count, dtype=jnp.int32)
-    same = (label[:, None] == label[None, :]) & real[None, :]
-    ahead = jnp.sum(same & (position[None, :] < position[:, None]), axis=1)
-    j = jnp.where(real, total - jnp.sum(same, axis=1) + ahead, 0).astype(jnp.int32)
-    t = random.below(words, j + 1)
+    n, classes = 3 * count, held.shape[0]
+    permuted, tried = held <= 3 * share, jnp.minimum(held, 3 * share)
+    until, begin = jnp.cumsum(share, dtype=jnp.int32), jnp.cumsum(tried, dtype=jnp.int32) - tried
 
-    def take(i: jax.Array, taken: jax.Array) -> jax.Array:
-        again = jnp.any(same[i] & (position < i) & (taken == t[i]))
-        return taken.at[i].set(jnp.where(again, j[i], t[i]))
+    def class_of(until: jax.Array, position: jax.Array) -> jax.Array:
+        return jnp.searchsorted(until, position, side="right", method="scan_unrolled").astype(jnp.int32)
 
-    return lax.fori_loop(0, count, take, jnp.full((count,), -1, jnp.int32))
+    trial, position = jnp.arange(n, dtype=jnp.int32), jnp.arange(count, dtype=jnp.int32)
+    found = class_of(begin + tried, trial)  # the class of each trial; K for none
+    of, label = jnp.minimum(found, classes - 1), jnp.minimum(class_of(until, position), classes - 1)
+    mixed, last, real = permuted[of], until[label] - 1, position < until[-1]
+
+    def attempt(words: jax.Array) -> jax.Array:
+        """The number of each position; -1 for the last ones of a class with too few."""
+        number = jnp.where(mixed, trial - begin[of], random.below(words, jnp.maximum(held[of], 1)))
+        # What is permuted by 64 random bits each; what is drawn by its number, equal ones in the order of drawing.
+        low = jnp.where(mixed, words[0], number.astype(jnp.uint32))
+        high = jnp.where(mixed, words[1], trial.astype(jnp.uint32))
+        group, low, _, row = lax.sort((found, low, high, trial), num_keys=3)
+        repeated = jnp.concatenate([jnp.zeros((1,), bool), (group[1:] == group[:-1]) & (low[1:] == low[:-1])])
+        sorted_to = jnp.zeros((n,), jnp.int32).at[row].set(2 * trial + repeated, unique_indices=True)
+        fresh = mixed | (sorted_to % 2 == 0)
+        ahead = jnp.cumsum(fresh, dtype=jnp.int32) - fresh
+        nth = jnp.where(mixed, sorted_to // 2 - begin[of], ahead - ahead[begin[of]])
+        kept = fresh & (nth < share[of]) & (found < classes)
+        to = jnp.where(kept, (until - share)[of] + nth, count + trial)
+        return jnp.full((count,), -1, jnp.int32).at[to].set(number, mode="drop", unique_indices=True)
+
+    def incomplete(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return jnp.any(real & (carry[1][last] < 0))
+
+    def again(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        key, number = random.fold_in(carry[0], jnp.int32(1)), carry[1]
+        return key, jnp.where(number[last] < 0, attempt(random.words(key, n)), number)
+
+    return lax.while_loop(incomplete, again, (key, attempt(words)))[1], label, real

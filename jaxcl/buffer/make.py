@@ -12,7 +12,18 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import buffer as device_tier
 from jaxcl.buffer.bits import spec_of
-from jaxcl.buffer.buffer import DRAWS, MEMORIES, Local, Sizes, Staged, can_draw, held_here, size, stats
+from jaxcl.buffer.buffer import (
+    MEMORIES,
+    SAMPLINGS,
+    Local,
+    Sizes,
+    Staged,
+    can_draw,
+    drawable_here,
+    held_here,
+    size,
+    stats,
+)
 from jaxcl.buffer.exchange import EXCHANGES
 from jaxcl.buffer.host import feed
 from jaxcl.buffer.host.feed import HANDOVERS
@@ -23,6 +34,8 @@ from jaxcl.buffer.policy.base import INT32_MAX
 from jaxcl.buffer.repeats import REPEATS
 from jaxcl.buffer.rows import check_rows
 from jaxcl.buffer.shard import Drawn, Rows, Shard
+from jaxcl.buffer.update import update_weights
+from jaxcl.buffer.windows import make_window
 from jaxcl.check import Rule, check, one_of, refused
 from jaxcl.mesh import AXIS, WHOLE
 from jaxcl.types import PyTree
@@ -39,8 +52,11 @@ class Buffer:
       init: `() -> state`, an empty buffer, already split over the mesh.
       insert: `(state, rows, key) -> state`. `rows` leaves are `[b, ...]` over all devices, split by rows. In place when
         the state is donated.
-      draw: `(state, key) -> Drawn` of `representatives` rows, split by rows over the devices, without replacement; invalid
+      draw: `(state, key) -> Drawn` of `representatives` rows, split by rows over the devices, as `sampling` says; invalid
         where the memory holds fewer. Draws with different keys are independent: call it again for a second set.
+      update_weights: `(state, rows, weights) -> state`: other weights float32 `[n]` for stored rows, a `Drawn` or, with
+        repeats=distinct, ids int32 `[n]`, split by rows as `draw` gives them. In place when the state is donated, at a cost
+        that does not grow with the capacity.
       stage: `(state, keys) -> Staged`, a draw for each key, as a training step leaves it for the next one.
       insert_and_draw: `(state, rows, key) -> (state, Drawn)`, both in one program, compiled, in place: `state` is donated.
       size: `(state) -> int32 scalar`, rows stored over all devices, copies included.
@@ -57,6 +73,7 @@ class Buffer:
     init: Callable[[], Shard]
     insert: Callable[[Shard, Rows, jax.Array], Shard]
     draw: Callable[[Shard, jax.Array], Drawn]
+    update_weights: Callable[[Shard, Any, jax.Array], Shard]
     insert_and_draw: Callable[[Shard, Rows, jax.Array], tuple[Shard, Drawn]]
     stage: Callable[[Shard, Sequence[jax.Array]], Staged]
     size: Callable[[Shard], jax.Array]
@@ -87,6 +104,8 @@ def make_buffer(
     sampling: str = "uniform",
     repeats: str = "all",
     num_ids: int | None = None,
+    window: int | None = None,
+    time: str | None = None,
     tier: str = "device",
     path: str | None = None,
     handover: str = "outputs",
@@ -114,11 +133,17 @@ def make_buffer(
         are replayed more often.
       sampling: "uniform": every stored row is equally likely. "class_balanced": every stored class has the same number of
         rows in a draw as far as it holds that many, and within a class every row is equally likely; needs a policy that
-        keeps classes apart.
+        keeps classes apart. "weighted": each next row is drawn in proportion to its weight, among those not drawn yet.
+        "uniform_with_replacement" and "weighted_with_replacement": every row is drawn alone, so that one may come twice.
+        Of the device tier, if weighted; exchange "local" and independent memories draw alone, so that importance weights are
+        for the mean over one device's rows.
       repeats: "all": a row that comes again may be stored again. "distinct": a row whose id is stored is not stored again
         and not counted by the policy, so that the memory holds at most one copy of an id (an "independent" memory: one on
         each device); int32 a device and id. "first_epoch" is the training step's business and means "all" here.
       num_ids: of "distinct", a static bound on the ids: they lie in [0, num_ids).
+      window: of the policy `fifo` and the device tier, a draw gives so many rows for one, which follow it in its stream,
+        see `windows`; the record's leaves are `[r, window, ...]` then.
+      time: of windows, the record's integer scalar that counts the steps of the stream, by its name with dots.
       tier: where records lie: "device", or "host", in host memory, see `host/`; with the same keys both store and draw the
         same rows. A buffer of the host tier owns its rows: it serves one state, which only `turn` and `receive` move.
       path: of the host tier, a folder for memory-mapped files, so that the memory may be larger than RAM.
@@ -130,7 +155,7 @@ def make_buffer(
     """
     record = spec_of(record)
     check("buffer.memory", memory, one_of(MEMORIES))
-    check("buffer.sampling", sampling, one_of(DRAWS))
+    check("buffer.sampling", sampling, one_of(SAMPLINGS))
     check("buffer.repeats", repeats, one_of(REPEATS))
     check("buffer.tier", tier, one_of(TIERS))
     check("buffer.handover", handover, one_of(HANDOVERS))
@@ -145,13 +170,19 @@ def make_buffer(
     rule = make_policy(policy, capacity=capacity, shards=parts, num_classes=num_classes, accept=accept)
     held = capacity * shards if memory == "independent" else capacity
     check("buffer.capacity", held, Rule(_is_size, f"at most {INT32_MAX - 1} rows over all devices"))
-    if representatives > held:
+    if representatives > held and not sampling.endswith("with_replacement"):
         raise refused("buffer.representatives", representatives, f"at most {held}, the rows that the memory holds")
     if sampling == "class_balanced" and rule.class_sizes is None:
         raise refused("buffer.sampling", sampling, f"a policy that keeps classes apart, which {policy} does not")
     if repeats == "distinct":
         bound = Rule(_is_size, "a positive integer, which repeats=distinct needs")
         check("buffer.num_ids", num_ids, bound)
+    if tier == "host" and sampling.startswith("weighted"):
+        raise refused("buffer.sampling", sampling, "another one in the host tier, or tier=device")
+    if window is not None:
+        check("buffer.window", window, Rule(_is_size, "a positive integer"))
+        if policy != "fifo" or tier == "host":
+            raise refused("buffer.window", window, "policy=fifo and tier=device with it")
     routes = EXCHANGES.make(exchange, per_device=representatives // shards, shards=shards, axis=along)
     alone = shards == 1 or memory == "independent" or not routes
     sizes = Sizes(
@@ -167,9 +198,11 @@ def make_buffer(
         alone=alone,
         num_classes=num_classes,
         num_ids=num_ids if repeats == "distinct" else None,
+        window=None if window is None else make_window(record, window, time),
     )
     devices = jax.devices()[:1] if mesh is None else mesh.local_devices
-    store, local, on_device = None, device_tier.bind(sizes), _bytes(sizes.stored) + LABEL_AND_ID
+    local = dataclasses.replace(device_tier.bind(sizes), update_weights=functools.partial(update_weights, sizes))
+    store, on_device = None, _bytes(sizes.stored) + LABEL_AND_ID
     if tier == "host":
         if mesh is None:
             raise refused("buffer.tier", tier, "a mesh with it, which may be one of one device")
@@ -200,17 +233,20 @@ def _over_mesh(sizes: Sizes, mesh: Mesh | None, local: Local, store: Store | Non
         return function if mesh is None else mesh_lib.over_mesh(mesh, function, in_specs, rows_spec)
 
     init, row = split(local.init), _bytes(sizes.stored) + LABEL_AND_ID
+    row *= 1 if sizes.window is None else sizes.window.length
     moved = sizes.routes[0].rows_moved if sizes.routes else 0
     insert, draw = split(local.insert, rows_spec, rows_spec, WHOLE), split(local.draw, rows_spec, WHOLE)
     held = jax.jit(split(functools.partial(held_here, sizes), rows_spec))
+    drawable = jax.jit(split(functools.partial(drawable_here, sizes), rows_spec))
     return Buffer(
         init=jax.jit(init),
         insert=functools.partial(_insert, sizes, insert),
         draw=draw,
+        update_weights=split(functools.partial(update_weights, sizes), rows_spec, rows_spec, rows_spec),
         insert_and_draw=jax.jit(functools.partial(_insert_and_draw, sizes, insert, draw), donate_argnums=0),
         stage=split(local.stage, rows_spec, WHOLE),
         size=lambda state: size(sizes, held(state)),
-        can_draw=lambda state: can_draw(sizes, held(state)),
+        can_draw=lambda state: can_draw(sizes, drawable(state)),
         stats=functools.partial(stats, sizes),
         no_rows=jax.jit(split(local.no_rows)),
         local=local,
@@ -225,7 +261,9 @@ def _over_mesh(sizes: Sizes, mesh: Mesh | None, local: Local, store: Store | Non
 
 def _insert(sizes: Sizes, insert: Callable, state: Shard, rows: Rows, key: jax.Array) -> Shard:
     """Over all devices; the rows are checked as they are given, before JAX narrows their types."""
-    check_rows(sizes.record, rows, labelled=sizes.policy.classes is not None, shards=sizes.shards)
+    check_rows(
+        sizes.record, rows, labelled=sizes.policy.classes is not None, weighted=sizes.weighted, shards=sizes.shards
+    )
     return insert(state, rows, key)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxcl.buffer import weights
 from jaxcl.buffer.policy import make_policy
 from jaxcl.buffer.policy.base import INT32_MAX
 from jaxcl.buffer.shard import Shard
@@ -56,4 +57,7 @@ def reshard(
     came: Any = np.full((new,), -(-int(state.came.max()) * old // new), np.int32)
     lost: Any = np.zeros((new,), np.int32)
     lost[0] = min(int(np.sum(state.refused, dtype=np.int64)), INT32_MAX)
-    return Shard(record, move(state.label), move(state.id, empty=-1), moves.meta, came, lost, slot_of)
+    tree = state.weights
+    if tree is not None:
+        tree = weights.build(move(tree.levels[0]).reshape(new, -1), float(np.max(tree.greatest)))
+    return Shard(record, move(state.label), move(state.id, empty=-1), moves.meta, came, lost, slot_of, tree)

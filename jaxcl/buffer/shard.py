@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.buffer.sort import last_of_each
+from jaxcl.buffer.weights import Weights
 from jaxcl.types import PyTree
 
 
@@ -26,12 +27,15 @@ class Rows:
       id: int32 `[n]`, at least 0, the identity of each row in its data set; if not given a number that no other row of this
         buffer has, up to 2**31 rows.
       valid: bool `[n]`; an invalid row is never stored. True if not given.
+      weight: float32 `[n]`, finite and not negative, of weighted sampling: rows are drawn in proportion to it, never one of
+        weight 0. If not given the greatest that this shard has stored so far, 1 at first.
     """
 
     record: PyTree
     label: Any = None
     id: Any = None
     valid: Any = None
+    weight: Any = dataclasses.field(default=None, kw_only=True)
 
 
 @jax.tree_util.register_dataclass
@@ -43,9 +47,16 @@ class Drawn(Rows):
 
     Attributes:
       shard: int32 `[n]`, the shard each row was drawn from (-1 where invalid).
+      slot: int32 `[n]`, of weighted sampling: where it lies there, for `update_weights`.
+      importance: float32 `[n]`, of weighted sampling, see `weights.make_weighted_plan`; 0 where invalid.
+      length: int32 `[n]`, of windows: how many rows of the window follow one another, 1..L; 0 where invalid. Leaves of the
+        record are `[n, L, ...]`, zero behind that; label, id and weight are those of the first row.
     """
 
     shard: Any = None
+    slot: Any = dataclasses.field(default=None, kw_only=True)
+    importance: Any = dataclasses.field(default=None, kw_only=True)
+    length: Any = dataclasses.field(default=None, kw_only=True)
 
 
 @jax.tree_util.register_dataclass
@@ -59,8 +70,9 @@ class Shard:
       id: int32 `[slots]`, -1 where nothing was written yet.
       meta: the policy's metadata, leaves `[1, ...]`.
       came: int32 `[1]`, rows that this device was given, modulo 2**32.
-      refused: int32 `[1]`, valid rows that could not be stored because of their id or label; saturates.
+      refused: int32 `[1]`, valid rows that could not be stored because of their id, label or weight; saturates.
       slot_of: int32 `[num_ids]`, the slot at which each id was last stored here, 0 before; None unless copies are refused.
+      weights: of weighted sampling; else None.
     """
 
     record: PyTree
@@ -70,6 +82,7 @@ class Shard:
     came: jax.Array
     refused: jax.Array
     slot_of: jax.Array | None = None
+    weights: Weights | None = None
 
 
 def empty(record: PyTree, slots: int, meta: PyTree) -> Shard:

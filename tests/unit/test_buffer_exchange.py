@@ -219,7 +219,7 @@ def test_fair_shares_are_as_even_as_sizes_allow():
     [
         ({"memory": "global"}, ("buffer.memory", "global", "independent")),
         ({"exchange": "shuffle"}, ("buffer.exchange", "shuffle", "balance")),
-        ({"sampling": "weighted"}, ("buffer.sampling", "weighted", "class_balanced")),
+        ({"sampling": "stratified"}, ("buffer.sampling", "stratified", "class_balanced")),
         ({"sampling": "class_balanced"}, ("buffer.sampling", "class_balanced", "reservoir")),
     ],
     ids=str,
