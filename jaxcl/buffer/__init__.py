@@ -14,6 +14,7 @@ from jaxcl.buffer.exchange import EXCHANGES
 from jaxcl.buffer.host import HANDOVERS
 from jaxcl.buffer.make import TIERS, Buffer, make_buffer
 from jaxcl.buffer.policy import POLICIES
+from jaxcl.buffer.remove import forget
 from jaxcl.buffer.repeats import REPEATS
 from jaxcl.buffer.shard import Drawn, Rows, Shard
 
@@ -30,5 +31,6 @@ __all__ = [
     "Rows",
     "Shard",
     "Staged",
+    "forget",
     "make_buffer",
 ]

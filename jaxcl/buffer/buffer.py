@@ -216,6 +216,8 @@ def bring(sizes: Sizes, plan: Plan, read: Read, unpacked: Callable[[Any], PyTree
     """
     (record, label, ident), source, valid = exchange.run(sizes.routes, plan, sizes.device(), read)
     record = jax.tree.map(bits.from_bits, sizes.record, unpacked(record))
+    valid &= ident >= 0  # the place of a removed row is empty
+    label, source = jnp.where(valid, label, 0), jnp.where(valid, source, -1)
     return Drawn(record=record, label=label, id=jnp.where(valid, ident, -1), valid=valid, shard=source)
 
 
@@ -259,8 +261,8 @@ def bind(sizes: Sizes) -> Local:
 
 
 def held_here(sizes: Sizes, state: Shard) -> jax.Array:
-    """Rows that this device holds, int32 `[1]`."""
-    return sizes.policy.size(state.meta, sizes.part())[None]
+    """Rows that this device holds, int32 `[1]`; slots of removed rows are none, so all ids are counted."""
+    return jnp.sum(state.id >= 0, dtype=jnp.int32)[None]
 
 
 def size(sizes: Sizes, held: jax.Array) -> jax.Array:
@@ -269,7 +271,7 @@ def size(sizes: Sizes, held: jax.Array) -> jax.Array:
 
 
 def can_draw(sizes: Sizes, held: jax.Array) -> jax.Array:
-    """Whether every row of a draw would be valid, bool scalar; `held` int32 `[N]`."""
+    """Whether there are as many rows as a draw asks for, bool scalar; `held` int32 `[N]`."""
     if sizes.alone:
         return jnp.min(held) >= sizes.per_device
     return size(sizes, held) >= sizes.representatives
