@@ -13,6 +13,7 @@ from jaxcl.buffer.buffer import DRAWS, MEMORIES, Staged
 from jaxcl.buffer.exchange import EXCHANGES
 from jaxcl.buffer.host import HANDOVERS
 from jaxcl.buffer.make import TIERS, Buffer, make_buffer
+from jaxcl.buffer.mixture import Mixture, make_mixture
 from jaxcl.buffer.policy import POLICIES
 from jaxcl.buffer.remove import forget
 from jaxcl.buffer.repeats import REPEATS
@@ -28,9 +29,11 @@ __all__ = [
     "TIERS",
     "Buffer",
     "Drawn",
+    "Mixture",
     "Rows",
     "Shard",
     "Staged",
     "forget",
     "make_buffer",
+    "make_mixture",
 ]

@@ -18,14 +18,11 @@ from tests import oracle
 K, CAPACITY, BATCH = 4, 22, 16
 RECORD = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), oracle.record_of(np.arange(1)))
 KINDS = [
-    {"policy": "reservoir"},
-    {"policy": "class_random"},
-    {"policy": "class_balanced", "sampling": "class_balanced"},
-    {"policy": "fifo", "exchange": "balance"},
-    {"policy": "herding"},
-    {"policy": "reservoir", "memory": "replicated"},
-    {"policy": "reservoir", "memory": "independent"},
     {"policy": "reservoir", "repeats": "distinct", "num_ids": 200},
+    {"policy": "class_random"},
+    {"policy": "class_balanced", "sampling": "class_balanced", "exchange": "balance"},
+    {"policy": "fifo", "memory": "replicated"},
+    {"policy": "herding", "memory": "independent"},
 ]
 
 
@@ -60,7 +57,10 @@ def test_all_goes_on_as_if_the_rows_were_there_but_nobody_could_see_them(options
     state = insert(buffer.init(), rows_of(np.arange(BATCH)), jax.random.key(0))
     state = insert(state, rows_of(np.arange(BATCH, 2 * BATCH)), jax.random.key(1))
     gone = np.array([3, 17, 18, 21, 30, 2**40, -1, -5])
-    before, place = jax.device_get(state), np.flatnonzero(np.isin(np.asarray(state.id), gone) & (np.asarray(state.id) >= 0))
+    before, place = (
+        jax.device_get(state),
+        np.flatnonzero(np.isin(np.asarray(state.id), gone) & (np.asarray(state.id) >= 0)),
+    )
     assert len(place) >= 2  # or nothing is tested
     removed = buffer.remove(copy(state), gone)
     np.testing.assert_array_equal(np.delete(removed.id, place), np.delete(before.id, place))
@@ -159,21 +159,17 @@ def test_no_byte_is_left_in_host_memory_or_its_files(path, tmp_path):
         store.take()
     assert secret.found_in(*on_devices()) == list(secret.ids)
     state, staged = host.remove(state, gone), forget(staged, gone)
-    assert secret.found_in(*on_devices()) == others
+    assert secret.found_in(*on_devices()) == []  # the draw is gathered anew
     assert secret.found_in(*(x.tobytes() for x in host.host.payload().values())) == others
     if path:
         assert secret.found_in(*in_files(tmp_path / "rows")) == others
     host.save(state, tmp_path / "saved", overwrite=True)
     assert secret.found_in(*in_files(tmp_path / "saved")) == others
-    receive = mesh_lib.on_mesh(mesh_of(4), host.local.receive, mesh_lib.ROWS, mesh_lib.ROWS)
+    receive = mesh_lib.on_mesh(mesh_of(4), host.local.receive, (mesh_lib.ROWS, mesh_lib.ROWS), mesh_lib.ROWS)
     with host.host.serving(0, staged) as store:
-        (drawn,) = jax.device_get(mesh_lib.on_mesh(mesh_of(4), *receive_of(host))(staged, store.take()))
+        (drawn,) = jax.device_get(receive(staged, store.take()))
     assert sorted(drawn.id) == [-1] * 3 + others and drawn.valid.sum() == len(others)
     assert not drawn.record["image"][~drawn.valid].any()
-
-
-def receive_of(host):
-    return host.local.receive, (mesh_lib.ROWS, mesh_lib.ROWS), mesh_lib.ROWS
 
 
 def test_it_takes_no_memory_but_for_a_mask():
@@ -197,11 +193,13 @@ def test_ids_that_are_none_are_refused(ids):
 # Select.
 
 
-@pytest.mark.parametrize("options", [*KINDS[:2], *KINDS[5:7]], ids=lambda x: "-".join(map(str, x.values())))
+@pytest.mark.parametrize("options", KINDS[2:], ids=lambda x: "-".join(map(str, x.values())))
 @pytest.mark.parametrize("chunk", [1, 2**24])
 def test_select_finds_the_rows_for_which_the_answer_is_yes(options, chunk, monkeypatch):
     monkeypatch.setattr(held, "CHUNK", 100 * chunk)
-    buffer = make_buffer(RECORD, capacity=CAPACITY, representatives=20, num_classes=K, accept=0.5, mesh=mesh_of(4), **options)
+    buffer = make_buffer(
+        RECORD, capacity=CAPACITY, representatives=20, num_classes=K, accept=0.5, mesh=mesh_of(4), **options
+    )
     state = jax.jit(buffer.insert)(buffer.init(), rows_of(np.arange(BATCH)), jax.random.key(0))
     asked = []
 
