@@ -153,13 +153,15 @@ def _load(memory: Memory, folder: pathlib.Path) -> Shard:
     record = [leaf for leaf in leaves if leaf.spec is not None]
     state = jax.tree.map(lambda x: memory.place(x.shape, x.__getitem__), dataclasses.replace(stored, record={}))
     if memory.host is not None:
-        mine = {n: (rows, place[n * len(rows) :][: len(rows)]) for n, rows in memory.host.payload().items()}
-        for leaf, (_, at) in itertools.product(record, mine.values()):
-            for n in np.unique(at[at >= 0] // slots):
-                read(int(n), leaf)  # all is checked before a row is replaced
-        for rows, at in mine.values():
-            for leaf, out in zip(record, jax.tree.leaves(memory.by_leaf(rows)), strict=True):
-                _gather(out, at, slots, functools.partial(read, leaf=leaf))
+        held = memory.host.payload()
+        for n, leaf in itertools.product(held, record):
+            at = place[n * memory.host.slots :][: memory.host.slots]
+            for number in np.unique(at[at >= 0] // slots):
+                read(int(number), leaf)  # all is checked before a row is replaced
+        for rows in held.values():
+            rows[...] = np.zeros((), rows.dtype)
+        columns: dict[int, Any] = {n: _Columns(memory.host.row, slots, record, n, read) for n in range(old)}
+        memory.host.restore(columns, place)
         return state
 
     def part(leaf: Leaf, index: tuple[slice, ...]) -> np.ndarray:
@@ -170,6 +172,26 @@ def _load(memory: Memory, folder: pathlib.Path) -> Shard:
 
     arrays = [memory.place((len(place), *leaf.stored.shape), functools.partial(part, leaf)) for leaf in record]
     return dataclasses.replace(state, record=jax.tree.unflatten(jax.tree.structure(sizes.stored), arrays))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Columns:
+    """The rows of a saved shard as `Store.restore` reads them, of a file for each leaf."""
+
+    row: np.dtype
+    slots: int
+    leaves: list[Leaf]
+    number: int
+    read: Callable[[int, Leaf], np.ndarray]
+
+    def __len__(self) -> int:
+        return self.slots
+
+    def __getitem__(self, at: Any) -> np.ndarray:
+        rows = np.zeros(len(at), self.row)
+        for name, leaf in zip(self.row.names or (), self.leaves if len(at) else (), strict=False):
+            rows[name] = self.read(self.number, leaf)[at]
+        return rows
 
 
 def _gather(out: np.ndarray, place: np.ndarray, slots: int, read: Callable[[int], np.ndarray]) -> None:

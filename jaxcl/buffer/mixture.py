@@ -123,18 +123,19 @@ def make_mixture(
 def _bind(parts: dict[str, Buffer], rows: dict[str, int], mesh: Mesh | None, spec: PartitionSpec) -> Mixture:
     join = jax.jit(_join if mesh is None else mesh_lib.over_mesh(mesh, _join, (spec,), spec))
     local = {name: part.local for name, part in parts.items()}
+    draws = {name: jax.jit(part.draw) if part.host is None else part.draw for name, part in parts.items()}
     return Mixture(
         init=functools.partial(_init, parts),
         insert=functools.partial(_insert, parts),
-        draw=lambda state, key: join(_draws(parts, state, key)),
-        insert_and_draw=functools.partial(_insert_and_draw, parts, join),
+        draw=lambda state, key: join(_draws(draws, state, key)),
+        insert_and_draw=functools.partial(_insert_and_draw, parts, draws, join),
         size=lambda state: sum((part.size(state[name]) for name, part in parts.items()), jnp.int32(0)),
         can_draw=lambda state: jnp.all(jnp.stack([part.can_draw(state[name]) for name, part in parts.items()])),
         stats=lambda state: {name: part.stats(state[name]) for name, part in parts.items()},
         local=LocalMixture(
             init=functools.partial(_init, local),
             insert=functools.partial(_insert, local),
-            draw=lambda state, key: _join(_draws(local, state, key)),
+            draw=lambda state, key: _join(_draws({name: part.draw for name, part in local.items()}, state, key)),
         ),
         parts=parts,
         rows=rows,
@@ -160,13 +161,14 @@ def _insert(
     }
 
 
-def _draws(parts: Mapping[str, Any], state: State, key: jax.Array) -> list[Drawn]:
-    keys = _keys(parts, key)
-    return [part.draw(state[name], keys[name]) for name, part in parts.items()]
+def _draws(draws: Mapping[str, Callable], state: State, key: jax.Array) -> list[Drawn]:
+    keys = _keys(draws, key)
+    return [draw(state[name], keys[name]) for name, draw in draws.items()]
 
 
 def _insert_and_draw(
     parts: Mapping[str, Buffer],
+    draws: Mapping[str, Callable],
     join: Callable[[list[Drawn]], Drawn],
     state: State,
     rows: Rows,
@@ -178,7 +180,7 @@ def _insert_and_draw(
         if name in given:
             after[name], one = part.insert_and_draw(state[name], rows, keys[name])
         else:
-            after[name], one = state[name], part.draw(state[name], keys[name])
+            after[name], one = state[name], draws[name](state[name], keys[name])
         drawn.append(one)
     return after, join(drawn)
 

@@ -255,9 +255,9 @@ class Store:
             raise UserError(
                 "buffer.tier: a memory of the host tier is changed between two runs of its writer, not within"
             )
-        self._arrived = None
+        self._arrived, stored = None, self.payload()
         for number, at in slots.items():
-            rows = self._stored[number]
+            rows = stored[number]
             rows[at] = np.zeros((), self.row)
             if isinstance(rows, np.memmap):
                 rows.flush()
