@@ -4,6 +4,8 @@
     state = buffer.init()
     state = buffer.insert(state, rows, key)      # jit it, donate the state
     drawn = buffer.draw(state, key)              # after the insert: the other order copies the whole buffer
+    buffer.save(state, "folder")                 # files for NumPy; `load` takes them onto any number of devices
+    state = buffer.remove(state, ids)            # a person's right to be forgotten
 
 `buffer.py` has the functions; `make.py` binds them to their sizes. Idea: Bouvier et al., Efficient Data-Parallel Continual
 Learning with Asynchronous Distributed Rehearsal Buffers, CCGrid 2024.

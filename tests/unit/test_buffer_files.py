@@ -137,6 +137,26 @@ def test_from_one_tier_into_the_other(path, tmp_path):
         oracle.assert_whole(record, np.asarray(again.label)[written], np.asarray(again.id)[written], K)
 
 
+@pytest.mark.parametrize("kind", ["auto", "explicit", "several"])
+def test_on_meshes_with_other_axes_each_row_is_saved_once(kind, tmp_path):
+    buffer_on(4).save(state_of(4), tmp_path / "one")
+    devices, axis = np.asarray(jax.devices()[:8]), "data"
+    if kind == "explicit":
+        mesh = jax.make_mesh((4, 2), ("data", "model"), (jax.sharding.AxisType.Explicit,) * 2, devices=devices)
+    elif kind == "auto":
+        mesh = jax.sharding.Mesh(devices.reshape(2, 4), ("model", "data"))
+    else:
+        mesh, axis = jax.sharding.Mesh(devices.reshape(2, 2, 2), ("replica", "model", "fsdp")), ("replica", "fsdp")
+    buffer = make_buffer(RECORD, capacity=CAPACITY, representatives=40, mesh=mesh, axis=axis)
+    state = buffer.load(tmp_path / "one")
+    assert len(state.id.addressable_shards) == 8
+    assert_same(state, filled(4))
+    buffer.save(state, tmp_path / "other")
+    assert files_in(tmp_path / "other") == files_in(tmp_path / "one")
+    ids = np.asarray(state.id)
+    np.testing.assert_array_equal(buffer.select(state, lambda record, label, ident: ident >= 9).id, ids[ids >= 9])
+
+
 def test_every_type_is_read_by_numpy_alone(tmp_path):
     n = 6
     rng = np.random.default_rng(0)
