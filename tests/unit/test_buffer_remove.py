@@ -120,7 +120,7 @@ def test_no_byte_of_a_removed_row_is_left(tmp_path):
     others = [int(i) for i in secret.ids if i not in gone]
     one = {"image": jax.ShapeDtypeStruct((64,), np.uint8)}
     buffer = make_buffer(one, capacity=16, representatives=16, mesh=mesh_of(4))
-    state = buffer.insert(buffer.init(), secret.rows(), jax.random.key(0))
+    state = jax.jit(buffer.insert)(buffer.init(), secret.rows(), jax.random.key(0))
     staged = jax.jit(buffer.stage)(state, [jax.random.key(1)])
     checkpoints = Checkpoints(tmp_path / "run", keep=1)
     checkpoints.save("before", {"buffer": state, "staged": staged}, {})
@@ -148,7 +148,7 @@ def test_no_byte_is_left_in_host_memory_or_its_files(path, tmp_path):
     others = [int(i) for i in secret.ids if i not in gone]
     one = {"image": jax.ShapeDtypeStruct((64,), np.uint8)}
     device = make_buffer(one, capacity=16, representatives=16, mesh=mesh_of(4))
-    device.save(device.insert(device.init(), secret.rows(), jax.random.key(0)), tmp_path / "saved")
+    device.save(jax.jit(device.insert)(device.init(), secret.rows(), jax.random.key(0)), tmp_path / "saved")
     rows = {"path": str(tmp_path / "rows")} if path else {}
     host = make_buffer(one, capacity=16, representatives=16, mesh=mesh_of(4), tier="host", **rows)
     state = host.load(tmp_path / "saved")
@@ -170,6 +170,21 @@ def test_no_byte_is_left_in_host_memory_or_its_files(path, tmp_path):
         (drawn,) = jax.device_get(receive(staged, store.take()))
     assert sorted(drawn.id) == [-1] * 3 + others and drawn.valid.sum() == len(others)
     assert not drawn.record["image"][~drawn.valid].any()
+
+
+def test_on_other_devices_a_removed_row_stays_away_and_the_others_are_still_known(tmp_path):
+    """`slot_of` of "distinct" tells of every stored id where it lies, the last one included."""
+    options = {"capacity": CAPACITY, "representatives": 4, "repeats": "distinct", "num_ids": 32}
+    four, two = (make_buffer(RECORD, mesh=mesh_of(n), **options) for n in (4, 2))
+    state = jax.jit(four.insert)(four.init(), rows_of(np.arange(16, 32)), jax.random.key(0))
+    gone = np.arange(16, 31, 2)
+    four.save(four.remove(state, gone), tmp_path / "saved")
+    found = two.load(tmp_path / "saved")
+    assert sorted(i for i in np.asarray(found.id) if i >= 0) == list(range(17, 32, 2))
+    for ids, slot_of in zip(np.asarray(found.id).reshape(2, -1), np.asarray(found.slot_of).reshape(2, -1), strict=True):
+        held = ids[ids >= 0]
+        assert len(held) and (ids[:8] < 0).any()  # empty places are among the moved ones
+        np.testing.assert_array_equal(ids[slot_of[held]], held)
 
 
 def test_it_takes_no_memory_but_for_a_mask():
@@ -229,19 +244,19 @@ def test_what_is_selected_can_be_inserted_and_removed():
     }
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), record)
     buffer, ids = make_buffer(one, capacity=8, representatives=2), jnp.arange(6, dtype=jnp.int32)
-    state = buffer.insert(buffer.init(), Rows(record, id=ids), jax.random.key(0))
+    state = jax.jit(buffer.insert)(buffer.init(), Rows(record, id=ids), jax.random.key(0))
     found = buffer.select(state, lambda record, label, ident: record["wave"].real >= 2)
     np.testing.assert_array_equal(found.record["brain"], record["brain"][2:])
     assert (found.record["key"] == record["key"][2:]).all()
     state = buffer.remove(state, found.id)
     assert buffer.size(state) == 2
-    fresh = buffer.insert(buffer.init(), jax.tree.map(jnp.asarray, found), jax.random.key(0))
+    fresh = jax.jit(buffer.insert)(buffer.init(), found, jax.random.key(0))
     assert sorted(np.asarray(fresh.id)) == [-1, -1, -1, -1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("answer", [lambda n: np.ones(n), lambda n: np.ones(n + 1, bool), lambda n: True])
 def test_another_answer_is_refused(answer):
     buffer = make_buffer(RECORD, capacity=8, representatives=2)
-    state = buffer.insert(buffer.init(), rows_of(np.arange(5)), jax.random.key(0))
+    state = jax.jit(buffer.insert)(buffer.init(), rows_of(np.arange(5)), jax.random.key(0))
     with pytest.raises(UserError, match=r"predicate: .* is not allowed as its answer, give bool \[5\]"):
         buffer.select(state, lambda record, label, ident: answer(len(ident)))
