@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -294,6 +295,9 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):
     assert files_in(at) == whole
     buffer.save(buffer.init(), at, overwrite=True)  # what the first one left is no hindrance
     assert sorted(tmp_path.iterdir()) == [at] and files_in(at) != whole
+    shutil.copytree(at, tmp_path / "saved.replaced")  # as if killed before the last one was removed
+    buffer.save(state_of(2), at, overwrite=True)
+    assert sorted(tmp_path.iterdir()) == [at] and files_in(at) == whole
     at.rename(tmp_path / "saved.replaced")  # as if killed between the two renames
     with pytest.raises(UserError, match=r"saved.replaced is what an interrupted save has left: rename it"):
         buffer.load(at)
