@@ -258,6 +258,8 @@ def bring(sizes: Sizes, plan: Plan, read: Read, unpacked: Callable[[Any], PyTree
     """
     (record, label, ident, *more), source, valid = exchange.run(sizes.routes, plan, sizes.device(), read)
     record = jax.tree.map(bits.from_bits, sizes.record, unpacked(record))
+    valid &= ident >= 0  # the place of a removed row is empty
+    label, source = jnp.where(valid, label, 0), jnp.where(valid, source, -1)
     return Drawn(record, label, jnp.where(valid, ident, -1), valid, source, **(more[0] if more else {}))
 
 
@@ -307,8 +309,8 @@ def bind(sizes: Sizes) -> Local:
 
 
 def held_here(sizes: Sizes, state: Shard) -> jax.Array:
-    """Rows that this device holds, int32 `[1]`."""
-    return sizes.policy.size(state.meta, sizes.part())[None]
+    """Rows that this device holds, int32 `[1]`; slots of removed rows are none, so all ids are counted."""
+    return jnp.sum(state.id >= 0, dtype=jnp.int32)[None]
 
 
 def size(sizes: Sizes, held: jax.Array) -> jax.Array:
@@ -322,7 +324,7 @@ def drawable_here(sizes: Sizes, state: Shard) -> jax.Array:
 
 
 def can_draw(sizes: Sizes, held: jax.Array) -> jax.Array:
-    """Whether every row of a draw would be valid, bool scalar; `held` int32 `[N]`, see `drawable_here`."""
+    """Whether there are as many rows as a draw asks for, bool scalar; `held` int32 `[N]`, see `drawable_here`."""
     if sizes.alone:
         return jnp.min(held) >= (1 if sizes.replaces else sizes.per_device)
     return size(sizes, held) >= (1 if sizes.replaces else sizes.representatives)

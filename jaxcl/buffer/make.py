@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import numbers
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import buffer as device_tier
+from jaxcl.buffer import files, remove
 from jaxcl.buffer.bits import spec_of
 from jaxcl.buffer.buffer import (
     MEMORIES,
@@ -25,6 +27,7 @@ from jaxcl.buffer.buffer import (
     stats,
 )
 from jaxcl.buffer.exchange import EXCHANGES
+from jaxcl.buffer.held import Memory
 from jaxcl.buffer.host import feed
 from jaxcl.buffer.host.feed import HANDOVERS
 from jaxcl.buffer.host.rows import check_fits
@@ -62,6 +65,9 @@ class Buffer:
       size: `(state) -> int32 scalar`, rows stored over all devices, copies included.
       can_draw: `(state) -> bool scalar`, whether every row of a draw would be valid.
       stats: `(state) -> dict` of plain numbers, see `buffer.stats`.
+      select: `(state, predicate) -> Rows`, the stored rows for which `predicate(record, label, id)` holds, on the host.
+      remove: `(state, ids) -> state` without the rows of these ids, see `remove`; donated.
+      save, load: `(state, folder, overwrite=False)` writes the memory into files and `(folder) -> state` reads it, see `files`.
       no_rows: `() -> Drawn` (host tier: `Pending`) without a valid row, the first value of double-buffered representatives.
       local: the same for use inside `shard_map`; of the host tier `turn` and `receive` too.
       capacity, representatives, repeats: as given to `make_buffer`.
@@ -79,6 +85,10 @@ class Buffer:
     size: Callable[[Shard], jax.Array]
     can_draw: Callable[[Shard], jax.Array]
     stats: Callable[[Shard], dict[str, Any]]
+    select: Callable[[Shard, remove.Predicate], Rows]
+    remove: Callable[[Shard, Any], Shard]
+    save: Callable[..., None]
+    load: Callable[[str | os.PathLike[str]], Shard]
     no_rows: Callable[[], Drawn | Pending]
     local: Local
     capacity: int
@@ -209,7 +219,7 @@ def make_buffer(
         store, on_device = feed.make_store(sizes, mesh, path, queue), LABEL_AND_ID
         local = feed.bind(sizes, store, handover, on_cpu=devices[0].platform == "cpu")
     check_fits("buffer.capacity", rule.slots * on_device, devices)
-    return _over_mesh(sizes, mesh, local, store, repeats)
+    return _over_mesh(sizes, mesh, local, store, policy, repeats)
 
 
 def _along(mesh: Mesh | None, axis: str | Sequence[str]) -> mesh_lib.Axis:
@@ -224,7 +234,7 @@ def _is_size(x: Any) -> bool:
     return isinstance(x, numbers.Integral) and x is not True and 1 <= int(x) < INT32_MAX
 
 
-def _over_mesh(sizes: Sizes, mesh: Mesh | None, local: Local, store: Store | None, repeats: str) -> Buffer:
+def _over_mesh(sizes: Sizes, mesh: Mesh | None, local: Local, store: Store | None, policy: str, repeats: str) -> Buffer:
     """The functions on global arrays: rows and state split over the mesh, keys known to all."""
 
     rows_spec = WHOLE if sizes.axis is None else PartitionSpec(sizes.axis)
@@ -238,6 +248,8 @@ def _over_mesh(sizes: Sizes, mesh: Mesh | None, local: Local, store: Store | Non
     insert, draw = split(local.insert, rows_spec, rows_spec, WHOLE), split(local.draw, rows_spec, WHOLE)
     held = jax.jit(split(functools.partial(held_here, sizes), rows_spec))
     drawable = jax.jit(split(functools.partial(drawable_here, sizes), rows_spec))
+    memory = Memory(sizes, policy, jax.eval_shape(init), mesh, store)
+    erase = jax.jit(split(functools.partial(remove.erase, sizes), rows_spec, WHOLE), donate_argnums=0)
     return Buffer(
         init=jax.jit(init),
         insert=functools.partial(_insert, sizes, insert),
@@ -248,12 +260,16 @@ def _over_mesh(sizes: Sizes, mesh: Mesh | None, local: Local, store: Store | Non
         size=lambda state: size(sizes, held(state)),
         can_draw=lambda state: can_draw(sizes, drawable(state)),
         stats=functools.partial(stats, sizes),
+        select=functools.partial(remove.select, memory),
+        remove=functools.partial(remove.remove, memory, erase),
+        save=functools.partial(files.save, memory),
+        load=functools.partial(files.load, memory),
         no_rows=jax.jit(split(local.no_rows)),
         local=local,
         capacity=sizes.capacity,
         representatives=sizes.representatives,
         repeats=repeats,
-        num_bytes=_bytes(jax.eval_shape(init)) + (store.num_bytes if store else 0),
+        num_bytes=_bytes(memory.empty) + (store.num_bytes if store else 0),
         traffic={"rows_needed": sizes.per_device, "rows_moved": moved, "row_bytes": row, "bytes_moved": moved * row},
         host=store,
     )

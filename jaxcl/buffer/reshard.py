@@ -50,7 +50,9 @@ def reshard(
     slot_of: Any = None
     if state.slot_of is not None:
         slot_of = np.zeros((new, len(state.slot_of) // old), np.int32)
-        slot_of[moves.shard, np.asarray(state.id)[moves.take]] = moves.slot
+        ids = np.asarray(state.id)[moves.take]
+        there = ids >= 0  # not so where a row was removed
+        slot_of[moves.shard[there], ids[there]] = moves.slot[there]
         slot_of = slot_of.reshape(-1)
     record = jax.tree.map(move, state.record)
     # No number that an id was made of is used again.

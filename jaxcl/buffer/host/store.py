@@ -31,7 +31,7 @@ from jaxcl import mesh as mesh_lib
 from jaxcl.buffer.draw import Plan
 from jaxcl.buffer.host.rows import allocate, row_type
 from jaxcl.check import at_least, check
-from jaxcl.errors import RunError
+from jaxcl.errors import RunError, UserError
 from jaxcl.types import PyTree
 
 BACKGROUND = ("copy", "populate", "sample", "exchange")
@@ -244,6 +244,23 @@ class Store:
                 came = np.flatnonzero(mine // len(rows) == holder)
                 for some in np.array_split(came, 1 + len(came) * self.row.itemsize // CHUNK):
                     stored[some] = rows[mine[some] % len(rows)]
+
+    def erase(self, slots: Mapping[int, np.ndarray]) -> None:
+        """Zeroes the rows at these slots of each shard, in files too, and drops those that were gathered for a step.
+
+        Raises:
+          UserError: the writer is at work.
+        """
+        if not self._closed:
+            raise UserError(
+                "buffer.tier: a memory of the host tier is changed between two runs of its writer, not within"
+            )
+        self._arrived, stored = None, self.payload()
+        for number, at in slots.items():
+            rows = stored[number]
+            rows[at] = np.zeros((), self.row)
+            if isinstance(rows, np.memmap):
+                rows.flush()
 
     def _parts(self, x: jax.Array) -> dict[int, jax.Array]:
         """The local parts of a global array, by the number of the device that has them."""

@@ -1,0 +1,149 @@
+"""What a memory holds, and what it shall hold no longer: rows chosen by a question, and rows removed by their ids.
+
+A removed row leaves an empty place: zeros and the id -1. The policy fills it as it fills any slot, and a draw that picks it has
+an invalid row there. So whatever the policy, the rows that stay are stored and drawn by the laws that held before: as if the
+row were still there but nobody could see it. That costs an insert and a draw nothing.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl import mesh as mesh_lib
+from jaxcl.buffer import bits
+from jaxcl.buffer.buffer import Sizes
+from jaxcl.buffer.held import Memory, decoded, pieces, rows_at_once
+from jaxcl.buffer.host.store import Pending
+from jaxcl.buffer.policy.base import INT32_MAX
+from jaxcl.buffer.shard import Drawn, Rows, Shard
+from jaxcl.errors import UserError
+from jaxcl.types import PyTree
+
+Predicate = Callable[[PyTree, np.ndarray, np.ndarray], Any]
+
+
+def select(memory: Memory, state: Shard, predicate: Predicate) -> Rows:
+    """The stored rows for which a question is answered with yes.
+
+    Beside what is found, a few megabytes of rows are on the host at once. In a run of several processes each gets the rows of
+    its own shards; together they are all. A row of a replicated memory is found once, one of independent memories as often as
+    it is held.
+
+    Args:
+      predicate: `(record, label, id) -> bool [n]`; leaves of the record `[n, ...]`, label and id int32 `[n]`, NumPy arrays
+        (keys of `jax.random`: JAX ones). Called for some rows at a time.
+
+    Returns:
+      NumPy arrays (keys: JAX ones), ordered by shard and slot; they can be inserted again.
+
+    Raises:
+      UserError: the predicate answers with anything else.
+    """
+    record, form = jax.tree.flatten(memory.sizes.record)
+    found = [[np.zeros((0, *s.shape), s.dtype) for s in (*jax.tree.leaves(memory.sizes.stored), *_TWO)]]
+    for shard in memory.shards(state).values():
+        leaves = [*jax.tree.leaves(shard.record), shard.label, shard.id]
+        at_once = rows_at_once(*leaves)
+        for some in zip(*(pieces(x, at_once) for x in leaves), strict=True):
+            there = some[-1] >= 0
+            if not there.any():
+                continue
+            rows = [x[there] for x in some]
+            seen = [decoded(s, x) for s, x in zip(record, rows, strict=False)]
+            wanted = np.asarray(predicate(jax.tree.unflatten(form, seen), rows[-2], rows[-1]))
+            if wanted.shape != rows[-1].shape or wanted.dtype != np.bool_:
+                given = f"{wanted.dtype} {list(wanted.shape)}"
+                raise UserError(f"predicate: {given} is not allowed as its answer, give bool [{len(rows[-1])}]")
+            found.append([x[wanted] for x in rows])
+    *leaves, label, ident = (np.concatenate(x) for x in zip(*found, strict=True))
+    whole = jax.tree.unflatten(form, [decoded(s, x) for s, x in zip(record, leaves, strict=True)])
+    return Rows(whole, label, ident, np.ones(ident.shape, bool))
+
+
+_TWO = (jax.ShapeDtypeStruct((), jnp.int32),) * 2  # label and id
+
+
+def remove(memory: Memory, erase: Callable[[Shard, Any], Shard], state: Shard, ids: Any) -> Shard:
+    """The state without the rows of these ids, in memory zeroed; `state` is donated. O(capacity), once.
+
+    Gone are their records, ids and, unless the policy chooses by class, labels, from all devices, from host memory and the
+    files of `path`. What waits elsewhere has to be forgotten too: draws by `forget`, folders of `save` and checkpoints by being
+    written anew. A row that is given again is stored again. In a run of several processes all must call it.
+
+    Args:
+      ids: integers `[n]`, on the host; those that are not stored do no harm.
+
+    Raises:
+      UserError: the ids are no integers `[n]`, or the host tier's writer is at work.
+    """
+    wanted = _ids(ids)
+    if memory.host is not None:
+        ids_of = memory.parts(state.id, replicas=True)
+        memory.host.erase({n: np.flatnonzero(np.isin(np.asarray(x), wanted[wanted >= 0])) for n, x in ids_of.items()})
+    return erase(state, wanted if memory.mesh is None else mesh_lib.replicate(memory.mesh, wanted))
+
+
+def erase(sizes: Sizes, state: Shard, ids: jax.Array) -> Shard:
+    """This device's shard without the rows of these ids, int32 `[n]`, ascending, negative ones to spare."""
+    gone = _among(state.id, ids)
+    slot_of = state.slot_of
+    return dataclasses.replace(
+        state,
+        record=jax.tree.map(functools.partial(_zero, gone), state.record),
+        # Of a policy that chooses by class the place stays one of its class, as it is counted.
+        label=_zero(gone, state.label) if sizes.policy.classes is None else state.label,
+        id=jnp.where(gone, -1, state.id),
+        slot_of=None if slot_of is None else slot_of.at[jnp.where(ids < 0, INT32_MAX, ids)].set(0, mode="drop"),
+    )
+
+
+def forget(staged: PyTree, ids: Any) -> PyTree:
+    """Draws that wait to be used, without the rows of these ids: these are zeros and invalid. `staged` is donated.
+
+    Args:
+      staged: `Drawn` or what the host tier leaves for the next step, or a pytree of them.
+      ids: as of `remove`.
+    """
+    return _forget(staged, _ids(ids))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _forget(staged: PyTree, ids: jax.Array) -> PyTree:
+    return jax.tree.map(lambda one: _without(one, ids), staged, is_leaf=lambda x: isinstance(x, Drawn | Pending))
+
+
+def _without(staged: Drawn | Pending, ids: jax.Array) -> Drawn | Pending:
+    gone = _among(staged.id, ids)
+    if isinstance(staged, Pending):  # its records come from the memory, or from nowhere
+        return dataclasses.replace(staged, label=_zero(gone, staged.label), id=jnp.where(gone, -1, staged.id))
+    zeros = jax.tree.map(functools.partial(_zero, gone), staged)
+    return dataclasses.replace(zeros, id=jnp.where(gone, -1, staged.id), shard=jnp.where(gone, -1, staged.shard))
+
+
+def _zero(gone: jax.Array, leaf: jax.Array) -> jax.Array:
+    """A leaf `[n, ...]` with zeros in these rows, by its bits."""
+    stored = bits.to_bits(leaf)
+    mask = gone.reshape(-1, *[1] * (stored.ndim - 1))
+    zeroed = jnp.where(mask, jnp.zeros((), stored.dtype), stored)
+    return bits.from_bits(jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), zeroed)
+
+
+def _among(x: jax.Array, ids: jax.Array) -> jax.Array:
+    """Which of `x` (int32 `[n]`) are among these ids, ascending; no negative ones."""
+    at = jnp.searchsorted(ids, x, method="scan_unrolled")
+    return (x >= 0) & (ids.at[at].get(mode="clip") == x)
+
+
+def _ids(ids: Any) -> np.ndarray:
+    """Those that can be stored, int32, ascending, with -1 before them so that few programs are compiled for many numbers."""
+    ids = np.asarray(ids)
+    if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
+        raise UserError(f"ids: {ids.dtype} {list(ids.shape)} is not allowed, give integers [n]")
+    known = np.unique(ids[(ids >= 0) & (ids <= INT32_MAX)]).astype(np.int32)
+    spare = 2 ** max(4, (len(known) - 1).bit_length()) - len(known)
+    return np.concatenate([np.full(spare, -1, np.int32), known])
