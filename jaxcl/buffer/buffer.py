@@ -102,7 +102,7 @@ def init(sizes: Sizes) -> Shard:
     """An empty memory."""
     state = shard.empty(sizes.stored, sizes.policy.slots, sizes.policy.init(sizes.part()))
     slot_of = None if sizes.num_ids is None else jnp.zeros((sizes.num_ids,), jnp.int32)
-    return dataclasses.replace(state, slot_of=slot_of)
+    return mesh_lib.varying(sizes.axis, dataclasses.replace(state, slot_of=slot_of))
 
 
 # Insert.
@@ -133,7 +133,7 @@ def given(sizes: Sizes, state: Shard, rows: Rows) -> tuple[Shard, Rows]:
     n = rows_lib.check_rows(sizes.record, rows, labelled=sizes.policy.classes is not None)
     rows = rows_lib.complete(rows, n, lambda j: sizes.device() + sizes.shards * (state.came[0] + j))
     rows = dataclasses.replace(rows, record=jax.tree.map(bits.to_bits, rows.record))
-    return dataclasses.replace(state, came=state.came + n), rows
+    return mesh_lib.varying(sizes.axis, (dataclasses.replace(state, came=state.came + n), rows))
 
 
 def offered(sizes: Sizes, rows: Rows) -> Rows:
@@ -230,7 +230,7 @@ def no_rows(sizes: Sizes) -> Drawn:
     zeros = jax.tree.map(lambda s: jnp.zeros((r, *s.shape), s.dtype), sizes.stored)
     record = jax.tree.map(bits.from_bits, sizes.record, zeros)
     none = jnp.full((r,), -1, jnp.int32)
-    return Drawn(record, jnp.zeros((r,), jnp.int32), none, jnp.zeros((r,), bool), none)
+    return mesh_lib.varying(sizes.axis, Drawn(record, jnp.zeros((r,), jnp.int32), none, jnp.zeros((r,), bool), none))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,21 +258,23 @@ def bind(sizes: Sizes) -> Local:
     return Local(**bound)
 
 
-def held_here(sizes: Sizes, state: Shard) -> jax.Array:
-    """Rows that this device holds, int32 `[1]`."""
-    return sizes.policy.size(state.meta, sizes.part())[None]
-
-
-def size(sizes: Sizes, held: jax.Array) -> jax.Array:
-    """Rows stored over all devices, copies included, int32 scalar; `held` int32 `[N]`."""
+def size(sizes: Sizes, state: Shard) -> jax.Array:
+    """Rows stored over all devices, copies included, int32 scalar, the same on every device."""
+    held = _held(sizes, state)
     return held[0] if sizes.memory == "replicated" else jnp.sum(held, dtype=jnp.int32)
 
 
-def can_draw(sizes: Sizes, held: jax.Array) -> jax.Array:
-    """Whether every row of a draw would be valid, bool scalar; `held` int32 `[N]`."""
+def can_draw(sizes: Sizes, state: Shard) -> jax.Array:
+    """Whether every row of a draw would be valid, bool scalar, the same on every device."""
     if sizes.alone:
-        return jnp.min(held) >= sizes.per_device
-    return size(sizes, held) >= sizes.representatives
+        return jnp.min(_held(sizes, state)) >= sizes.per_device
+    return size(sizes, state) >= sizes.representatives
+
+
+def _held(sizes: Sizes, state: Shard) -> jax.Array:
+    """Rows that each device holds, int32 `[N]`."""
+    held = sizes.policy.size(state.meta, sizes.part())
+    return held[None] if sizes.axis is None else lax.all_gather(held, sizes.axis)
 
 
 def stats(sizes: Sizes, state: Shard) -> dict[str, Any]:
