@@ -180,4 +180,4 @@ def _distinct_within(words: jax.Array, label: jax.Array, real: jax.Array, total:
         again = jnp.any(same[i] & (position < i) & (taken == t[i]))
         return taken.at[i].set(jnp.where(again, j[i], t[i]))
 
-    return lax.fori_loop(0, count, take, jnp.full((count,), -1, jnp.int32))
+    return lax.fori_loop(0, count, take, jnp.full_like(label, -1))

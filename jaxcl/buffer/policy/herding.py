@@ -49,7 +49,7 @@ def _choose(budget, meta, key, shard, label, valid):
     n = label.shape[0]
     # In a full shard the largest class shrinks only when another grows: if no row can, none will.
     steps = jnp.where(jnp.any(_is_taken(room, stored, label, valid)), n, 0)
-    slot = jnp.full((n,), budget.slots, jnp.int32)
+    slot = jnp.full_like(label, budget.slots)
     one = functools.partial(_take, budget, shard, room, label, valid)
     previous, last, stored, slot = lax.fori_loop(0, steps, one, (previous, last, stored, slot))
     return slot, {"previous": previous[None], "last": last[None], "stored": stored[None]}
