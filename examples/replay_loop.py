@@ -17,7 +17,7 @@ import numpy as np  # noqa: E402
 from jaxcl.buffer import Drawn, Rows, make_buffer  # noqa: E402
 
 CLASSES, WIDTH, BATCH, STEPS = 10, 32, 32, 100
-CENTRES = np.random.default_rng(0).normal(size=(CLASSES, WIDTH)).astype(np.float32)
+CENTRES = np.random.default_rng(0).normal(2, 1, (CLASSES, WIDTH)).astype(np.float32)
 
 
 def rows_of(task: int, rng: np.random.Generator) -> Rows:
@@ -66,4 +66,4 @@ def main(replay: bool) -> float:
 if __name__ == "__main__":
     with_replay, without = main(replay=True), main(replay=False)
     print(f"accuracy over all tasks: {with_replay:.2f} with replay, {without:.2f} without")
-    assert with_replay > 0.9 and without < 0.6
+    assert with_replay > 0.9 and without < 0.5
