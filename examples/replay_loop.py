@@ -6,15 +6,12 @@ A linear classifier learns five tasks of two classes each, one after the other. 
 drawn from all that came so far (experience replay); without them it ends knowing the last task alone.
 """
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl.buffer import Drawn, Rows, make_buffer
 from jaxcl.mesh import make_mesh, use_fake_devices
-
-use_fake_devices(8)
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-
-from jaxcl.buffer import Drawn, Rows, make_buffer  # noqa: E402
 
 CLASSES, WIDTH, BATCH, STEPS = 10, 32, 32, 100
 CENTRES = np.random.default_rng(0).normal(2, 1, (CLASSES, WIDTH)).astype(np.float32)
@@ -64,6 +61,7 @@ def main(replay: bool) -> float:
 
 
 if __name__ == "__main__":
+    use_fake_devices(8)
     with_replay, without = main(replay=True), main(replay=False)
     print(f"accuracy over all tasks: {with_replay:.2f} with replay, {without:.2f} without")
     assert with_replay > 0.9 and without < 0.5

@@ -13,7 +13,7 @@ import numpy as np
 
 from examples.replay_loop import BATCH, CLASSES, STEPS, WIDTH, accuracy, rows_of, train
 from jaxcl.buffer import make_buffer
-from jaxcl.mesh import make_mesh
+from jaxcl.mesh import make_mesh, use_fake_devices
 
 
 def main(tier: str) -> jax.Array:
@@ -31,6 +31,7 @@ def main(tier: str) -> jax.Array:
 
 
 if __name__ == "__main__":
+    use_fake_devices(8)
     weights = main("host")
     print(f"accuracy over all tasks: {accuracy(weights):.2f}")
     assert accuracy(weights) > 0.9

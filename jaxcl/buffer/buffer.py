@@ -258,23 +258,21 @@ def bind(sizes: Sizes) -> Local:
     return Local(**bound)
 
 
-def size(sizes: Sizes, state: Shard) -> jax.Array:
-    """Rows stored over all devices, copies included, int32 scalar, the same on every device."""
-    held = _held(sizes, state)
+def held_here(sizes: Sizes, state: Shard) -> jax.Array:
+    """Rows that this device holds, int32 `[1]`."""
+    return sizes.policy.size(state.meta, sizes.part())[None]
+
+
+def size(sizes: Sizes, held: jax.Array) -> jax.Array:
+    """Rows stored over all devices, copies included, int32 scalar; `held` int32 `[N]`."""
     return held[0] if sizes.memory == "replicated" else jnp.sum(held, dtype=jnp.int32)
 
 
-def can_draw(sizes: Sizes, state: Shard) -> jax.Array:
-    """Whether every row of a draw would be valid, bool scalar, the same on every device."""
+def can_draw(sizes: Sizes, held: jax.Array) -> jax.Array:
+    """Whether every row of a draw would be valid, bool scalar; `held` int32 `[N]`."""
     if sizes.alone:
-        return jnp.min(_held(sizes, state)) >= sizes.per_device
-    return size(sizes, state) >= sizes.representatives
-
-
-def _held(sizes: Sizes, state: Shard) -> jax.Array:
-    """Rows that each device holds, int32 `[N]`."""
-    held = sizes.policy.size(state.meta, sizes.part())
-    return held[None] if sizes.axis is None else lax.all_gather(held, sizes.axis)
+        return jnp.min(held) >= sizes.per_device
+    return size(sizes, held) >= sizes.representatives
 
 
 def stats(sizes: Sizes, state: Shard) -> dict[str, Any]:

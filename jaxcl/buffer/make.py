@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import buffer as device_tier
 from jaxcl.buffer.bits import spec_of
-from jaxcl.buffer.buffer import DRAWS, MEMORIES, Local, Sizes, Staged, can_draw, size, stats
+from jaxcl.buffer.buffer import DRAWS, MEMORIES, Local, Sizes, Staged, can_draw, held_here, size, stats
 from jaxcl.buffer.exchange import EXCHANGES
 from jaxcl.buffer.host import feed
 from jaxcl.buffer.host.calls import Calls
@@ -209,9 +210,16 @@ def _over_mesh(sizes: Sizes, mesh: Mesh | None, local: Local, store: Store | Non
     def split(function: Callable, *in_specs: PyTree, out: PyTree = rows_spec) -> Callable:
         return function if mesh is None else mesh_lib.over_mesh(mesh, function, in_specs, out)
 
-    def told(function: Callable) -> Callable:
-        return jax.jit(split(functools.partial(function, sizes), rows_spec, out=WHOLE))
+    def told(here: Callable) -> Callable:
+        """What each device tells of itself, `[1]`, known to all: `[N]`."""
 
+        def gathered(state: Shard) -> jax.Array:
+            mine = here(sizes, state)
+            return mine if sizes.axis is None else lax.all_gather(mine, sizes.axis, tiled=True)
+
+        return jax.jit(split(gathered, rows_spec, out=WHOLE))
+
+    held = told(held_here)
     init, row = split(local.init), _bytes(sizes.stored) + LABEL_AND_ID
     moved = sizes.routes[0].rows_moved if sizes.routes else 0
     copies = 1 if mesh is None else mesh.size // sizes.shards  # of every shard
@@ -227,8 +235,8 @@ def _over_mesh(sizes: Sizes, mesh: Mesh | None, local: Local, store: Store | Non
         ask=calls.ask,
         collect=calls.collect,
         stage=split(local.stage, rows_spec, WHOLE),
-        size=told(size),
-        can_draw=told(can_draw),
+        size=lambda state: size(sizes, held(state)),
+        can_draw=lambda state: can_draw(sizes, held(state)),
         stats=functools.partial(stats, sizes),
         no_rows=jax.jit(split(local.no_rows)),
         local=local,

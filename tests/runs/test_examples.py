@@ -7,7 +7,7 @@ import sys
 import pytest
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
-EXAMPLES = sorted(path.stem for path in (REPO / "examples").glob("*.py"))
+EXAMPLES = sorted(path.stem for path in (REPO / "examples").glob("replay*.py"))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -16,7 +16,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl.buffer.buffer import Local, Sizes
 from jaxcl.buffer.host import feed
-from jaxcl.buffer.host.store import Asked, Handover, Pending, Store
+from jaxcl.buffer.host.messages import Asked, Handover, Pending
+from jaxcl.buffer.host.store import Store
 from jaxcl.buffer.rows import check_rows
 from jaxcl.buffer.shard import Drawn, Rows, Shard
 from jaxcl.check import refused
@@ -85,20 +86,16 @@ class Calls:
         UserError: the state is not that of the stored rows, or the call is traced.
         """
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((state, rest))):
-            raise refused(
-                "buffer.tier", "host", "device under jit: the host tier stores rows as its functions are called"
-            )
+            raise refused("buffer.tier", "host", "device under jit: what is traced does not move rows on the host")
         self._store.go(WAY)
         served = self._store.came
         if served is not None and state.came is self._last:
             return
         came = _count(state.came)
         if came is None or served not in (None, came):
-            why = (
-                "this one was given away"
-                if came is None
-                else f"{served} rows came to each device by it and {came} by this"
-            )
+            why = "this one was given away"
+            if came is not None:
+                why = f"{served} rows came to each device by it and {came} by this"
             raise UserError(f"buffer: a memory of the host tier serves the state that its last call returned: {why}")
         self._store.came = came
 

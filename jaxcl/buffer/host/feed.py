@@ -20,7 +20,8 @@ from jaxcl.buffer import buffer, draw
 from jaxcl.buffer.buffer import Local, Sizes
 from jaxcl.buffer.draw import Plan
 from jaxcl.buffer.exchange.base import pack, six_sigma, unpack
-from jaxcl.buffer.host.store import Handover, Pending, Store
+from jaxcl.buffer.host.messages import Handover, Pending
+from jaxcl.buffer.host.store import Store
 from jaxcl.buffer.shard import Drawn, Rows, Shard
 from jaxcl.check import refused
 
