@@ -77,6 +77,8 @@ def test_a_memory_serves_one_state(made):
     state = buffer.insert(copy, batch(1), key(1))
     with pytest.raises(UserError, match=f"{message}: 8 rows .* and 4 by this"):
         buffer.draw(passed, key(1))
+    with pytest.raises(UserError, match="rows of `stage` come within `serving` alone"):
+        buffer.collect(jax.jit(buffer.stage)(state, [key(1)])[0])
     with pytest.raises(UserError, match="asked of another buffer"):
         other = made()
         buffer.collect(other.ask(other.init(), batch(0), key(0))[1])

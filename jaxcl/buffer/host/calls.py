@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl.buffer.buffer import Local, Sizes
+from jaxcl.buffer.draw import NONE, Plan
 from jaxcl.buffer.host import feed
 from jaxcl.buffer.host.messages import Asked, Handover, Pending
 from jaxcl.buffer.host.store import Store
@@ -64,6 +65,11 @@ class Calls:
     def collect(self, asked: Asked | Pending) -> Drawn:
         """The rows that were asked for, as they were stored then; also of `no_rows()`."""
         if isinstance(asked, Pending):
+            ranks = asked.picked.rank if isinstance(asked.picked, Plan) else asked.picked
+            if any(np.any(np.asarray(part.data) != NONE) for part in ranks.addressable_shards):
+                raise UserError(
+                    "buffer: rows of `stage` come within `serving` alone, give what `ask` returned to `collect`"
+                )
             return self._receive((asked,), self._store.gather((asked,)))
         self._store.catch_up(asked)
         if asked.arrived is None:
