@@ -5,6 +5,7 @@ jaxcl is data-parallel: one mesh axis, `AXIS`, over every device of every proces
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -166,17 +168,54 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
+def names_of(axis: Axis) -> tuple[str, ...]:
+    """The names of an axis that may be several."""
+    return (axis,) if isinstance(axis, str) else axis
+
+
 def axis_size(mesh: Mesh, axis: Axis) -> int:
     """The number of places along an axis, or along several together."""
-    return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis))
+    return math.prod(mesh.shape[name] for name in names_of(axis))
+
+
+def places(mesh: Mesh, axis: Axis) -> dict[jax.Device, int]:
+    """The place of each device along an axis, or along several together, of which the last runs fastest."""
+    along = [mesh.axis_names.index(name) for name in names_of(axis)]
+    shape = [mesh.devices.shape[i] for i in along]
+    return {
+        device: int(np.ravel_multi_index([place[i] for i in along], shape))
+        for place, device in np.ndenumerate(mesh.devices)
+    }
+
+
+def varying(axis: Axis | None, tree: PyTree) -> PyTree:
+    """Tells `shard_map` with `check_vma`, which cannot know, that the arrays may differ along the axis. No operation."""
+
+    def cast(x: jax.Array, name: str) -> jax.Array:
+        try:
+            return lax.pcast(x, name, to="varying")
+        except ValueError:  # known already
+            return x
+
+    for name in names_of(axis or ()):
+        tree = jax.tree.map(functools.partial(cast, name=name), tree)
+    return tree
 
 
 def over_mesh(mesh: Mesh, function: Callable, in_specs: PyTree, out_specs: PyTree) -> Callable:
     """`function` of one device's parts, made one of global arrays: under `shard_map`, not jitted.
 
-    Replication is not checked (`check_vma`): gradients are summed over the axis by hand.
+    Replication is not checked (`check_vma`): gradients are summed over the axis by hand. A mesh with explicit axes wants its
+    arguments as the specs say; there they are brought to it.
     """
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    if AxisType.Explicit not in mesh.axis_types:
+        return mapped
+
+    def placed(spec: PartitionSpec, arg: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, spec)), arg)
+
+    return lambda *args: mapped(*jax.tree.map(placed, in_specs, args))
 
 
 def on_mesh(

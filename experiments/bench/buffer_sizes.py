@@ -70,7 +70,7 @@ def by_draw(sampling: str, n: int, runs: int) -> Json:
     )
 
 
-def by_dtype(dtype: str, capacities: list[int], runs: int) -> Json:
+def by_dtype(dtype: str, capacities: tuple[int, ...], runs: int) -> Json:
     """Insert and draw of 64 rows of a dtype at several capacities."""
     found = []
     for capacity in capacities:

@@ -52,7 +52,9 @@ def buffer(found: Json) -> str:
 def buffer_sizes(found: Json) -> str:
     by_rows: dict[str, list[Json]] = {"policy": found["inserts"], "sampling": found["draws"]}
     parts = [
-        rows(f"{name} | rows | ms | temporaries, bytes", f"{{{name}}} | {{rows:,}} | {{ms}} | {{temp_bytes:,}}", records)
+        rows(
+            f"{name} | rows | ms | temporaries, bytes", f"{{{name}}} | {{rows:,}} | {{ms}} | {{temp_bytes:,}}", records
+        )
         for name, records in by_rows.items()
     ]
     dtypes = ({"dtype": one["dtype"]} | each for one in found["dtypes"] for each in one["capacities"])

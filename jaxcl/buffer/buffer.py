@@ -117,7 +117,7 @@ def init(sizes: Sizes) -> Shard:
     state = shard.empty(sizes.stored, sizes.policy.slots, sizes.policy.init(sizes.part()))
     slot_of = None if sizes.num_ids is None else jnp.zeros((sizes.num_ids,), jnp.int32)
     tree = weights.empty(sizes.policy.slots) if sizes.weighted else None
-    return dataclasses.replace(state, slot_of=slot_of, weights=tree)
+    return mesh_lib.varying(sizes.axis, dataclasses.replace(state, slot_of=slot_of, weights=tree))
 
 
 # Insert.
@@ -148,7 +148,7 @@ def given(sizes: Sizes, state: Shard, rows: Rows) -> tuple[Shard, Rows]:
     n = rows_lib.check_rows(sizes.record, rows, labelled=sizes.policy.classes is not None, weighted=sizes.weighted)
     rows = rows_lib.complete(rows, n, lambda j: sizes.device() + sizes.shards * (state.came[0] + j))
     rows = dataclasses.replace(rows, record=jax.tree.map(bits.to_bits, rows.record))
-    return dataclasses.replace(state, came=state.came + n), rows
+    return mesh_lib.varying(sizes.axis, (dataclasses.replace(state, came=state.came + n), rows))
 
 
 def offered(sizes: Sizes, rows: Rows) -> Rows:
@@ -279,7 +279,7 @@ def no_rows(sizes: Sizes) -> Drawn:
         more = {"slot": zero, "weight": jnp.zeros((r,), jnp.float32), "importance": jnp.zeros((r,), jnp.float32)}
     if sizes.window is not None:
         more["length"] = zero
-    return Drawn(record, zero, none, jnp.zeros((r,), bool), none, **more)
+    return mesh_lib.varying(sizes.axis, Drawn(record, zero, none, jnp.zeros((r,), bool), none, **more))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,10 @@ import functools
 import numbers
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl import mesh as mesh_lib
@@ -29,9 +30,10 @@ from jaxcl.buffer.buffer import (
 from jaxcl.buffer.exchange import EXCHANGES
 from jaxcl.buffer.held import Memory
 from jaxcl.buffer.host import feed
+from jaxcl.buffer.host.calls import Calls
 from jaxcl.buffer.host.feed import HANDOVERS
 from jaxcl.buffer.host.rows import check_fits
-from jaxcl.buffer.host.store import Pending, Store
+from jaxcl.buffer.host.store import Store
 from jaxcl.buffer.policy import make_policy
 from jaxcl.buffer.policy.base import INT32_MAX
 from jaxcl.buffer.repeats import REPEATS
@@ -62,16 +64,18 @@ class Buffer:
         that does not grow with the capacity.
       stage: `(state, keys) -> Staged`, a draw for each key, as a training step leaves it for the next one.
       insert_and_draw: `(state, rows, key) -> (state, Drawn)`, both in one program, compiled, in place: `state` is donated.
+      ask, collect: the two halves of `insert_and_draw`, `(state, rows, key) -> (state, asked)` and `(asked) -> Drawn`: in the
+        host tier rows are stored and gathered in `collect`, while what was dispatched before it runs.
       size: `(state) -> int32 scalar`, rows stored over all devices, copies included.
       can_draw: `(state) -> bool scalar`, whether every row of a draw would be valid.
       stats: `(state) -> dict` of plain numbers, see `buffer.stats`.
       select: `(state, predicate) -> Rows`, the stored rows for which `predicate(record, label, id)` holds, on the host.
       remove: `(state, ids) -> state` without the rows of these ids, see `remove`; donated.
       save, load: `(state, folder, overwrite=False)` writes the memory into files and `(folder) -> state` reads it, see `files`.
-      no_rows: `() -> Drawn` (host tier: `Pending`) without a valid row, the first value of double-buffered representatives.
-      local: the same for use inside `shard_map`; of the host tier `turn` and `receive` too.
+      no_rows: `() -> asked` without a valid row, the first value of double-buffered representatives.
+      local: the same for use inside `shard_map`; of the host tier `turn` and `receive` in place of insert and draw.
       capacity, representatives, repeats: as given to `make_buffer`.
-      num_bytes: bytes of the whole state over all devices, the rows in host memory included.
+      num_bytes: bytes of the whole state over all devices, every copy and the rows in host memory included.
       traffic: rows and bytes that a device puts into collectives for one draw, padding included, and what r rows weigh.
       host: the rows in host memory; None in the device tier.
     """
@@ -81,6 +85,8 @@ class Buffer:
     draw: Callable[[Shard, jax.Array], Drawn]
     update_weights: Callable[[Shard, Any, jax.Array], Shard]
     insert_and_draw: Callable[[Shard, Rows, jax.Array], tuple[Shard, Drawn]]
+    ask: Callable[[Shard, Rows, jax.Array], tuple[Shard, Any]]
+    collect: Callable[[Any], Drawn]
     stage: Callable[[Shard, Sequence[jax.Array]], Staged]
     size: Callable[[Shard], jax.Array]
     can_draw: Callable[[Shard], jax.Array]
@@ -89,7 +95,7 @@ class Buffer:
     remove: Callable[[Shard, Any], Shard]
     save: Callable[..., None]
     load: Callable[[str | os.PathLike[str]], Shard]
-    no_rows: Callable[[], Drawn | Pending]
+    no_rows: Callable[[], Any]
     local: Local
     capacity: int
     representatives: int
@@ -155,7 +161,8 @@ def make_buffer(
         see `windows`; the record's leaves are `[r, window, ...]` then.
       time: of windows, the record's integer scalar that counts the steps of the stream, by its name with dots.
       tier: where records lie: "device", or "host", in host memory, see `host/`; with the same keys both store and draw the
-        same rows. A buffer of the host tier owns its rows: it serves one state, which only `turn` and `receive` move.
+        same rows. A buffer of the host tier owns its rows and serves one state, the one that its last call returned; its
+        functions are called outside `jit`, and donate the state.
       path: of the host tier, a folder for memory-mapped files, so that the memory may be larger than RAM.
       handover: of the host tier, how rows leave the step: as its "outputs" or by "callback".
       queue: of the host tier, how many steps' rows may wait to be stored.
@@ -216,6 +223,10 @@ def make_buffer(
     if tier == "host":
         if mesh is None:
             raise refused("buffer.tier", tier, "a mesh with it, which may be one of one device")
+        if handover == "callback" and mesh.size > shards:
+            raise refused(
+                "buffer.handover", handover, f"outputs: {mesh.size} devices hold {shards} shards, and all would call"
+            )
         store, on_device = feed.make_store(sizes, mesh, path, queue), LABEL_AND_ID
         local = feed.bind(sizes, store, handover, on_cpu=devices[0].platform == "cpu")
     check_fits("buffer.capacity", rule.slots * on_device, devices)
@@ -239,23 +250,38 @@ def _over_mesh(sizes: Sizes, mesh: Mesh | None, local: Local, store: Store | Non
 
     rows_spec = WHOLE if sizes.axis is None else PartitionSpec(sizes.axis)
 
-    def split(function: Callable, *in_specs: PyTree) -> Callable:
-        return function if mesh is None else mesh_lib.over_mesh(mesh, function, in_specs, rows_spec)
+    def split(function: Callable, *in_specs: PyTree, out: PyTree = rows_spec) -> Callable:
+        return function if mesh is None else mesh_lib.over_mesh(mesh, function, in_specs, out)
 
+    def told(here: Callable) -> Callable:
+        """What each device tells of itself, `[1]`, known to all: `[N]`."""
+
+        def gathered(state: Shard) -> jax.Array:
+            mine = here(sizes, state)
+            return mine if sizes.axis is None else lax.all_gather(mine, sizes.axis, tiled=True)
+
+        return jax.jit(split(gathered, rows_spec, out=WHOLE))
+
+    held = told(held_here)
     init, row = split(local.init), _bytes(sizes.stored) + LABEL_AND_ID
     row *= 1 if sizes.window is None else sizes.window.length
     moved = sizes.routes[0].rows_moved if sizes.routes else 0
-    insert, draw = split(local.insert, rows_spec, rows_spec, WHOLE), split(local.draw, rows_spec, WHOLE)
-    held = jax.jit(split(functools.partial(held_here, sizes), rows_spec))
-    drawable = jax.jit(split(functools.partial(drawable_here, sizes), rows_spec))
+    drawable = told(drawable_here)
     memory = Memory(sizes, policy, jax.eval_shape(init), mesh, store)
     erase = jax.jit(split(functools.partial(remove.erase, sizes), rows_spec, WHOLE), donate_argnums=0)
+    copies = 1 if mesh is None else mesh.size // sizes.shards  # of every shard
+    if store is not None and mesh is not None:
+        calls: Any = Calls(sizes, mesh, store)
+    else:
+        calls = _calls(sizes, split(local.insert, rows_spec, rows_spec, WHOLE), split(local.draw, rows_spec, WHOLE))
     return Buffer(
         init=jax.jit(init),
-        insert=functools.partial(_insert, sizes, insert),
-        draw=draw,
+        insert=calls.insert,
+        draw=calls.draw,
         update_weights=split(functools.partial(update_weights, sizes), rows_spec, rows_spec, rows_spec),
-        insert_and_draw=jax.jit(functools.partial(_insert_and_draw, sizes, insert, draw), donate_argnums=0),
+        insert_and_draw=calls.insert_and_draw,
+        ask=calls.ask,
+        collect=calls.collect,
         stage=split(local.stage, rows_spec, WHOLE),
         size=lambda state: size(sizes, held(state)),
         can_draw=lambda state: can_draw(sizes, drawable(state)),
@@ -269,26 +295,45 @@ def _over_mesh(sizes: Sizes, mesh: Mesh | None, local: Local, store: Store | Non
         capacity=sizes.capacity,
         representatives=sizes.representatives,
         repeats=repeats,
-        num_bytes=_bytes(memory.empty) + (store.num_bytes if store else 0),
+        num_bytes=_bytes(memory.empty) * copies + (store.num_bytes if store else 0),
         traffic={"rows_needed": sizes.per_device, "rows_moved": moved, "row_bytes": row, "bytes_moved": moved * row},
         host=store,
     )
 
 
-def _insert(sizes: Sizes, insert: Callable, state: Shard, rows: Rows, key: jax.Array) -> Shard:
-    """Over all devices; the rows are checked as they are given, before JAX narrows their types."""
-    check_rows(
-        sizes.record, rows, labelled=sizes.policy.classes is not None, weighted=sizes.weighted, shards=sizes.shards
-    )
-    return insert(state, rows, key)
+class _Calls(NamedTuple):
+    """The functions of the device tier over all devices."""
+
+    insert: Callable[[Shard, Rows, jax.Array], Shard]
+    draw: Callable[[Shard, jax.Array], Drawn]
+    insert_and_draw: Callable[[Shard, Rows, jax.Array], tuple[Shard, Drawn]]
+    ask: Callable[[Shard, Rows, jax.Array], tuple[Shard, Drawn]]
+    collect: Callable[[Drawn], Drawn]
 
 
-def _insert_and_draw(
-    sizes: Sizes, insert: Callable, draw: Callable, state: Shard, rows: Rows, key: jax.Array
-) -> tuple[Shard, Drawn]:
-    insert_key, draw_key = jax.random.split(key)
-    state = _insert(sizes, insert, state, rows, insert_key)
-    return state, draw(state, draw_key)
+def _calls(sizes: Sizes, insert: Callable, draw: Callable) -> _Calls:
+    def both(state: Shard, rows: Rows, key: jax.Array) -> tuple[Shard, Drawn]:
+        insert_key, draw_key = jax.random.split(key)
+        state = insert(state, rows, insert_key)
+        return state, draw(state, draw_key)
+
+    def checked(function: Any) -> Callable:
+        """The rows are checked as they are given, before JAX narrows their types."""
+
+        def call(state: Shard, rows: Rows, key: jax.Array) -> Any:
+            check_rows(
+                sizes.record,
+                rows,
+                labelled=sizes.policy.classes is not None,
+                weighted=sizes.weighted,
+                shards=sizes.shards,
+            )
+            return function(state, rows, key)
+
+        return call
+
+    insert_and_draw = checked(jax.jit(both, donate_argnums=0))
+    return _Calls(checked(jax.jit(insert)), jax.jit(draw), insert_and_draw, insert_and_draw, lambda asked: asked)
 
 
 def _bytes(tree: PyTree) -> int:

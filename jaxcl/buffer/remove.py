@@ -18,7 +18,7 @@ from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import bits
 from jaxcl.buffer.buffer import Sizes
 from jaxcl.buffer.held import Memory, decoded, pieces, rows_at_once
-from jaxcl.buffer.host.store import Pending
+from jaxcl.buffer.host.messages import Pending
 from jaxcl.buffer.policy.base import INT32_MAX
 from jaxcl.buffer.shard import Drawn, Rows, Shard
 from jaxcl.errors import UserError

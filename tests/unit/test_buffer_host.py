@@ -202,7 +202,7 @@ def made(step, device, sends=1) -> Handover:
 
 
 def store_on(mesh, queue=3) -> Store:
-    return Store(ROW, SLOTS, 1, mesh, None, queue)
+    return Store(ROW, SLOTS, 1, mesh, mesh_lib.AXIS, None, queue)
 
 
 def assert_no_writer():
@@ -343,11 +343,11 @@ def test_a_memory_that_cannot_fit_is_refused_at_once(mesh_of, tmp_path, monkeypa
 @pytest.mark.parametrize("mesh", [0, 4])
 @pytest.mark.parametrize("memory", ["sharded", "replicated"])
 def test_rows_that_no_device_can_hold_are_refused_before_they_are_made(mesh, memory, mesh_of, monkeypatch):
-    """On a CPU, whose devices share the host's memory; also where the number of rows is no int32."""
+    """On a CPU, whose devices share the host's memory; also where the number of bytes is no int32."""
     monkeypatch.setattr(rows_lib, "free_memory", lambda: 10**9)
     mesh, row = mesh_of(mesh) if mesh else None, 8 + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(RECORD))
     copies = 4 if mesh and memory == "replicated" else 1
-    for capacity in (4 * 10**7, 4 * 10**12):
+    for capacity in (4 * 10**7, 2 * 10**9):
         need = capacity * row * copies
         with pytest.raises(UserError, match=f"buffer.capacity: .* {need} bytes of host memory and {10**9} are there"):
             make_buffer(RECORD, capacity=capacity, representatives=4, mesh=mesh, memory=memory)

@@ -15,11 +15,13 @@ from jax import lax
 from jax.experimental import io_callback
 from jax.sharding import Mesh
 
+from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import buffer, draw
 from jaxcl.buffer.buffer import Local, Sizes
 from jaxcl.buffer.draw import Plan
 from jaxcl.buffer.exchange.base import pack, six_sigma, unpack
-from jaxcl.buffer.host.store import Handover, Pending, Store
+from jaxcl.buffer.host.messages import Handover, Pending
+from jaxcl.buffer.host.store import Store
 from jaxcl.buffer.shard import Drawn, Rows, Shard
 from jaxcl.check import refused
 
@@ -30,7 +32,8 @@ def make_store(sizes: Sizes, mesh: Mesh, path: str | None, queue: int) -> Store:
     """The rows of a buffer in host memory; see `Store`."""
     # A device has to send what its shard supplies: r rows on average, so that this almost always suffices.
     narrow = min(six_sigma(sizes.per_device, 1), sizes.representatives) if sizes.routes else sizes.per_device
-    return Store(sizes.stored, sizes.policy.slots, narrow, mesh, path, queue)
+    assert sizes.axis is not None
+    return Store(sizes.stored, sizes.policy.slots, narrow, mesh, sizes.axis, path, queue)
 
 
 def bind(sizes: Sizes, store: Store, handover: str, *, on_cpu: bool) -> Local:
@@ -50,7 +53,9 @@ def bind(sizes: Sizes, store: Store, handover: str, *, on_cpu: bool) -> Local:
 
 def refuse(*args: Any) -> Any:
     """In place of insert, keep and draw."""
-    raise refused("buffer.tier", "host", "device: a memory of the host tier is moved by turn and receive")
+    raise refused(
+        "buffer.tier", "host", "device: inside shard_map a memory of the host tier is moved by turn and receive"
+    )
 
 
 def turn(
@@ -123,7 +128,8 @@ def no_rows(sizes: Sizes) -> Pending:
     """A draw without a valid row."""
     count = sizes.representatives if sizes.routes else sizes.per_device
     zeros = jnp.zeros((count,), jnp.int32)
-    return Pending(_kept(sizes, draw.no_plan(count, sizes.shards)), zeros, zeros, zeros)
+    none = Pending(_kept(sizes, draw.no_plan(count, sizes.shards)), zeros, zeros, zeros)
+    return mesh_lib.varying(sizes.axis, none)
 
 
 def _kept(sizes: Sizes, plan: Plan) -> Plan | jax.Array:

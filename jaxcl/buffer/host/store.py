@@ -16,22 +16,23 @@ What is guaranteed, whatever the threads do:
            over before it, so that the state of the last step is whole; hand-overs after it are dropped, so nothing hangs.
 """
 
+import collections
 import contextlib
-import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer.draw import Plan
+from jaxcl.buffer.host.messages import Asked, Handover, HandoverError, Pending
 from jaxcl.buffer.host.rows import allocate, row_type
 from jaxcl.check import at_least, check
-from jaxcl.errors import RunError, UserError
+from jaxcl.errors import UserError
 from jaxcl.types import PyTree
 
 BACKGROUND = ("copy", "populate", "sample", "exchange")
@@ -39,78 +40,49 @@ CHUNK = 2**24  # bytes of rows that are moved at once
 PATIENCE = 1.0  # seconds after which a hand-over that has not come is looked for
 
 
-class HandoverError(RunError):
-    """A hand-over is lost, late or doubled; the stored rows can no longer be trusted."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Pending:
-    """A draw whose rows are still on their way to the device.
-
-    Attributes:
-      picked: what is drawn: a `Plan`, leaves `[1, ...]`, or the ranks int32 `[r]` of this device's own rows.
-      slot, label, id: int32 `[n]`, of the rows this device has to send; n is R for a plan and r without.
-    """
-
-    picked: Plan | jax.Array
-    slot: jax.Array
-    label: jax.Array
-    id: jax.Array
-
-
-class Handover(NamedTuple):
-    """What a device hands over in a step.
-
-    Attributes:
-      step: int32 `[1]`.
-      slot: int32 `[b]`, where each row is to be stored, unique; one out of range is not stored.
-      rows: uint8 `[b, bytes]`, packed.
-      send: int32 `[1, draws, n]`, the slots to be gathered after that for each draw.
-      wide: bool `[1]`: whether all n are wanted; else the first few, see `Store`. The same on all devices.
-    """
-
-    step: Any
-    slot: Any
-    rows: Any
-    send: Any
-    wide: Any
-
-
 class Store:
-    """The rows of this process's devices, and the writer that serves them.
+    """The rows of this process's shards, one array each whatever devices hold a copy, and the writer that serves them.
 
     Args:
       record: one record, a pytree of `jax.ShapeDtypeStruct`.
       slots: rows of a shard.
       narrow: of the rows gathered for a draw, how many a device is given unless some device needs more.
-      mesh: the devices; each has its shard, those of other processes are held there.
-      path: folder for memory-mapped files, one a device; None: in memory.
+      mesh: the devices; a process holds the rows of the shards that its devices have.
+      axis: of the mesh, one name or several, along which the shards are numbered.
+      path: folder for memory-mapped files, one a shard; None: in memory.
       queue: steps that may wait to be applied, at least 1.
 
     Raises:
       UserError: there is not as much memory, or space on the disk, as the rows need.
     """
 
-    def __init__(self, record: PyTree, slots: int, narrow: int, mesh: Mesh, path: str | None, queue: int):
+    def __init__(
+        self, record: PyTree, slots: int, narrow: int, mesh: Mesh, axis: mesh_lib.Axis, path: str | None, queue: int
+    ):
         check("buffer.queue", queue, at_least(1))
         self.row = row_type(record)
-        self.slots, self.narrow, self._mesh, self._bound = slots, narrow, mesh, queue
-        self._number = {d: i for i, d in enumerate(mesh.devices.flat)}
-        self._devices = [i for d, i in self._number.items() if d.process_index == jax.process_index()]
-        self._stored = dict(zip(self._devices, allocate(self._devices, slots, self.row, path), strict=True))
+        self.slots, self.narrow, self._bound = slots, narrow, queue
+        self._size = mesh_lib.axis_size(mesh, axis)
+        self._split = NamedSharding(mesh, PartitionSpec(axis))
+        self._number = mesh_lib.places(mesh, axis)
+        held = {(device.process_index, shard) for device, shard in self._number.items()}
+        self._shards = sorted(shard for process, shard in held if process == jax.process_index())
+        self._stored = dict(zip(self._shards, allocate(self._shards, slots, self.row, path), strict=True))
         self._bytes = {i: x.view(np.uint8).reshape(slots, self.row.itemsize) for i, x in self._stored.items()}
-        self.num_bytes = mesh.size * slots * self.row.itemsize
+        self.num_bytes = len(held) * slots * self.row.itemsize
         self.seconds = dict.fromkeys(BACKGROUND, 0.0)
         self._changed = threading.Condition()
         self._closed, self._error = True, None  # type: tuple[bool, BaseException | None]
+        self.way: str | None = None  # see `go`
+        self.came: int | None = 0  # rows that calls have brought to each device, modulo 2**32; None: not known
+        self._asked: collections.deque[Asked] = collections.deque()
         self._begin(0)
 
     def _begin(self, step: int) -> None:
         self.step = step  # the next to be dispatched; the loop's thread alone counts it
         self._next = step  # the next to be applied
         self._waiting: dict[int, dict[int, Handover]] = {}
-        self._handed = dict.fromkeys(self._devices, step - 1)  # the last step of each device
+        self._handed = dict.fromkeys(self._shards, step - 1)  # the last step of each device
         self._arrived: jax.Array | None = None
 
     @contextlib.contextmanager
@@ -120,14 +92,14 @@ class Store:
         Args:
           step: the first step whose hand-over will come.
           staged: the draws which that step replays, whose rows are gathered now.
+
+        Raises:
+          UserError: the memory is moved by calls, see `calls.py`.
         """
+        self.go("its writer, within `serving`")
         self._begin(step)
         self._closed, self._error = False, None
-        slots = [self._parts(pending.slot) for pending in staged]
-        wanted = {i: np.array([np.asarray(slot[i]) for slot in slots]) for i in self._devices}
-        plans = [pending.picked for pending in staged if isinstance(pending.picked, Plan)]
-        firsts = [np.asarray(self._parts(plan.first)[self._devices[0]]) for plan in plans]
-        self._arrived = self._gather(wanted, any(np.diff(first).max() > self.narrow for first in firsts))
+        self._arrived = self.gather(staged)
         writer = threading.Thread(target=self._write, name="buffer-writer", daemon=True)
         writer.start()
         try:
@@ -143,6 +115,16 @@ class Store:
                 self._closed = True
                 self._changed.notify_all()
             writer.join()
+
+    def go(self, way: str) -> None:
+        """Either the writer moves the memory or the caller's thread.
+
+        Raises:
+          UserError: it has been moved in the other way.
+        """
+        if self.way not in (None, way):
+            raise UserError(f"buffer: this memory of the host tier is moved by {self.way}, not by {way} as well")
+        self.way = way
 
     def hand_over(self, device: Any, *handover: Any) -> None:
         """The callback in the step; copies, as the arguments are views of memory that the step uses again. Never raises:
@@ -184,8 +166,8 @@ class Store:
         global arrays, which may still be computed."""
         for handover in outputs:
             parts = [self._parts(x) for x in handover[1:]]
-            for device in self._devices:
-                self.give(device, Handover((self.step,), *(part[device] for part in parts)))
+            for shard in self._shards:
+                self.give(shard, Handover((self.step,), *(part[shard] for part in parts)))
         self.step += 1
 
     def drain(self) -> None:
@@ -217,29 +199,32 @@ class Store:
             if error is not self._error or isinstance(error, HandoverError):
                 raise
             for step in range(self._next, self.step):
-                if len(self._waiting.get(step, ())) < len(self._devices):  # handed over after the error, and dropped
+                if len(self._waiting.get(step, ())) < len(self._shards):  # handed over after the error, and dropped
                     raise
                 self._populate(self._waiting[step])
             return error
         return None
 
     def payload(self) -> dict[int, np.ndarray]:
-        """Each local device's rows, `[slots]` of dtype `row`, by its number in the mesh; to be called after `drain`."""
+        """The rows of each shard held here, `[slots]` of dtype `row`, by its number; to be called after `drain`."""
+        self.catch_up()
         return dict(self._stored)
 
     def restore(self, payload: Mapping[int, np.ndarray], place: np.ndarray | None = None) -> None:
-        """Takes over what `payload` gave, here or on other devices; to be called before `serving`.
+        """Takes over what `payload` gave, here or on other devices; the state that is given next is that of these rows.
 
         Args:
-          payload: of this process's devices; with `place`, of all devices of that time, only read where it is wanted.
-          place: int64 `[N * slots]`, for every slot of the devices of now the one its row had, counted over all devices of
+          payload: of the shards held here; with `place`, of all shards of that time, only read where it is wanted.
+          place: int64 `[N * slots]`, for every slot of the shards of now the one its row had, counted over all shards of
             that time; -1 for a slot without a row. None: rows lie as they lay.
         """
-        for device, stored in self._stored.items():
+        self._asked.clear()
+        self.way, self.came = None, None
+        for shard, stored in self._stored.items():
             if place is None:
-                stored[...] = payload[device]
+                stored[...] = payload[shard]
                 continue
-            mine = place[device * self.slots : (device + 1) * self.slots]
+            mine = place[shard * self.slots : (shard + 1) * self.slots]
             for holder, rows in payload.items():
                 came = np.flatnonzero(mine // len(rows) == holder)
                 for some in np.array_split(came, 1 + len(came) * self.row.itemsize // CHUNK):
@@ -262,8 +247,34 @@ class Store:
             if isinstance(rows, np.memmap):
                 rows.flush()
 
+    def put_off(self, asked: Asked) -> None:
+        """What was asked for is done when it is needed, or when more than `queue` wait."""
+        self._asked.append(asked)
+        if len(self._asked) > self._bound:
+            self.catch_up(self._asked[0])
+
+    def catch_up(self, asked: Asked | None = None) -> None:
+        """Stores and gathers what was put off, in the order of asking, up to `asked` or all of it."""
+        while self._asked and (asked is None or asked.handover is not None):
+            first = self._asked[0]
+            if first.handover is not None:
+                parts = [self._parts(x) for x in first.handover]
+                first.arrived = self._apply({i: Handover(*(part[i] for part in parts)) for i in self._shards})
+                first.handover = None
+            self._asked.popleft()
+
+    def gather(self, staged: tuple[Pending, ...]) -> jax.Array | None:
+        """Starts the transfer of the rows of these draws, uint8 `[N * draws * n, bytes]`; None without a draw."""
+        slots = [self._parts(pending.slot) for pending in staged]
+        wanted = {i: np.array([np.asarray(slot[i]) for slot in slots]) for i in self._shards}
+        plans = [pending.picked for pending in staged if isinstance(pending.picked, Plan)]
+        firsts = [np.asarray(self._parts(plan.first)[self._shards[0]]) for plan in plans]
+        return self._gather(wanted, any(np.diff(first).max() > self.narrow for first in firsts))
+
     def _parts(self, x: jax.Array) -> dict[int, jax.Array]:
-        """The local parts of a global array, by the number of the device that has them."""
+        """The local parts of a global array, by the number of the shard that they are of."""
+        if not x.sharding.is_equivalent_to(self._split, x.ndim):  # along an axis that the compiler uses as it likes
+            x = jax.device_put(x, self._split)
         return {self._number[part.device]: part.data for part in x.addressable_shards}
 
     def _check_complete(self) -> None:
@@ -284,7 +295,7 @@ class Store:
             raise self._error
 
     def _whole(self) -> bool:
-        return len(self._waiting.get(self._next, ())) == len(self._devices)
+        return len(self._waiting.get(self._next, ())) == len(self._shards)
 
     def _write(self) -> None:
         """The writer's thread."""
@@ -307,33 +318,37 @@ class Store:
     def _apply(self, handovers: Mapping[int, Handover]) -> jax.Array | None:
         self._populate(handovers)
         with self._timed("copy"):
-            wanted = {device: np.asarray(handovers[device].send)[0] for device in self._devices}
-            wide = bool(np.asarray(handovers[self._devices[0]].wide)[0])
+            wanted = {shard: np.asarray(handovers[shard].send)[0] for shard in self._shards}
+            wide = bool(np.asarray(handovers[self._shards[0]].wide)[0])
         return self._gather(wanted, wide)
 
     def _populate(self, handovers: Mapping[int, Handover]) -> None:
         """Stores the rows of a step; to do it again changes nothing."""
-        for device in self._devices:
+        for shard in self._shards:
             with self._timed("copy"):
-                slot, rows = np.asarray(handovers[device].slot), np.asarray(handovers[device].rows)
+                slot, rows = np.asarray(handovers[shard].slot), np.asarray(handovers[shard].rows)
             with self._timed("populate"):
                 kept = np.flatnonzero(slot < self.slots)
-                self._bytes[device][slot[kept]] = rows[kept]
+                self._bytes[shard][slot[kept]] = rows[kept]
 
     def _gather(self, wanted: Mapping[int, np.ndarray], wide: bool) -> jax.Array | None:
-        """Starts the transfer of the rows at the slots int32 `[draws, n]` of each device; None without a draw."""
-        if not wanted[self._devices[0]].size:
+        """Starts the transfer of the rows at the slots int32 `[draws, n]` of each shard; None without a draw."""
+        if not wanted[self._shards[0]].size:
             return None
         with self._timed("sample"):
             if not wide:
-                wanted = {device: slot[:, : self.narrow] for device, slot in wanted.items()}
-            count = wanted[self._devices[0]].size
+                wanted = {shard: slot[:, : self.narrow] for shard, slot in wanted.items()}
+            count = wanted[self._shards[0]].size
             # New memory every time: the device may go on reading it, on a CPU as long as the array lives.
-            rows = np.empty((len(self._devices), count, self.row.itemsize), np.uint8)
-            for out, (device, slot) in zip(rows, wanted.items(), strict=True):
-                np.take(self._bytes[device], slot.reshape(-1), axis=0, out=out, mode="clip")
+            rows = np.empty((len(self._shards), count, self.row.itemsize), np.uint8)
+            for out, (shard, slot) in zip(rows, wanted.items(), strict=True):
+                np.take(self._bytes[shard], slot.reshape(-1), axis=0, out=out, mode="clip")
+
+        def part(index: Any) -> np.ndarray:
+            return rows[self._shards.index((index[0].start or 0) // count)]
+
         with self._timed("exchange"):
-            return mesh_lib.shard_rows(self._mesh, rows.reshape(-1, self.row.itemsize))
+            return jax.make_array_from_callback((self._size * count, self.row.itemsize), self._split, part)
 
     @contextlib.contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

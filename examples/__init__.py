@@ -1,0 +1,1 @@
+"""The rehearsal buffer in loops of one's own; each file runs alone."""

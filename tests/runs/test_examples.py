@@ -1,0 +1,22 @@
+"""The examples run as a user would run them, and keep the laws that they assert at their ends."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+REPO = pathlib.Path(__file__).resolve().parents[2]
+EXAMPLES = sorted(path.stem for path in (REPO / "examples").glob("replay*.py"))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name):
+    command = [sys.executable, "-W", "error", "-m", f"examples.{name}"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "accuracy over all tasks: 0.9" in done.stdout or "accuracy over all tasks: 1.0" in done.stdout
+
+
+def test_there_is_one_for_each_tier():
+    assert EXAMPLES == ["replay_loop", "replay_loop_host"]
