@@ -26,12 +26,13 @@ from jax.experimental import multihost_utils
 
 import jaxcl
 from jaxcl import mesh as mesh_lib
-from jaxcl.buffer import bits
+from jaxcl.buffer import bits, weights
 from jaxcl.buffer import folder as disk
 from jaxcl.buffer.bits import Spec
 from jaxcl.buffer.held import Memory, decoded, pieces, rows_at_once
 from jaxcl.buffer.reshard import reshard
 from jaxcl.buffer.shard import Shard
+from jaxcl.buffer.weights import Weights
 from jaxcl.errors import UserError
 
 
@@ -90,7 +91,7 @@ def save(memory: Memory, state: Shard, folder: str | os.PathLike[str], *, overwr
         for number, shard in shards.items():
             place = disk.growing(final) / _name(number)
             place.mkdir()
-            for i, (leaf, x) in enumerate(zip(leaves, jax.tree.leaves(shard), strict=True)):
+            for i, (leaf, x) in enumerate(zip(leaves, jax.tree.leaves(_saved(shard)), strict=True)):
                 blocks = map(leaf.to_file, pieces(x, rows_at_once(x)))
                 sums[number, i] = disk.write(place / leaf.file, blocks, (len(x), *leaf.saved.shape), leaf.saved.dtype)
             disk.sync(place)
@@ -135,10 +136,13 @@ def _load(memory: Memory, folder: pathlib.Path) -> Shard:
 
     old = manifest["shards"]
     rest = [np.concatenate([read(n, leaf) for n in range(old)]) for leaf in leaves if leaf.spec is None]
-    stored = jax.tree.unflatten(jax.tree.structure(dataclasses.replace(memory.empty, record={})), rest)
+    stored = jax.tree.unflatten(jax.tree.structure(_saved(dataclasses.replace(memory.empty, record={}))), rest)
     # The record of a slot is its number, which tells where the row is to be found.
     stored = dataclasses.replace(stored, record=np.arange(len(stored.id)))
     slots = len(stored.id) // old
+    if stored.weights is not None:
+        leaves_of = np.reshape(stored.weights.levels[0], (old, -1))
+        stored = dataclasses.replace(stored, weights=weights.build(leaves_of, np.asarray(stored.weights.greatest)))
     if old != sizes.shards:
         stored = reshard(
             stored,
@@ -172,6 +176,14 @@ def _load(memory: Memory, folder: pathlib.Path) -> Shard:
 
     arrays = [memory.place((len(place), *leaf.stored.shape), functools.partial(part, leaf)) for leaf in record]
     return dataclasses.replace(state, record=jax.tree.unflatten(jax.tree.structure(sizes.stored), arrays))
+
+
+def _saved(shard: Shard) -> Shard:
+    """What of a shard is in files: of its weights those of the rows, as their sums follow from them."""
+    if shard.weights is None:
+        return shard
+    tree = Weights(shard.weights.levels[:1], shard.weights.greatest, shard.weights.positive)
+    return dataclasses.replace(shard, weights=tree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +222,7 @@ def _leaves(memory: Memory) -> list[Leaf]:
     flat, sizes = jax.tree_util.tree_leaves_with_path, memory.sizes
     specs, stored = jax.tree.leaves(sizes.record), flat(sizes.stored)
     found = [(bits.leaf_name("record", path), spec, x) for (path, x), spec in zip(stored, specs, strict=True)]
-    for path, x in flat(dataclasses.replace(memory.empty, record={})):
+    for path, x in flat(_saved(dataclasses.replace(memory.empty, record={}))):
         found.append((jax.tree_util.keystr(path, simple=True, separator="."), None, Spec(x.shape[1:], x.dtype)))
     files = [re.sub(r"[^\w.-]", "_", name, flags=re.ASCII) for name, *_ in found]
     twice = {file for file in files if files.count(file) > 1}

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl import mesh as mesh_lib
-from jaxcl.buffer import bits
+from jaxcl.buffer import bits, weights
 from jaxcl.buffer.buffer import Sizes
 from jaxcl.buffer.held import Memory, decoded, pieces, rows_at_once
-from jaxcl.buffer.host.messages import Pending
+from jaxcl.buffer.host.messages import Asked, Pending
 from jaxcl.buffer.policy.base import INT32_MAX
 from jaxcl.buffer.shard import Drawn, Rows, Shard
 from jaxcl.errors import UserError
@@ -91,7 +91,10 @@ def remove(memory: Memory, erase: Callable[[Shard, Any], Shard], state: Shard, i
 def erase(sizes: Sizes, state: Shard, ids: jax.Array) -> Shard:
     """This device's shard without the rows of these ids, int32 `[n]`, ascending, negative ones to spare."""
     gone = _among(state.id, ids)
-    slot_of = state.slot_of
+    slot_of, tree, slots = state.slot_of, state.weights, len(state.id)
+    if tree is not None:
+        number = jnp.arange(slots, dtype=jnp.int32)
+        tree = weights.put(tree, jnp.where(gone, number, slots + number), jnp.zeros((slots,), jnp.float32))
     return dataclasses.replace(
         state,
         record=jax.tree.map(functools.partial(_zero, gone), state.record),
@@ -99,6 +102,7 @@ def erase(sizes: Sizes, state: Shard, ids: jax.Array) -> Shard:
         label=_zero(gone, state.label) if sizes.policy.classes is None else state.label,
         id=jnp.where(gone, -1, state.id),
         slot_of=None if slot_of is None else slot_of.at[jnp.where(ids < 0, INT32_MAX, ids)].set(0, mode="drop"),
+        weights=tree,
     )
 
 
@@ -108,7 +112,15 @@ def forget(staged: PyTree, ids: Any) -> PyTree:
     Args:
       staged: `Drawn` or what the host tier leaves for the next step, or a pytree of them.
       ids: as of `remove`.
+
+    Raises:
+      UserError: a draw of windows, whose rows have no ids of their own, or one that is not collected yet.
     """
+    for one in jax.tree.leaves(staged, is_leaf=lambda x: isinstance(x, Drawn | Asked)):
+        if isinstance(one, Asked):
+            raise UserError("staged: a draw that is still asked for is not allowed, give what `collect` returns")
+        if isinstance(one, Drawn) and one.length is not None:
+            raise UserError("staged: a draw of windows is not allowed, draw again after `remove` instead")
     return _forget(staged, _ids(ids))
 
 

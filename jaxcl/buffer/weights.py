@@ -98,8 +98,8 @@ def _sum(children: Any) -> Any:
     return functools.reduce(operator.add, (children[..., i] for i in range(RADIX)))
 
 
-def build(leaves: np.ndarray, greatest: float) -> Weights:
-    """The global arrays of N shards, in NumPy: their weights float32 `[N, slots]`."""
+def build(leaves: np.ndarray, greatest: Any) -> Weights:
+    """The global arrays of N shards, in NumPy: their weights float32 `[N, slots]`, and the greatest of each or of all."""
     levels: list[Any] = [leaves]
     while levels[-1].shape[1] > RADIX:
         padded = np.pad(levels[-1], ((0, 0), (0, -levels[-1].shape[1] % RADIX)))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxcl import mesh as mesh_lib
-from jaxcl.buffer import Rows, forget, held, make_buffer
+from jaxcl.buffer import Rows, forget, held, make_buffer, weights
 from jaxcl.errors import UserError
 from jaxcl.runs.checkpoint import Checkpoints
 from tests import oracle
@@ -263,3 +263,49 @@ def test_another_answer_is_refused(answer):
     state = jax.jit(buffer.insert)(buffer.init(), rows_of(np.arange(5)), jax.random.key(0))
     with pytest.raises(UserError, match=r"predicate: .* is not allowed as its answer, give bool \[5\]"):
         buffer.select(state, lambda record, label, ident: answer(len(ident)))
+
+
+@pytest.mark.parametrize("memory", ["sharded", "replicated"])
+def test_weights_are_removed_and_saved_with_their_rows(memory, tmp_path):
+    """On as many devices as before and on others each row has its weight, and the sums above are those of the rows."""
+
+    def buffer_on(shards):
+        sizes = {"capacity": CAPACITY, "representatives": 16, "memory": memory, "sampling": "weighted"}
+        return make_buffer(RECORD, mesh=mesh_of(shards), **sizes)
+
+    def weights_of(state, shards):
+        leaves, ids = np.asarray(state.weights.levels[0]), np.asarray(state.id)
+        whole = weights.build(leaves.reshape(shards, -1), np.asarray(state.weights.greatest))
+        assert_same(state.weights, whole)
+        assert not leaves[ids < 0].any()
+        return {int(i): float(w) for i, w in zip(ids[ids >= 0], leaves[ids >= 0], strict=True)}
+
+    buffer = buffer_on(4)
+    state = buffer.init()
+    for i in range(2):
+        ids = np.arange(i * BATCH, (i + 1) * BATCH, dtype=np.int32)
+        given = dataclasses.replace(rows_of(ids), weight=ids.astype(np.float32) + 1)
+        state = buffer.insert(state, given, jax.random.key(i))
+    before = weights_of(state, 4)
+    gone = sorted(before)[::3]
+    state = buffer.remove(state, np.array(gone))
+    left = {i: w for i, w in before.items() if i not in gone}
+    assert weights_of(state, 4) == left == {i: i + 1.0 for i in left}
+    drawn = buffer.draw(state, jax.random.key(5))
+    assert not set(np.asarray(drawn.id).tolist()) & set(gone) and int(drawn.valid.sum()) == min(16, len(left))
+    buffer.save(state, tmp_path / "saved")
+    assert_same(buffer.load(tmp_path / "saved"), state)
+    for shards in (1, 8):
+        assert weights_of(buffer_on(shards).load(tmp_path / "saved"), shards) == left
+
+
+def test_draws_that_cannot_be_forgotten_row_by_row_are_refused():
+    record = {"time": jax.ShapeDtypeStruct((), np.int32)}
+    buffer = make_buffer(record, capacity=8, representatives=2, policy="fifo", window=2, time="time")
+    state = buffer.insert(buffer.init(), Rows({"time": np.arange(8, dtype=np.int32)}), jax.random.key(0))
+    with pytest.raises(UserError, match="staged: a draw of windows is not allowed, draw again"):
+        forget(buffer.draw(state, jax.random.key(1)), [3])
+    buffer = make_buffer(record, capacity=8, representatives=2, mesh=mesh_of(2), tier="host")
+    _, asked = buffer.ask(buffer.init(), Rows({"time": np.arange(8, dtype=np.int32)}), jax.random.key(0))
+    with pytest.raises(UserError, match="staged: a draw that is still asked for is not allowed"):
+        forget(asked, [3])
