@@ -37,7 +37,7 @@ def test_many_classes_are_fair_in_the_union(policy):
 
 
 def test_turns_deal_every_height_once():
-    """Each class has one row of each height in the union; so full shards leave classes of a row of numbers within two rows."""
+    """Each class has one row of each height in the union."""
     for shards in (1, 2, 3, 8, 12):
         budget = Budget(1000, shards, 50)
         turn = np.stack([np.asarray(turns(budget, jnp.int32(s))) for s in range(shards)])

@@ -35,14 +35,15 @@ def class_balanced(budget: Budget) -> Policy:
       - The rows stored of a class are a uniform sample without replacement of those of its stream.
       - Once the shard is full its division is max-min fair: with M rows in the largest class, every class holds M or M - 1
         rows or all that came. A class that appears takes rows from the largest ones, one for one.
-    Of the union: the class histogram is within N rows of fair where the devices see the classes in like proportions, and a
-    class is then sampled uniformly up to the shards' rounding; a class that comes to one device only fills no more than its
-    part of that shard.
+    Which classes have the M-th row is the shards' turn (`turns`): "larger" and "largest" compare heights of top rows.
+    Of the union, while each of the k classes 0..k-1 comes to every full shard at least M times: if N divides k, sizes of
+    classes differ by at most one row; if k > N, by two, by three from 12 shards on (all k and capacities tried, N up
+    to 32); if k < N, by N / 2. A class that comes to one device only fills no more than its part of that shard.
 
     Slots are kept in the order of their rows' classes (`order`: class 0, class 1, ..., free), so that a uniform row of a
-    class is one look-up. A slot changes class by moving one entry of each class in between: O(K) a row that grows its
-    class, in a loop over the rows. Where no class grows (the shard is full, no class new) all rows are placed at once and
-    the loop takes no step. n saturates at 2**31 - 2.
+    class is one look-up. A slot changes class by moving one entry of each class in between: O(K) a row, in a loop over the
+    rows that can be stored, up to the last one whose class can grow. The others are placed at once; where no class grows
+    (the shard is full, no class new) those are all. n saturates at 2**31 - 2.
 
     Raises:
       UserError: `num_classes` is missing.

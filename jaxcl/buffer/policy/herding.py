@@ -27,10 +27,11 @@ def herding(budget: Budget) -> Policy:
     """A row is appended to its class while the shard has room. In a full shard it takes the slot of the last exemplar of a
     largest class if that class stays at least as large as its own, else it is not stored. So classes that are offered
     enough rows share the memory to within one row, and a class that shrinks keeps its first, best rows. Among equally large
-    classes shard i takes from the one next above class K - 1 - i: shards take from different classes. Nothing is random.
+    classes it is the shards' turn (`turns`), so that the union is fair as with `class_balanced`, and then the last class.
+    Nothing is random.
 
-    `jaxcl.buffer.selection` ranks the rows. Each class is a list linked from its last row back: O(K) a row, in a loop over the
-    rows, which takes no step where no row can be stored.
+    `jaxcl.buffer.selection` ranks the rows. Each class is a list linked from its last row back. The rows that find room are
+    placed at once, O(n log n); those that others make room for in a loop over the rows that can be stored, O(K) each.
 
     Raises:
       UserError: `num_classes` is missing.
