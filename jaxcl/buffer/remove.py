@@ -45,27 +45,32 @@ def select(memory: Memory, state: Shard, predicate: Predicate) -> Rows:
       UserError: the predicate answers with anything else.
     """
     record, form = jax.tree.flatten(memory.sizes.record)
-    found = [[np.zeros((0, *s.shape), s.dtype) for s in (*jax.tree.leaves(memory.sizes.stored), *_TWO)]]
+    n = len(record)
+    fields = (*jax.tree.leaves(memory.sizes.stored), *_FIELDS[: 3 if memory.sizes.weighted else 2])
+    found = [[np.zeros((0, *s.shape), s.dtype) for s in fields]]
     for shard in memory.shards(state).values():
         leaves = [*jax.tree.leaves(shard.record), shard.label, shard.id]
+        leaves += [] if shard.weights is None else [shard.weights.levels[0]]
         at_once = rows_at_once(*leaves)
         for some in zip(*(pieces(x, at_once) for x in leaves), strict=True):
-            there = some[-1] >= 0
+            there = some[n + 1] >= 0
             if not there.any():
                 continue
             rows = [x[there] for x in some]
-            seen = [decoded(s, x) for s, x in zip(record, rows, strict=False)]
-            wanted = np.asarray(predicate(jax.tree.unflatten(form, seen), rows[-2], rows[-1]))
-            if wanted.shape != rows[-1].shape or wanted.dtype != np.bool_:
+            label, ident = rows[n : n + 2]
+            seen = [decoded(s, x) for s, x in zip(record, rows[:n], strict=True)]
+            wanted = np.asarray(predicate(jax.tree.unflatten(form, seen), label, ident))
+            if wanted.shape != ident.shape or wanted.dtype != np.bool_:
                 given = f"{wanted.dtype} {list(wanted.shape)}"
-                raise UserError(f"predicate: {given} is not allowed as its answer, give bool [{len(rows[-1])}]")
+                raise UserError(f"predicate: {given} is not allowed as its answer, give bool [{len(ident)}]")
             found.append([x[wanted] for x in rows])
-    *leaves, label, ident = (np.concatenate(x) for x in zip(*found, strict=True))
-    whole = jax.tree.unflatten(form, [decoded(s, x) for s, x in zip(record, leaves, strict=True)])
-    return Rows(whole, label, ident, np.ones(ident.shape, bool))
+    every = [np.concatenate(x) for x in zip(*found, strict=True)]
+    whole = jax.tree.unflatten(form, [decoded(s, x) for s, x in zip(record, every[:n], strict=True)])
+    label, ident, *weight = every[n:]
+    return Rows(whole, label, ident, np.ones(ident.shape, bool), weight=weight[0] if weight else None)
 
 
-_TWO = (jax.ShapeDtypeStruct((), jnp.int32),) * 2  # label and id
+_FIELDS = (*(jax.ShapeDtypeStruct((), jnp.int32),) * 2, jax.ShapeDtypeStruct((), jnp.float32))  # label, id, weight
 
 
 def remove(memory: Memory, erase: Callable[[Shard, Any], Shard], state: Shard, ids: Any) -> Shard:
@@ -109,18 +114,18 @@ def erase(sizes: Sizes, state: Shard, ids: jax.Array) -> Shard:
 def forget(staged: PyTree, ids: Any) -> PyTree:
     """Draws that wait to be used, without the rows of these ids: these are zeros and invalid. `staged` is donated.
 
+    Of a draw of windows nothing is left, as nobody knows the ids of the rows that follow the first ones.
+
     Args:
       staged: `Drawn` or what the host tier leaves for the next step, or a pytree of them.
       ids: as of `remove`.
 
     Raises:
-      UserError: a draw of windows, whose rows have no ids of their own, or one that is not collected yet.
+      UserError: a draw that is not collected yet.
     """
-    for one in jax.tree.leaves(staged, is_leaf=lambda x: isinstance(x, Drawn | Asked)):
+    for one in jax.tree.leaves(staged):
         if isinstance(one, Asked):
             raise UserError("staged: a draw that is still asked for is not allowed, give what `collect` returns")
-        if isinstance(one, Drawn) and one.length is not None:
-            raise UserError("staged: a draw of windows is not allowed, draw again after `remove` instead")
     return _forget(staged, _ids(ids))
 
 
@@ -133,6 +138,8 @@ def _without(staged: Drawn | Pending, ids: jax.Array) -> Drawn | Pending:
     gone = _among(staged.id, ids)
     if isinstance(staged, Pending):  # its records come from the memory, or from nowhere
         return dataclasses.replace(staged, label=_zero(gone, staged.label), id=jnp.where(gone, -1, staged.id))
+    if staged.length is not None:
+        gone = jnp.ones_like(gone)
     zeros = jax.tree.map(functools.partial(_zero, gone), staged)
     return dataclasses.replace(zeros, id=jnp.where(gone, -1, staged.id), shard=jnp.where(gone, -1, staged.shard))
 

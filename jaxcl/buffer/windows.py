@@ -68,6 +68,7 @@ def read(window: Window, shard: Shard, slot: jax.Array, room: jax.Array) -> tupl
     places = (slot[:, None] + step) % room
     time = jax.tree.leaves(record)[window.time].at[places].get(mode="clip")
     follows = (time == time[:, :1] + step.astype(time.dtype)) & (step <= behind[:, None])
+    follows &= shard.id.at[places].get(mode="clip") >= 0  # not so where a row was removed
     inside = jnp.cumsum(~follows, axis=1) == 0
 
     def rows(leaf: jax.Array) -> jax.Array:
