@@ -171,9 +171,9 @@ def fair_shares(words: jax.Array, sizes: jax.Array, count: jax.Array | int) -> j
     """
     ascending = jnp.sort(sizes)
     k = sizes.shape[0]
-    before = jnp.cumsum(ascending) - ascending
+    before = jnp.cumsum(ascending, dtype=jnp.int32) - ascending
     # With the i smallest classes exhausted the others can be filled to level[i]; the first class it does not exhaust decides.
-    level = (count - before) // (k - jnp.arange(k))
+    level = (count - before) // (k - jnp.arange(k, dtype=jnp.int32))
     stops = level < ascending
     level = jnp.where(jnp.any(stops), level[jnp.argmax(stops)], NONE)
     share = jnp.minimum(sizes, level)
