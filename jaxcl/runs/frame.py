@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from jaxcl.runs import files, workdir
 from jaxcl.runs.session import Session, open_session
 from jaxcl.runs.steps import STEPPING
+from jaxcl.sealed import sealed
 
 
 def in_sessions(
@@ -47,7 +48,7 @@ def in_sessions(
                 return [session]
             sessions.append(session)
         results = [
-            files.sealed(result | times(result["images"], session))
+            sealed(result | times(result["images"], session))
             for session, result in zip(sessions, carry_out(sessions), strict=True)
         ]
         if jax.process_index() == 0:

@@ -102,6 +102,5 @@ def _standing(config: ConfigDict, folder: pathlib.Path, overwrite: bool) -> tupl
     at its start."""
     if overwrite:
         return None, ""
-    with workdir_lib.locked(folder):
-        finished, found = workdir_lib.claim(folder, config)
+    finished, found = workdir_lib.standing(folder, config)
     return finished, found["name"] if found else ""

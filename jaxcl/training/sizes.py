@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxcl.buffer.host.rows import free_memory
 from jaxcl.check import refused
+from jaxcl.memory import free_memory
 from jaxcl.types import PyTree
 
 PIXEL = 5  # bytes of one as it arrives, uint8, and as the model reads it, float32
