@@ -223,7 +223,7 @@ def test_one_task_and_many(tmp_path, tasks, seeds):
 
 def test_words_of_a_user_are_no_formulas(tmp_path):
     words = r"$\frac{$ <b>"
-    runs = [report.Run(Path(), _result(model=words, capacity=x) | {"strategy": words}) for x in (1, words)]
+    runs = [report.Run(Path(), _result(model=words, config={"option": x}) | {"strategy": words}) for x in (1, words)]
     page = report.write_report(runs, tmp_path).read_text()
     assert r"$\frac{$ &lt;b&gt;" in page and len(list(tmp_path.glob("*.png"))) >= 4
 
