@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 from jaxcl.errors import UserError
 
 
+MOST = 160  # characters of a value in a message
+
+
 class Rule(NamedTuple):
     """What a value must be.
 
@@ -35,7 +38,16 @@ def check(field: str, value: Any, rule: Rule) -> None:
 
 def refused(field: str, value: Any, allowed: str) -> UserError:
     """The error for a value that is not allowed."""
-    return UserError(f"{field}: {value!r} is not allowed, give {allowed}")
+    return UserError(f"{field}: {_shown(value)} is not allowed, give {allowed}")
+
+
+def _shown(value: Any) -> str:
+    """A value on one line that can be read."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # of a number of more than 4,300 digits
+        text = f"a {type(value).__name__} too long to write"
+    return text if len(text) <= MOST else f"{text[: MOST - 20]}...{text[-20:]}"
 
 
 def unknown_field(field: str, allowed: Collection[str]) -> UserError:
