@@ -24,7 +24,7 @@ LONG = "x" * 10**6
 NOT_OF = {
     bool: (0, 1, "True", math.nan, ()),
     int: (True, 1.5, "1", math.nan, math.inf, -math.inf, 2**63, -HUGE, (), {"a": 1}, 1j, b"1"),
-    float: ("1", math.nan, math.inf, -math.inf, 1e301, (), {"a": 1}, 1j, np.ones((3, 3))),
+    float: ("1", math.nan, math.inf, -math.inf, 3.5e38, 1e-39, (), {"a": 1}, 1j, np.ones((3, 3))),
     str: (1, True, math.nan, (), {"a": 1}, b"x", np.ones((30, 30))),
     tuple: (1.5, "x", LONG, math.nan, {"a": 1}, np.ones(3)),
     dict: (3, "x", (1,), math.nan),
@@ -32,9 +32,11 @@ NOT_OF = {
 # By what the rule allows, in its own words: values of the type that are not.
 TOO = {
     "a positive number": (0, -1, -(2**62)),
+    "a whole number from 1 to 2^31 - 1": (0, -1, 2**31, 2**62),
+    "a path, of names of at most 255 bytes": ("a\x00b", "b/" + LONG),
     "0 or more": (-1, -(2**62)),
     "at least 1": (0, -1),
-    "a number from 0 to less than 1": (-0.1, 1.0, 2.0, 1e299),
+    "a number from 0 to less than 1": (-0.1, 1.0, 2.0, 1e37),
     "a number from 0 to 1": (-0.1, 1.0001, 7.0),
     "a number above 0 and at most 1": (0.0, -0.5, 1.0001),
     "a share above 0 and below 1": (0.0, 1.0, -1.0, 2.0),
