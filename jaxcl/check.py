@@ -99,6 +99,6 @@ SEED = Rule(lambda x: is_number(x) and 0 <= x < 2**31, "a whole number from 0 to
 COUNT = Rule(lambda x: is_number(x) and 0 < x < 2**31, "a whole number from 1 to 2^31 - 1")
 PATH = Rule(
     lambda x: isinstance(x, str) and "\0" not in x and all(len(part.encode()) < 256 for part in x.split("/")),
-    "a path, of names of at most 255 bytes",
+    "a name or a path, of parts of at most 255 bytes",
 )
 NAME = Rule(lambda x: isinstance(x, str) and all(x.split(":")) and x.count(":") < 2, "a name, or module:name")

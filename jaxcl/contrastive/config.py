@@ -58,7 +58,7 @@ def fields() -> Fields:
         },
         "data": {
             "source": Field(
-                "digits", "emoji:FILE, digits, npz:FILE, tfds:NAME (class names as text), tfds:coco_captions"
+                "digits", "emoji:FILE, digits, npz:FILE, tfds:NAME (class names as text), tfds:coco_captions", PATH
             ),
             "data_dir": Field(None, "of TFDS; None: its own default", PATH, str),
             "pairs": Field(

@@ -89,7 +89,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
     held = {
         "batch_size": (config.batch_size, config.batch_size // mesh.size * row),
         "eval.batch_size": (config.eval.batch_size, config.eval.batch_size // mesh.size * row),
-        "model": (m.to_dict(), sizes.bytes_of((state.params, state.opt_state, state.keys))),
+        "model": ({"dim": config.dim, **m.to_dict()}, sizes.bytes_of((state.params, state.opt_state, state.keys))),
         "bank.capacity": (config.bank.capacity, sizes.bytes_of(state.bank) // mesh.size),
     }
     sizes.check_on_devices(held, mesh)

@@ -73,7 +73,7 @@ IMAGES = {
     "threads": Field(2, "that read ahead", THREADS),
 }
 DATA = {
-    "source": Field("digits", "digits, tfds:NAME, npz:FILE, ptychography:SIDE"),
+    "source": Field("digits", "digits, tfds:NAME, npz:FILE, ptychography:SIDE", PATH),
     "data_dir": Field(None, "of TFDS; None: its own default", PATH, str),
     "scenario": Field("class", "how the rows are divided into tasks", found_in(SCENARIOS)),
     "tasks": Field(5, "how many, or the classes of each", TASKS, (int, tuple)),

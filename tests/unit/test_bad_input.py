@@ -1,6 +1,7 @@
 """Bad values of every field that is declared: each is one line that names the field, before anything is made or claimed."""
 
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from jaxcl import fields as fields_lib
 from jaxcl.contrastive import config as contrastive
 from jaxcl.contrastive import train as contrastive_train
+from jaxcl.data import open_source
 from jaxcl.errors import UserError
+from jaxcl.search.seeds import train_seeds
 from jaxcl.training import config as training
 from jaxcl.training import loop
 from tests.unit.test_config import changed
@@ -33,7 +36,7 @@ NOT_OF = {
 TOO = {
     "a positive number": (0, -1, -(2**62)),
     "a whole number from 1 to 2^31 - 1": (0, -1, 2**31, 2**62),
-    "a path, of names of at most 255 bytes": ("a\x00b", "b/" + LONG),
+    "a name or a path, of parts of at most 255 bytes": ("a\x00b", "b/" + LONG),
     "0 or more": (-1, -(2**62)),
     "at least 1": (0, -1),
     "a number from 0 to less than 1": (-0.1, 1.0, 2.0, 1e37),
@@ -114,3 +117,87 @@ def test_a_bad_value_costs_one_line_and_leaves_no_folder(kind, name, values, tmp
     for value in values:
         line = said(kind, tmp_path / "run", **{name.replace(".", "__"): value})
         assert line.startswith(f"{name}: "), (value, line)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("os:path", "os:path is no source: "),
+        ("os:getcwd", "os:getcwd is no source: "),
+        ("json:loads:1", "json:loads is no source: "),
+        ("npz:nowhere", "cannot be read: there is no file"),
+        ("ptychography:²", "is not allowed, give ptychography:SIDE"),
+    ],
+)
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_source_that_is_none(kind, source, words, tmp_path):
+    line = said(kind, tmp_path / "run", data__source=source)
+    assert line.startswith("data.source: ") and words in line
+
+
+SIZES = {
+    "training": ("batch_size", "eval.batch_size", "buffer.capacity", "epochs", "data.tasks"),
+    "contrastive": ("batch_size", "eval.batch_size", "dim", "model.image_width", "model.text_width", "epochs"),
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in SIZES.items() for name in names])
+def test_sizes_without_bound_are_refused_before_anything_is_made(kind, name, tmp_path):
+    for value in (2**40, 2**62):
+        line = said(kind, tmp_path / "run", **{name.replace(".", "__"): value})
+        assert line.startswith(f"{name}: "), line
+
+
+def test_the_towers_are_counted_with_their_embeddings(tmp_path):
+    line = said("contrastive", tmp_path / "run", dim=2**30, model__text_width=2**30)
+    assert line.startswith("model: {'dim': 1073741824, "), line
+
+
+def cut(raw):
+    return raw[: len(raw) // 2]
+
+
+DAMAGE = {
+    "a record file, half": ("digits-test.array_record-00000-of-00001", cut),
+    "a record file, zeros": ("digits-train.array_record-00000-of-00001", lambda raw: bytes(len(raw))),
+    "a record file, gone": ("digits-train.array_record-00000-of-00001", None),
+    "its description, half": ("dataset_info.json", cut),
+    "its description, empty": ("dataset_info.json", lambda raw: b"{}"),
+    "too many rows": ("dataset_info.json", lambda raw: raw.replace(b'"1438"', b'"14380000000000"')),
+    "too few rows": ("dataset_info.json", lambda raw: raw.replace(b'"1438"', b'"-3"')),
+}
+
+
+@pytest.fixture(scope="module")
+def digits_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    open_source("digits", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("source", ["digits", "tfds:digits"])
+def test_a_damaged_set_costs_one_line(source, name, damage, digits_folder, tmp_path):
+    shutil.copytree(digits_folder, tmp_path / "data")
+    path = tmp_path / "data" / "digits" / "1.0.0" / name
+    raw = path.read_bytes()
+    path.unlink()
+    if damage is not None:
+        path.write_bytes(damage(raw))
+    line = said("training", tmp_path / "run", data__source=source, data__data_dir=str(tmp_path / "data"))
+    assert line.startswith("data.source: ")
+
+
+@pytest.mark.parametrize("seeds", [[0, 2**31], [2**32], [-1]])
+def test_seeds_that_are_none_are_refused_before_the_first_is_trained(seeds, tmp_path):
+    folders = {seed: tmp_path / str(seed) for seed in seeds}
+    with pytest.raises(UserError, match=r"^seed: -?\d+ is not allowed, give a whole number from 0 to 2\^31 - 1"):
+        train_seeds(training.default_config(), folders, together=False)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_refused_config_leaves_no_folder_also_with_seeds_together(tmp_path):
+    config = changed(training.default_config(), data__source="npz:nowhere")
+    with pytest.raises(UserError, match=r"data\.source"):
+        train_seeds(config, {seed: tmp_path / str(seed) for seed in (0, 1)}, together=True)
+    assert not any(tmp_path.iterdir())
