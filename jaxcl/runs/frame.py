@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from jaxcl.check import NOT_NEGATIVE, check
 from jaxcl.runs import files, workdir
 from jaxcl.runs.session import Session, open_session
 from jaxcl.runs.steps import STEPPING
@@ -37,6 +38,8 @@ def in_sessions(
     Returns:
       What each result.json holds.
     """
+    if stall_seconds is not None:
+        check("stall_seconds", stall_seconds, NOT_NEGATIVE)
     with contextlib.ExitStack() as stack:
         sessions: list[Session] = []
         for config, folder in zip(configs, folders, strict=True):

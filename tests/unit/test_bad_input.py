@@ -12,6 +12,7 @@ from jaxcl.contrastive import config as contrastive
 from jaxcl.contrastive import train as contrastive_train
 from jaxcl.data import open_source
 from jaxcl.errors import UserError
+from jaxcl.runs import frame
 from jaxcl.search.seeds import train_seeds
 from jaxcl.training import config as training
 from jaxcl.training import loop
@@ -186,6 +187,12 @@ def test_a_damaged_set_costs_one_line(source, name, damage, digits_folder, tmp_p
         path.write_bytes(damage(raw))
     line = said("training", tmp_path / "run", data__source=source, data__data_dir=str(tmp_path / "data"))
     assert line.startswith("data.source: ")
+
+
+@pytest.mark.parametrize("seconds", [-1.0, math.nan, math.inf, "x"])
+def test_a_time_to_wait_that_is_none(seconds, tmp_path):
+    with pytest.raises(UserError, match=f"^stall_seconds: .*{seconds}.* is not allowed, give 0 or more"):
+        frame.in_sessions([], [], None, None, begin=0.0, stall_seconds=seconds)
 
 
 @pytest.mark.parametrize("seeds", [[0, 2**31], [2**32], [-1]])
