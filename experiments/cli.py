@@ -78,7 +78,7 @@ def required(flag: flags.FlagHolder) -> Any:
     Raises:
       UserError: it was not given.
     """
-    if flag.value is None:
+    if flag.value in (None, ""):
         raise UserError(f"--{flag.name}: missing")
     return flag.value
 
@@ -228,7 +228,7 @@ def _parse(argv: list[str]) -> list[str]:
         return rest
     except UserError as error:
         sys.exit(_say(error))
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a config file may end the program
         try:
             if path is not None:
                 explain(path, argv)
@@ -246,7 +246,7 @@ def _given_config(argv: list[str]) -> str | None:
     return None
 
 
-def _say(error: Exception) -> int:
+def _say(error: BaseException) -> int:
     """Prints one line and returns the exit status."""
     print(f"error: {brief(error)}", file=sys.stderr)
     return getattr(error, "status", 2)

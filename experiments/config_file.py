@@ -36,7 +36,7 @@ def from_config_file(path: str, function: str) -> Any:
         return call(*arguments)
     except UserError as error:
         raise error if str(error).startswith("--config") else UserError(f"--config: {file}: {error}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a config that ends the program: with a line too
         raise UserError(f"--config: {file}:{_line(error, file)}: {type(error).__name__}: {brief(error)}") from None
 
 
@@ -60,7 +60,7 @@ def _check_arguments(call: Callable[..., Any], arguments: list[str]) -> None:
         raise UserError(f"{call.__name__}() {given}: {error}") from None
 
 
-def _line(error: Exception, file: str) -> int:
+def _line(error: BaseException, file: str) -> int:
     """Where in the file it happened: the last line of it that was running; 0 if none was."""
     places = [(x.filename, x.lineno) for x in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):
@@ -69,7 +69,7 @@ def _line(error: Exception, file: str) -> int:
     return (lines or [0])[-1] or 0
 
 
-def brief(error: Exception) -> str:
+def brief(error: BaseException) -> str:
     """The message alone, on one line."""
     text = error.msg if isinstance(error, SyntaxError) else error.args[0] if isinstance(error, KeyError) else error
     return " ".join(str(text).split())

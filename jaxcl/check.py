@@ -5,12 +5,13 @@ check("buffer.memory", value, one_of(MEMORIES))
 """
 
 import difflib
-import math
 import numbers
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from jaxcl.errors import UserError
+
+MOST = 160  # characters of a value in a message
 
 
 class Rule(NamedTuple):
@@ -35,7 +36,16 @@ def check(field: str, value: Any, rule: Rule) -> None:
 
 def refused(field: str, value: Any, allowed: str) -> UserError:
     """The error for a value that is not allowed."""
-    return UserError(f"{field}: {value!r} is not allowed, give {allowed}")
+    return UserError(f"{field}: {_shown(value)} is not allowed, give {allowed}")
+
+
+def _shown(value: Any) -> str:
+    """A value on one line that can be read."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # of a number of more than 4,300 digits
+        text = f"a {type(value).__name__} too long to write"
+    return text if len(text) <= MOST else f"{text[: MOST - 20]}...{text[-20:]}"
 
 
 def unknown_field(field: str, allowed: Collection[str]) -> UserError:
@@ -50,8 +60,10 @@ def near(name: str, allowed: Collection[str]) -> str:
 
 
 def is_number(x: Any) -> bool:
-    """Whether it is a finite number; True and False are none."""
-    return not isinstance(x, bool) and isinstance(x, numbers.Real) and -math.inf < x < math.inf  # type: ignore[operator]
+    """Whether it is a number that is finite in float32, and no 0 there unless it is one; True and False are none."""
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        return False
+    return x == 0 or 1.2e-38 < abs(x) < 3.4e38  # type: ignore[operator]
 
 
 def one_of(names: Collection[Any]) -> Rule:
@@ -84,4 +96,9 @@ NOT_NEGATIVE = Rule(lambda x: is_number(x) and x >= 0, "0 or more")
 SHARE = Rule(lambda x: is_number(x) and 0 < x <= 1, "a number above 0 and at most 1")
 FRACTION = Rule(lambda x: is_number(x) and 0 <= x < 1, "a number from 0 to less than 1")
 SEED = Rule(lambda x: is_number(x) and 0 <= x < 2**31, "a whole number from 0 to 2^31 - 1")
+COUNT = Rule(lambda x: is_number(x) and 0 < x < 2**31, "a whole number from 1 to 2^31 - 1")
+PATH = Rule(
+    lambda x: isinstance(x, str) and "\0" not in x and all(len(part.encode()) < 256 for part in x.split("/")),
+    "a name or a path, of parts of at most 255 bytes",
+)
 NAME = Rule(lambda x: isinstance(x, str) and all(x.split(":")) and x.count(":") < 2, "a name, or module:name")

@@ -57,7 +57,7 @@ def _is_whole(x: Any) -> bool:
 _TYPES = {
     bool: Rule(lambda x: isinstance(x, bool), "True or False"),
     int: Rule(_is_whole, "a whole number"),
-    float: Rule(lambda x: is_number(x) and abs(x) < 1e300, "a number"),
+    float: Rule(is_number, "a number that float32 holds"),
     str: Rule(lambda x: isinstance(x, str), "a text"),
     tuple: Rule(lambda x: isinstance(x, list | tuple), "a list"),
     dict: Rule(lambda x: isinstance(x, ConfigDict), "a group of options"),

@@ -22,7 +22,7 @@ from configs import digits
 from experiments.bench import harness
 from experiments.bench.harness import Contender
 from experiments.pages.page import Json
-from jaxcl.runs.checkpoint import Checkpoints, abstract, newest
+from jaxcl.runs.checkpoint import Checkpoints, abstract, name_of, newest
 from jaxcl.training.build import build
 from jaxcl.training.state import initial_state
 
@@ -78,7 +78,7 @@ def measure_saves(training: Contender, checkpoints: Checkpoints, repeats: int, s
         before = time.process_time()
         plain = steps * training.run(steps)
         begin, begin_processor = time.perf_counter(), time.process_time()
-        checkpoints.save(f"{i:04d}", training.state, {})
+        checkpoints.save(name_of(i, False, 0), training.state, {})
         blocked = time.perf_counter() - begin
         spent = steps * training.run(steps)
         checkpoints.wait()

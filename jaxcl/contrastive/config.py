@@ -5,8 +5,10 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from jaxcl.check import (
+    COUNT,
     FRACTION,
     NOT_NEGATIVE,
+    PATH,
     POSITIVE,
     SEED,
     Rule,
@@ -36,8 +38,8 @@ def fields() -> Fields:
         "negatives": Field("gathered", "what an anchor is told from", one_of(NEGATIVES)),
         "batch_size": Field(64, "pairs a step", POSITIVE),
         "epochs": Field(20, "passes over the data", POSITIVE),
-        "passes": Field(1, "optimiser steps on each batch", POSITIVE),
-        "dim": Field(64, "of the embeddings", POSITIVE),
+        "passes": Field(1, "optimiser steps on each batch", COUNT),
+        "dim": Field(64, "of the embeddings", COUNT),
         "temperature": Field(0.07, "the first; it is learned", POSITIVE),
         "same_side": Field(False, "the other rows of an anchor's own side are negatives too: SimCLR"),
         "momentum": Field(0.999, "of negatives = momentum: the key encoders' moving average", FRACTION),
@@ -56,9 +58,9 @@ def fields() -> Fields:
         },
         "data": {
             "source": Field(
-                "digits", "emoji:FILE, digits, npz:FILE, tfds:NAME (class names as text), tfds:coco_captions"
+                "digits", "emoji:FILE, digits, npz:FILE, tfds:NAME (class names as text), tfds:coco_captions", PATH
             ),
-            "data_dir": Field(None, "of TFDS; None: its own default", kind=str),
+            "data_dir": Field(None, "of TFDS; None: its own default", PATH, str),
             "pairs": Field(
                 "captions", "views: two of one image; styles: of emoji:FILE, two drawings of one thing", one_of(PAIRS)
             ),
@@ -70,8 +72,8 @@ def fields() -> Fields:
             **IMAGES,
         },
         "model": {
-            "image_width": Field(16, "of the images' tower", POSITIVE),
-            "text_width": Field(64, "of the texts' tower", POSITIVE),
+            "image_width": Field(16, "of the images' tower", COUNT),
+            "text_width": Field(64, "of the texts' tower", COUNT),
             "dtype": Field("float32", "of the computation", one_of(("float32", "bfloat16"))),
         },
         "optimizer": {

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from jaxcl import data
 from jaxcl import mesh as mesh_lib
+from jaxcl.check import refused
 from jaxcl.contrastive.bank import make_bank
 from jaxcl.contrastive.config import BANKED, check_config
 from jaxcl.contrastive.evaluate import Embed, make_embed, make_staleness, retrieval
@@ -64,6 +65,10 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
     drawn = config.bank.drawn if config.negatives == "full_bank" else 0
     if drawn > len(train):
         raise UserError(f"bank.drawn: {drawn} rows of a bank of {len(train)}, give at most that, or 0 for all")
+    for split in (train, test):
+        if not len(split):
+            raise refused("data.held_out", d.held_out, "a share that leaves a pair to train on, and one to test")
+    sizes.check_steps("epochs", config.epochs, [len(train)], config.batch_size)
     augment = data.make_augment(d.augment, train.image_shape, mean=d.mean, std=d.std)
     plain = data.make_augment((), train.image_shape, mean=d.mean, std=d.std)
     towers = make_towers(config.dim, m.image_width, m.text_width, d.vocabulary, m.dtype)
@@ -83,7 +88,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
     state, row = jax.eval_shape(new_state), 2 * sizes.PIXEL * math.prod(train.image_shape)
     held = {
         "batch_size": (config.batch_size, config.batch_size // mesh.size * row),
-        "model": (m.to_dict(), sizes.bytes_of((state.params, state.opt_state, state.keys))),
+        "eval.batch_size": (config.eval.batch_size, config.eval.batch_size // mesh.size * row),
+        "model": ({"dim": config.dim, **m.to_dict()}, sizes.bytes_of((state.params, state.opt_state, state.keys))),
         "bank.capacity": (config.bank.capacity, sizes.bytes_of(state.bank) // mesh.size),
     }
     sizes.check_on_devices(held, mesh)

@@ -12,16 +12,16 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from jaxcl.check import POSITIVE, Rule, check, near, one_of
+from jaxcl.check import POSITIVE, Rule, check, is_number, near, one_of
 from jaxcl.errors import UserError
 
 _PLAIN = {
     bool: Rule(lambda x: isinstance(x, bool), "True or False"),
     int: Rule(lambda x: isinstance(x, int) and not isinstance(x, bool), "an int"),
-    float: Rule(lambda x: isinstance(x, int | float) and not isinstance(x, bool), "a number"),
+    float: Rule(is_number, "a number"),
     str: Rule(lambda x: isinstance(x, str), "a string"),
 }
-SIZE = Rule(lambda x: _PLAIN[int].ok(x) and x > 0, "a positive int")
+SIZE = Rule(lambda x: _PLAIN[int].ok(x) and 0 < x < 2**31, "a positive int")
 Size = Annotated[int, SIZE]
 Sizes = Annotated[tuple[int, ...], Rule(lambda x: isinstance(x, tuple) and all(map(SIZE.ok, x)), "positive ints")]
 Scale = Annotated[float, POSITIVE]

@@ -46,6 +46,7 @@ STYLE: Any = {
     "xtick.color": "#5b6670",
     "ytick.color": "#5b6670",
     "legend.frameon": False,
+    "text.parse_math": False,  # a label holds a user's words, of which a $ is one
 }
 _BLUES = LinearSegmentedColormap.from_list("blues", ["#f7fafd", "#9cc4e4", "#0072B2", "#023a5c"])
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxcl.errors import UserError
+from jaxcl.sealed import Damaged, read_sealed
 
 _ORDER = ("from_scratch", "incremental", "er")
 _PER_RUN = {"seed", "name", "workdir"}  # config fields that do not make a different experiment
@@ -95,10 +96,8 @@ def common_measure(groups: Sequence[Group]) -> Measure:
     return found.pop()
 
 
-def _check(result: Any) -> None:
+def _check(result: dict[str, Any]) -> None:
     """Raises ValueError, KeyError or TypeError for a result that the report cannot show."""
-    if not isinstance(result, dict):
-        raise ValueError("not a JSON object")
     measure = measure_of(result)
     key = f"{measure.name}_matrix"
     matrix = np.asarray(result[key], np.float64)
@@ -127,11 +126,13 @@ def _check(result: Any) -> None:
 
 def _read(path: Path) -> Run:
     try:
-        result = json.loads((path / "result.json").read_text())
+        result = read_sealed(path / "result.json")
         _check(result)
+    except Damaged as error:
+        return Run(path, problem=str(error).removeprefix(f"{path}/"))
     except KeyError as error:
         return Run(path, problem=f"malformed result.json: no {error.args[0]!r}")
-    except (ValueError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         return Run(path, problem=f"malformed result.json: {' '.join(str(error).split())}")
     return Run(path, result)
 

@@ -1,19 +1,24 @@
 """Checkpoints: the whole state of a run, written while it goes on, usable whenever the process is killed.
 
-A checkpoint is a folder `TASK-INDEX` with the arrays, written by Orbax, and manifest.json, written last: the state of the run
-that is not an array, the config, the version of jaxcl, and the size and checksum of every file. A folder without a manifest
-is an interrupted save and is removed at the next start; one whose files do not match its manifest is set aside and the one
-before it used. Older ones are removed only after a new one is complete and on disk.
+A checkpoint is a folder `TASK-INDEX` with the arrays, written by Orbax, and manifest.json, written last: its name, the state of
+the run that is not an array, the config, the version of jaxcl, and the size and checksum of every file. A folder without a
+manifest is an interrupted save and is removed at the next start; one whose files do not match its manifest is set aside and
+the one before it used. Older ones are removed only after a new one is complete and on disk.
+
+Whatever else lies beside them is not ours and is left alone: other names, symbolic links, and a copy of a checkpoint under
+another name, which its manifest tells.
 """
 
+import contextlib
 import logging
 import os
 import pathlib
+import re
 import shutil
 import sys
 import threading
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,11 +27,30 @@ import orbax.checkpoint as ocp
 import jaxcl
 from jaxcl.errors import PeerLost, RunError, StorageError, UserError
 from jaxcl.runs import files
+from jaxcl.sealed import Damaged, read_sealed, sealed
 from jaxcl.types import PyTree
 
 Flat = dict[str, Any]
 MANIFEST, ASIDE, ROWS = "manifest.json", ".corrupt", ".rows"
+# A checkpoint, its rows until it is whole, what Orbax writes before it has its name, and a damaged one that was set aside.
+_OURS = re.compile(rf"\d{{4,}}-[01]\d{{8,}}({re.escape(ROWS)}|{re.escape(ASIDE)}|\.orbax-checkpoint-tmp.*)?")
 _log = logging.getLogger("jaxcl")
+
+
+class Survey(NamedTuple):
+    """What lies in a folder of checkpoints.
+
+    Attributes:
+      newest: the manifest of the newest whole one; None without any.
+      damaged: those that are newer, and what is wrong with them.
+      torn: what interrupted saves and removals have left.
+      foreign: what is not ours.
+    """
+
+    newest: dict[str, Any] | None
+    damaged: dict[pathlib.Path, Damaged]
+    torn: list[pathlib.Path]
+    foreign: list[pathlib.Path]
 
 
 def flatten(tree: PyTree) -> Flat:
@@ -42,33 +66,60 @@ def abstract(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def newest(folder: pathlib.Path) -> dict[str, Any] | None:
-    """The manifest of the newest whole checkpoint with its "name", None without any. To be called by one process alone.
+def name_of(task: int, rehearsing: bool, batch: int) -> str:
+    """Of a checkpoint, TASK-BATCH; names sort as the run goes on: batches of the rehearsal count from 100,000,000."""
+    return f"{task:04d}-{int(rehearsing)}{batch:08d}"
 
-    Removes what interrupted saves have left, and sets damaged checkpoints aside with a warning.
-    """
-    if not folder.is_dir():
-        return None
-    paths = sorted((path for path in folder.iterdir() if path.suffix != ASIDE), reverse=True)
-    whole = [path for path in paths if (path / MANIFEST).exists()]
-    for path in paths:
-        if path not in whole:
-            shutil.rmtree(path, ignore_errors=True)
-    for path in whole:
-        try:
-            return {"name": path.name, **_checked(path)}
-        except files.Damaged as error:
-            damage = error
+
+def survey(folder: pathlib.Path) -> Survey:
+    """Looks at every checkpoint, and reads the newest ones until one is whole; changes nothing."""
+    found = Survey(None, {}, [], [])
+    for path in sorted(folder.iterdir(), reverse=True) if folder.is_dir() else ():
+        if not _is_ours(path):
+            found.foreign.append(path)
+        elif not (path / MANIFEST).exists():
+            if path.suffix != ASIDE:
+                found.torn.append(path)
+        elif path.suffix != ASIDE and found.newest is None:
+            try:
+                found = found._replace(newest={"name": path.name, **_checked(path)})
+            except Damaged as error:
+                found.damaged[path] = error
+    return found
+
+
+def tidy(found: Survey) -> None:
+    """Removes what interrupted saves have left and sets damaged checkpoints aside, with a warning for each; says what is not
+    ours. To be called by one process alone."""
+    for path in found.torn:
+        shutil.rmtree(path, ignore_errors=True)
+    for path, damage in found.damaged.items():
         aside = path.with_name(path.name + ASIDE)
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
         _log.warning(
             "checkpoint %s is damaged (%s): set aside as %s, the one before it is used if there is any",
-            path,
-            damage,
-            aside.name,
+            *(path, damage, aside.name),
         )
-    return None
+    if found.foreign:
+        names = ", ".join(path.name for path in found.foreign[:3]) + ", ..." * (len(found.foreign) > 3)
+        _log.warning("%s: not of this run and left alone: %s", found.foreign[0].parent, names)
+
+
+def newest(folder: pathlib.Path) -> dict[str, Any] | None:
+    """The manifest of the newest whole checkpoint with its "name", None without any, once the folder is `tidy`."""
+    found = survey(folder)
+    tidy(found)
+    return found.newest
+
+
+def clear(folder: pathlib.Path) -> None:
+    """Removes all checkpoints, and the folder if nothing else is in it."""
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        if _is_ours(path):
+            shutil.rmtree(path)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 class Checkpoints:
@@ -94,7 +145,7 @@ class Checkpoints:
         """Starts to write a checkpoint and returns when `state` may be donated; waits for an unfinished save before it.
 
         Args:
-          name: names sort as the run goes on.
+          name: see `name_of`.
           state: pytree of global arrays.
           run: the rest of the run's state, for JSON.
           rows: of this process's devices in host memory, by the number of the device; written before this returns.
@@ -115,7 +166,7 @@ class Checkpoints:
             self._orbax.save(path, args=ocp.args.PyTreeSave(flat))
         except Exception as error:
             raise _failed(path, error) from error
-        manifest = {**self._same, "run": run, "arrays": arrays}
+        manifest = {"name": name, **self._same, "run": run, "arrays": arrays}
         self._commit_thread = threading.Thread(target=self._commit, args=(path, manifest))
         self._commit_thread.start()
 
@@ -199,9 +250,10 @@ class Checkpoints:
                 if beside.is_dir():
                     beside.rename(path / ROWS)
                 checksums = {str(file.relative_to(path)): files.checksum(file, sync=True) for file in _files(path)}
-                files.write_json(path / MANIFEST, files.sealed({**manifest, "files": checksums}))
+                files.write_json(path / MANIFEST, sealed({**manifest, "files": checksums}))
                 files.sync_folder(self._folder)
-                whole = sorted(p for p in self._folder.iterdir() if p.suffix != ASIDE and (p / MANIFEST).is_file())
+                ours = (p for p in self._folder.iterdir() if p.suffix != ASIDE and _is_ours(p))
+                whole = sorted(p for p in ours if (p / MANIFEST).is_file())
                 for old in whole[: -self._keep]:
                     (old / MANIFEST).unlink()  # first, so that a half-removed one is never taken for whole
                     shutil.rmtree(old)
@@ -223,20 +275,31 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
     return sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
 
 
+def _is_ours(path: pathlib.Path) -> bool:
+    """Whether it was made by a save of this folder: by its name, and by what its manifest says of it."""
+    if not _OURS.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+        return False
+    try:
+        name = read_sealed(path / MANIFEST).get("name", path.name) if (path / MANIFEST).exists() else path.name
+    except Damaged:
+        return True
+    return path.name in (name, name + ASIDE)
+
+
 def _checked(path: pathlib.Path) -> dict[str, Any]:
     """The manifest of a checkpoint.
 
     Raises:
       Damaged: it, or a file it names, is not as it was written.
     """
-    manifest = files.read_sealed(path / MANIFEST)
+    manifest = read_sealed(path / MANIFEST)
     for name, (size, crc) in manifest["files"].items():
         try:
             found = files.checksum(path / name)
         except OSError as error:
-            raise files.Damaged(f"{name}: {error.strerror}") from error
+            raise Damaged(f"{name}: {error.strerror}") from error
         if found[0] != size:
-            raise files.Damaged(f"{name} has {found[0]} of {size} bytes")
+            raise Damaged(f"{name} has {found[0]} of {size} bytes")
         if found[1] != crc:
-            raise files.Damaged(f"{name} has other contents")
+            raise Damaged(f"{name} has other contents")
     return manifest

@@ -9,9 +9,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from jaxcl.check import NOT_NEGATIVE, check
 from jaxcl.runs import files, workdir
 from jaxcl.runs.session import Session, open_session
 from jaxcl.runs.steps import STEPPING
+from jaxcl.sealed import sealed
 
 
 def in_sessions(
@@ -36,6 +38,8 @@ def in_sessions(
     Returns:
       What each result.json holds.
     """
+    if stall_seconds is not None:
+        check("stall_seconds", stall_seconds, NOT_NEGATIVE)
     with contextlib.ExitStack() as stack:
         sessions: list[Session] = []
         for config, folder in zip(configs, folders, strict=True):
@@ -47,7 +51,7 @@ def in_sessions(
                 return [session]
             sessions.append(session)
         results = [
-            files.sealed(result | times(result["images"], session))
+            sealed(result | times(result["images"], session))
             for session, result in zip(sessions, carry_out(sessions), strict=True)
         ]
         if jax.process_index() == 0:

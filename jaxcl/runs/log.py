@@ -12,7 +12,9 @@ from typing import Any
 
 from jaxcl.runs import files
 
-NAME = "metrics.jsonl"
+NAME, ASIDE = "metrics.jsonl", "metrics.jsonl.corrupt"
+_MARK = ".jaxcl"  # the end of the name of our TensorBoard events: a folder may hold those of others
+EVENTS = f"events.out.*{_MARK}"
 _log = logging.getLogger("jaxcl")
 
 
@@ -30,7 +32,7 @@ def restore(workdir: pathlib.Path, saved: Sequence[int] | None) -> None:
     if saved is None:
         if before:
             _log.warning("%s: no checkpoint to continue from: the run and its log begin anew", workdir)
-        for old in (*workdir.glob("events.out.*"), path):
+        for old in (*workdir.glob(EVENTS), path):
             old.unlink(missing_ok=True)
         return
     size, crc = saved
@@ -41,7 +43,7 @@ def restore(workdir: pathlib.Path, saved: Sequence[int] | None) -> None:
         return
     lines = kept.splitlines(keepends=True)
     whole = [line for line in lines if _is_whole(line)]
-    aside = path.with_name(NAME + ".corrupt")
+    aside = workdir / ASIDE
     if before and not aside.exists():
         shutil.copy(path, aside)
     files.write_whole(path, b"".join(whole))
@@ -76,7 +78,9 @@ class Log:
         path = workdir / NAME
         self._crc = files.checksum(path)[1] if path.exists() else 0
         self._lines = path.open("ab")
-        self._events = SummaryWriter(str(workdir), flush_secs=10, purge_step=None if step is None else step + 1)
+        self._events = SummaryWriter(
+            str(workdir), flush_secs=10, purge_step=None if step is None else step + 1, filename_suffix=_MARK
+        )
 
     def saved(self) -> list[int]:
         """[size, CRC-32] of metrics.jsonl, all of it on disk."""

@@ -85,8 +85,8 @@ class Progress:
 
     @property
     def name(self) -> str:
-        """Of the checkpoint, TASK-BATCH; names sort as the run goes on: batches of the rehearsal count from 100,000,000."""
-        return f"{self.task:04d}-{int(self.rehearsing)}{self.batch:08d}"
+        """Of the checkpoint."""
+        return checkpoint.name_of(self.task, self.rehearsing, self.batch)
 
     @property
     def batch(self) -> int:
@@ -228,8 +228,12 @@ def open_session(
     """
 
     def claim() -> dict[str, Any]:
-        stack.enter_context(workdir.locked(folder))
-        return {"config": workdir.resolved(config), **workdir.claim(folder, config, overwrite)._asdict()}
+        result = None if overwrite else workdir.finished(folder, config)
+        stands = workdir.Claim(result, None)
+        if result is None:
+            stack.enter_context(workdir.locked(folder))
+            stands = workdir.claim(folder, config, overwrite)
+        return {"config": workdir.resolved(config), **stands._asdict()}
 
     opened = mesh_lib.from_first(claim, stall_seconds)
     workdir.check_same(opened["config"], config, "process 0 was started with another config")

@@ -1,14 +1,17 @@
 """What a run leaves in its folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/, result.json.
 
 The config lies in config.json, in every checkpoint and in result.json, and is compared with each of them that is there.
+
+A folder is ours by its mark, which is made in a new or empty one alone. What else lies in it is left as it is, whatever happens
+to the run: of these names those in `checkpoints/` that `checkpoint` did not make, and of the events those without our ending.
 """
 
 import contextlib
 import fcntl
 import json
 import logging
+import os
 import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,10 +20,12 @@ from ml_collections import ConfigDict
 import jaxcl
 from jaxcl.errors import UserError
 from jaxcl.runs import checkpoint, files, log
+from jaxcl.sealed import Damaged, read_json, read_sealed
 
 # Fields that a run may change when it continues, because its result does not depend on them.
 FREE = ("config.checkpoint", "config.data.threads")
-CONFIG, RESULT, CHECKPOINTS = "config.json", "result.json", "checkpoints"
+MARK, CONFIG, RESULT, CHECKPOINTS = ".jaxcl", "config.json", "result.json", "checkpoints"
+_REMEDY = "bring them back to continue, train from the start with --overwrite, or give another folder"
 _log = logging.getLogger("jaxcl")
 
 
@@ -43,22 +48,52 @@ def resolved(config: ConfigDict) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds `workdir`, made if needed, against other runs. The lock goes with the process, however it ends.
+    """Marks `workdir`, made if needed, as the folder of a run, and holds it against others. The lock goes with the process,
+    however it ends.
 
     Raises:
-      UserError: another process holds it, or it cannot be written.
+      UserError: it holds other things than a run, another process holds it, or it cannot be written.
     """
     with _usable(workdir):
+        _check_ours(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / ".lock").open("w")
-    with file:
+        mark = os.open(workdir / MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with open(mark, "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
                 f"workdir: {workdir} is in use by another run; wait for it or give another folder"
             ) from error
+        with _usable(workdir):
+            if not file.read():
+                file.write(f"a run of jaxcl {jaxcl.__version__}\n")
+                file.flush()
         yield
+
+
+def finished(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any] | None:
+    """What result.json holds if the run of `config` is finished and whole, else None. Nothing is written: a finished run may
+    lie on a file system that cannot be. No lock is needed, as the file is whole or not there.
+
+    Raises:
+      UserError: the folder holds other things than a run, or another config's or another version's.
+    """
+    with _usable(workdir):
+        _check_ours(workdir)
+        _check_config(workdir, config)
+        return _result(workdir, config)[0]
+
+
+def standing(workdir: pathlib.Path, config: ConfigDict) -> Claim:
+    """What `claim` would answer; changes nothing and says nothing.
+
+    Raises:
+      UserError: as `claim`.
+    """
+    with _usable(workdir):
+        _check_ours(workdir)
+        return _look(workdir, config)[0]
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict, overwrite: bool = False) -> Claim:
@@ -66,70 +101,102 @@ def claim(workdir: pathlib.Path, config: ConfigDict, overwrite: bool = False) ->
 
     Raises:
       UserError: the folder holds another config's or another version's run, what it holds is damaged and cannot be made
-        anew, or it cannot be written.
+        anew, its checkpoints are gone, or it cannot be written.
     """
     with _usable(workdir):
         _check_names(workdir)
         if overwrite:
             clear(workdir)
-        _check_config(workdir, config)
-        damage = None
-        if (workdir / RESULT).exists():
-            try:
-                result = files.read_sealed(workdir / RESULT)
-                _check_run(workdir, result.get("config", {}), config)
-                return Claim(result, None)
-            except files.Damaged as error:
-                damage = error
-        found = checkpoint.newest(workdir / CHECKPOINTS)
-        if found is not None:
-            _check_version(workdir, found.get("version"))
-            _check_run(workdir, found["config"], config)
-        if damage is not None:
-            if found is None:
-                raise UserError(
-                    f"workdir: {damage}, and there is no checkpoint to make it anew; remove it to train again, "
-                    "or give another folder"
-                )
-            _log.warning("%s: made anew from checkpoint %s", damage, found["name"])
+        stands, survey, damage = _look(workdir, config)
+        if stands.finished is not None:
+            return stands
+        checkpoint.tidy(survey)
+        if stands.found is not None and damage is not None:
+            _log.warning("%s: made anew from checkpoint %s", damage, stands.found["name"])
+        (workdir / CHECKPOINTS).mkdir(exist_ok=True)  # before config.json: see _look
         files.write_json(workdir / CONFIG, {"jaxcl": jaxcl.__version__, **resolved(config)})
-        log.restore(workdir, found["run"]["log"] if found else None)
-        return Claim(None, found)
+        log.restore(workdir, stands.found["run"]["log"] if stands.found else None)
+        return stands
 
 
 def clear(workdir: pathlib.Path) -> None:
     """Removes a run, and nothing else, from `workdir`."""
-    for name in (CONFIG, RESULT, log.NAME):
+    for name in (CONFIG, RESULT, log.NAME, log.ASIDE):
         (workdir / name).unlink(missing_ok=True)
-    for events in workdir.glob("events.out.*"):
+    for events in workdir.glob(log.EVENTS):
         events.unlink()
-    shutil.rmtree(workdir / CHECKPOINTS, ignore_errors=True)
+    checkpoint.clear(workdir / CHECKPOINTS)
+
+
+def _look(workdir: pathlib.Path, config: ConfigDict) -> tuple[Claim, checkpoint.Survey, Damaged | None]:
+    """Where the run stands, what lies among its checkpoints, and what is wrong with result.json."""
+    begun = _check_config(workdir, config)
+    result, damage = _result(workdir, config)
+    if result is not None:
+        return Claim(result, None), checkpoint.Survey(None, {}, [], []), None
+    folder = workdir / CHECKPOINTS
+    survey = checkpoint.survey(folder)
+    if survey.newest is not None:
+        _check_version(workdir, survey.newest.get("version"))
+        _check_run(workdir, survey.newest["config"], config)
+    elif damage is not None:
+        raise UserError(f"workdir: {damage}, and there is no checkpoint to make it anew; {_REMEDY}")
+    elif begun and not folder.exists():  # it is made before config.json
+        raise UserError(f"workdir: the checkpoints of the run, {folder}, are gone; {_REMEDY}")
+    return Claim(None, survey.newest), survey, damage
+
+
+def _check_ours(workdir: pathlib.Path) -> None:
+    """Whether the folder has the mark of a run, or config.json of one from before there were marks, or is empty but for
+    hidden files."""
+    there = sorted(path.name for path in workdir.iterdir() if path.name[0] != ".") if workdir.exists() else []
+    if not there or (workdir / MARK).is_file():
+        return
+    with contextlib.suppress(Damaged):
+        if "jaxcl" in read_json(workdir / CONFIG):
+            return
+    raise UserError(f"workdir: {workdir} holds {there[0]} and no run; give a new or an empty folder")
 
 
 def _check_names(workdir: pathlib.Path) -> None:
-    for name in (CONFIG, RESULT, log.NAME):
-        if (workdir / name).is_dir():
-            raise UserError(f"workdir: {workdir / name} is a folder; remove it or give another workdir")
-    folder = workdir / CHECKPOINTS
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"workdir: {folder} is not a folder; remove it or give another workdir")
+    for name in (CONFIG, RESULT, log.NAME, log.ASIDE, CHECKPOINTS):
+        path = workdir / name
+        if path.is_symlink():  # what it leads to is not ours to change
+            raise UserError(f"workdir: {path} is a symbolic link; remove it or give another workdir")
+        if name != CHECKPOINTS and path.is_dir():
+            raise UserError(f"workdir: {path} is a folder; remove it or give another workdir")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"workdir: {path} is not a folder; remove it or give another workdir")
 
 
-def _check_config(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Compares config.json, if it is there."""
+def _check_config(workdir: pathlib.Path, config: ConfigDict) -> bool:
+    """Compares config.json, if it is there, and says whether it is."""
     path = workdir / CONFIG
     if not path.exists():
-        return
+        return False
     try:
-        theirs = files.read_json(path)
+        theirs = read_json(path)
         if not {"name", "seed", "checkpoint"} <= theirs.keys():
-            raise files.Damaged(f"{path} is damaged: it holds no config of a run")
-    except files.Damaged as error:
+            raise Damaged(f"{path} is damaged: it holds no config of a run")
+    except Damaged as error:
         raise UserError(
             f"workdir: {error}; remove it to continue (the checkpoints hold the config too), or give another folder"
         ) from error
     _check_version(workdir, theirs.pop("jaxcl", None))
     _check_run(workdir, theirs, config)
+    return True
+
+
+def _result(workdir: pathlib.Path, config: ConfigDict) -> tuple[dict[str, Any] | None, Damaged | None]:
+    """What result.json holds, if it is there, or what is wrong with it."""
+    if not (workdir / RESULT).exists():
+        return None, None
+    try:
+        result = read_sealed(workdir / RESULT)
+    except Damaged as error:
+        return None, error
+    _check_run(workdir, result.get("config", {}), config)
+    return result, None
 
 
 def _check_version(workdir: pathlib.Path, version: str | None) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from jaxcl.check import SEED, check
 from jaxcl.errors import UserError
 from jaxcl.runs import workdir as workdir_lib
 from jaxcl.training import loop
@@ -68,6 +69,8 @@ def train_seeds(
     """
     if together:
         check_together(config)
+    for seed in folders:
+        check("seed", seed, SEED)
     options: Any = {"devices": devices, "progress": progress, "stall_seconds": stall_seconds}
     groups: dict[str | None, list[int]] = defaultdict(list)
     found: dict[int, dict[str, Any]] = {}
@@ -102,6 +105,5 @@ def _standing(config: ConfigDict, folder: pathlib.Path, overwrite: bool) -> tupl
     at its start."""
     if overwrite:
         return None, ""
-    with workdir_lib.locked(folder):
-        finished, found = workdir_lib.claim(folder, config)
+    finished, found = workdir_lib.standing(folder, config)
     return finished, found["name"] if found else ""

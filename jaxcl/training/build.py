@@ -25,7 +25,7 @@ from jaxcl.training.end_task import make_end_task
 from jaxcl.training.evaluate import make_evaluate
 from jaxcl.training.exemplars import Selection, make_store_exemplars
 from jaxcl.training.learn import Bound
-from jaxcl.training.sizes import check_sizes, check_tasks
+from jaxcl.training.sizes import check_sizes, check_steps, check_tasks
 from jaxcl.training.state import make_weights
 from jaxcl.training.step import TrainStep, make_train_step
 from jaxcl.types import PyTree
@@ -90,6 +90,9 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
         raise UserError(f"batch_size: {config.batch_size} is not a multiple of {jax.process_count()} processes")
     d, strategy = config.data, strategy_of(config)
     scenario, train, test = make_tasks(config)
+    rows = [len(task.train) for task in scenario.tasks]
+    for field, epochs in (("epochs", config.epochs), ("finetune.epochs", config.finetune.epochs)):
+        check_steps(field, epochs, rows, config.batch_size)
     augment = data.make_augment(d.augment, train.image_shape, mean=d.mean, std=d.std)
     normalize = data.make_normalize(train.image_shape, mean=d.mean, std=d.std)
     m, classes = config.model, scenario.class_table

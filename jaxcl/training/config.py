@@ -1,6 +1,5 @@
 """The configuration of a run: every field, and the checks that need no data and no device."""
 
-import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -11,6 +10,7 @@ from jaxcl.check import (
     FRACTION,
     NAME,
     NOT_NEGATIVE,
+    PATH,
     POSITIVE,
     SEED,
     SHARE,
@@ -18,6 +18,7 @@ from jaxcl.check import (
     between,
     each,
     found_in,
+    is_number,
     one_of,
     refused,
     unknown_field,
@@ -34,7 +35,7 @@ REPLAYS = ("draw", "append", "append_part")  # see jaxcl/training/batches.py
 ORDERS = ("shuffled", "sequential")
 
 THREADS = between(1, 256)
-NUMBERS = Rule(each(between(-math.inf, math.inf)).ok, "a list of numbers")
+NUMBERS = Rule(each(Rule(is_number, "")).ok, "a list of numbers")
 
 
 def _lists_tasks(x: Any) -> bool:
@@ -72,8 +73,8 @@ IMAGES = {
     "threads": Field(2, "that read ahead", THREADS),
 }
 DATA = {
-    "source": Field("digits", "digits, tfds:NAME, npz:FILE, ptychography:SIDE"),
-    "data_dir": Field(None, "of TFDS; None: its own default", kind=str),
+    "source": Field("digits", "digits, tfds:NAME, npz:FILE, ptychography:SIDE", PATH),
+    "data_dir": Field(None, "of TFDS; None: its own default", PATH, str),
     "scenario": Field("class", "how the rows are divided into tasks", found_in(SCENARIOS)),
     "tasks": Field(5, "how many, or the classes of each", TASKS, (int, tuple)),
     "class_order_seed": Field(None, "shuffles the classes; None: their natural order", NOT_NEGATIVE, int),
@@ -119,7 +120,7 @@ BUFFER: Fields = {
     "replay": Field("draw", "how the memory takes part in a task: see jaxcl/training/batches.py", one_of(REPLAYS)),
     "repeats": Field("all", "what happens to a row that comes by again", one_of(REPEATS)),
     "tier": Field("device", "where records lie", one_of(TIERS)),
-    "path": Field(None, "of the host tier: a folder for memory-mapped files", kind=str),
+    "path": Field(None, "of the host tier: a folder for memory-mapped files", PATH, str),
     "handover": Field("outputs", "of the host tier: how rows leave the step", one_of(HANDOVERS)),
     "queue": Field(4, "of the host tier: steps that may wait to be stored", POSITIVE),
     "selection": SELECTION,

@@ -5,7 +5,7 @@ refused could not begin; one that is not may still need more than there is.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxcl.buffer.host.rows import free_memory
 from jaxcl.check import refused
+from jaxcl.memory import free_memory
 from jaxcl.types import PyTree
 
 PIXEL = 5  # bytes of one as it arrives, uint8, and as the model reads it, float32
@@ -31,6 +31,21 @@ def check_tasks(tasks: Any, rows: int = 0) -> None:
     """
     if isinstance(tasks, int):  # the accuracy matrix; labels and numbers of the rows
         check_memory({"data.tasks": (tasks, 8 * tasks * tasks + 16 * tasks * rows)}, free_memory())
+
+
+def check_steps(field: str, epochs: int, rows: Sequence[int], batch_size: int) -> None:
+    """Whether the steps of a run can be counted, as int32.
+
+    Args:
+      epochs: the value of `field`.
+      rows: of each task.
+
+    Raises:
+      UserError: they cannot.
+    """
+    steps = epochs * sum(-(-n // batch_size) for n in rows)
+    if steps >= 2**31:
+        raise refused(field, epochs, f"less: {steps} steps are too many to be counted")
 
 
 def check_sizes(

@@ -13,6 +13,8 @@ from jaxcl import mesh as mesh_lib
 from jaxcl.errors import PeerLost, StorageError, UserError
 from jaxcl.runs import checkpoint
 
+A, B, C, D = (checkpoint.name_of(task, False, 0) for task in range(4))
+
 
 @pytest.fixture
 def state(mesh_of):
@@ -28,7 +30,7 @@ def state(mesh_of):
     }
 
 
-def save(folder, state, names=("a",), keep=2):
+def save(folder, state, names=(A,), keep=2):
     checkpoints = checkpoint.Checkpoints(folder, keep)
     for i, name in enumerate(names):
         checkpoints.save(name, jax.tree.map(lambda x, i=i: x if x.dtype == bool else x + i, state), {"i": i})
@@ -72,7 +74,7 @@ def test_the_state_may_be_donated_while_it_is_being_saved(state, tmp_path):
     step = jax.jit(lambda tree: jax.tree.map(lambda x: ~x if x.dtype == bool else x + 1, tree), donate_argnums=0)
     before, target = jax.device_get(state), checkpoint.abstract(state)
     checkpoints = checkpoint.Checkpoints(tmp_path, 1)
-    checkpoints.save("a", state, {})
+    checkpoints.save(A, state, {})
     for _ in range(5):
         state = step(state)
     jax.block_until_ready(state)
@@ -83,8 +85,8 @@ def test_the_state_may_be_donated_while_it_is_being_saved(state, tmp_path):
 
 
 def test_keeps_the_newest(state, tmp_path):
-    save(tmp_path, state, ("a", "b", "c", "d"), keep=3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c", "d"]
+    save(tmp_path, state, (A, B, C, D), keep=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [B, C, D]
     assert checkpoint.newest(tmp_path)["run"] == {"i": 3}
     assert checkpoint.newest(tmp_path / "nothing") is None
 
@@ -113,27 +115,29 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_one_is_reported_and_the_one_before_used(damage, state, tmp_path, caplog):
-    save(tmp_path, state, ("a", "b"))
-    damage(tmp_path / "b")
+    save(tmp_path, state, (A, B))
+    damage(tmp_path / B)
     with caplog.at_level(logging.WARNING, "jaxcl"):
         found = checkpoint.newest(tmp_path)
-    assert found["name"] == "a" and found["run"] == {"i": 0}
+    assert found["name"] == A and found["run"] == {"i": 0}
     said = [record.getMessage() for record in caplog.records if record.name == "jaxcl"]
-    assert len(said) == 1 and "b is damaged" in said[0]
+    assert len(said) == 1 and f"{B} is damaged" in said[0]
     assert_equal(restore(tmp_path, checkpoint.abstract(state)), state)
-    assert (tmp_path / "b.corrupt").is_dir()
-    save(tmp_path, state, ("b",))  # the name is free again
-    assert checkpoint.newest(tmp_path)["name"] == "b"
+    assert (tmp_path / f"{B}.corrupt").is_dir()
+    save(tmp_path, state, (B,))  # the name is free again
+    assert checkpoint.newest(tmp_path)["name"] == B
 
 
 def test_what_an_interrupted_save_left_is_removed(state, tmp_path):
-    save(tmp_path, state, ("a", "b"))
-    (tmp_path / "b" / "manifest.json").unlink()
-    shutil.copytree(tmp_path / "b", tmp_path / "0")  # an older one whose removal was interrupted
-    shutil.copytree(tmp_path / "a", tmp_path / "c.orbax-checkpoint-tmp")
-    (tmp_path / "c.orbax-checkpoint-tmp" / "manifest.json").unlink()
-    assert checkpoint.newest(tmp_path)["name"] == "a"
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    save(tmp_path, state, (A, B))
+    (tmp_path / B / "manifest.json").unlink()
+    shutil.copytree(
+        tmp_path / B, tmp_path / checkpoint.name_of(0, True, 0)
+    )  # an older one whose removal was interrupted
+    shutil.copytree(tmp_path / A, tmp_path / f"{C}.orbax-checkpoint-tmp")
+    (tmp_path / f"{C}.orbax-checkpoint-tmp" / "manifest.json").unlink()
+    assert checkpoint.newest(tmp_path)["name"] == A
+    assert [path.name for path in tmp_path.iterdir()] == [A]
 
 
 def test_other_arrays_than_wanted(state, tmp_path):
@@ -153,15 +157,15 @@ def test_a_failed_save_is_reported_at_the_next_check(state, tmp_path, monkeypatc
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    save(tmp_path, state, ("a",))
+    save(tmp_path, state, (A,))
     checkpoints = checkpoint.Checkpoints(tmp_path, 2)
     monkeypatch.setattr(checkpoint.files, "write_json", full)
-    checkpoints.save("b", state, {})
-    with pytest.raises(StorageError, match="b cannot be written: the disk is full; those before it are kept"):
+    checkpoints.save(B, state, {})
+    with pytest.raises(StorageError, match=f"{B} cannot be written: the disk is full; those before it are kept"):
         checkpoints.wait()
     checkpoints.check()  # said once
     checkpoints.close()
-    assert checkpoint.newest(tmp_path)["name"] == "a"
+    assert checkpoint.newest(tmp_path)["name"] == A
 
 
 def test_a_save_that_fails_for_a_lost_process_is_not_a_full_disk(state, tmp_path, monkeypatch):
@@ -179,7 +183,7 @@ def test_a_save_that_fails_for_a_lost_process_is_not_a_full_disk(state, tmp_path
     for failure in (direct, passed_on):
         monkeypatch.setattr(checkpoints._orbax, "save", failure)
         with pytest.raises(PeerLost, match=r"another process has died: .*those before it are kept"):
-            checkpoints.save("a", state, {})
+            checkpoints.save(A, state, {})
     checkpoints.close()
 
 

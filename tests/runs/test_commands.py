@@ -59,7 +59,7 @@ def test_a_damaged_run_is_told_in_one_line(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "result.json").write_bytes(b"\xff\xfe{")
     status, out, errors = ended(python("-m", "experiments.report", tmp_path))
-    assert status == 0 and "malformed result.json" in out.splitlines()[0] and not errors
+    assert status == 0 and "result.json is damaged" in out.splitlines()[0] and not errors
 
 
 def test_an_ascii_terminal_gets_a_question_mark():

@@ -56,6 +56,8 @@ FILES = {
     "key": ("def get_config():\n    return {}['a']\n", ":2: KeyError: a"),
     "os": ("def get_config():\n    return open('/nowhere/x')\n", ":2: FileNotFoundError: "),
     "import": ("import nothing_there\n", ":1: ModuleNotFoundError: No module named 'nothing_there'"),
+    "exit": ("import sys\ndef get_config():\n    sys.exit('not today')\n", ":3: SystemExit: not today"),
+    "exit with 0": ("import sys\nsys.exit(0)\n", ":2: SystemExit: 0"),
     "none": ("def get_config():\n    return None\n", " has no get_config() that returns a ConfigDict"),
     "no function": ("x = 1\n", " has no get_config() that returns a ConfigDict"),
 }

@@ -8,7 +8,7 @@ import pytest
 
 from jaxcl.data import array_source, open_source
 from jaxcl.data.pairs import open_pairs
-from jaxcl.data.sources import base
+from jaxcl.data.sources import base, npz
 from jaxcl.errors import UserError
 from tests.unit.test_data_sources import _error, _images
 
@@ -134,6 +134,15 @@ def test_an_encrypted_or_damaged_archive_is_one_line(tmp_path):
             open_source(f"npz:{tmp_path}/a.npz")
         except UserError as error:
             assert "\n" not in str(error)
+
+
+def test_what_does_not_fit_into_memory_is_not_allocated(tmp_path, monkeypatch):
+    """An archive of zeros is a thousandth of what it holds."""
+    zeros = np.zeros((20_000, 8, 8), np.uint8)
+    np.savez_compressed(tmp_path / "a.npz", **dict.fromkeys(("x_train", "x_test"), zeros), y_train=[0], y_test=[0])
+    monkeypatch.setattr(npz, "free_memory", lambda: 10**6)
+    message = _error(f"npz:{tmp_path}/a.npz")
+    assert "does not fit into memory (MemoryError: x_train.npy takes 0.00128 GB, 0.001 GB are free)" in message
 
 
 def test_too_many_classes_are_refused(tmp_path, monkeypatch):

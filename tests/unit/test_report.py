@@ -12,6 +12,7 @@ import pytest
 
 from jaxcl import report, summaries
 from jaxcl.errors import UserError
+from jaxcl.sealed import sealed
 
 SOURCES = {
     "from_scratch": [[0.9, 0.1], [0.9, 0.9]],
@@ -46,7 +47,7 @@ def _result(strategy="er", seed=0, matrix=None, capacity=200, **changes):
 
 def _write(folder, result):
     folder.mkdir(parents=True)
-    (folder / "result.json").write_text(result if isinstance(result, str) else json.dumps(result))
+    (folder / "result.json").write_text(result if isinstance(result, str) else json.dumps(sealed(result)))
     (folder / "config.json").write_text("{}")
 
 
@@ -75,7 +76,7 @@ def test_load_runs(folder):
         ("half", True),
         ("incremental", False),
     ]
-    assert runs[1].problem.startswith("malformed result.json: Expecting value")
+    assert runs[1].problem.startswith("result.json is damaged: Expecting value")
     assert runs[4].problem == "unfinished: no result.json"
 
 
@@ -98,6 +99,12 @@ def test_malformed_results_are_named_in_one_line(tmp_path, changes, problem):
     [run] = report.load_runs([tmp_path])
     assert re.search(problem, run.problem) and "\n" not in run.problem
     assert report.table([run]) == f"{run.path}: {run.problem}"
+
+
+def test_an_altered_result_is_not_shown(tmp_path):
+    _write(tmp_path / "run", json.dumps(sealed(_result(seed=0))).replace("1234.0", "1235.0"))
+    [run] = report.load_runs([tmp_path])
+    assert run.problem == "result.json is damaged: its checksum is that of other contents"
 
 
 def test_no_runs(tmp_path):
@@ -150,7 +157,7 @@ def test_page_is_self_contained(folder):
     assert not re.search(r"https?://|<script|<link|url\(", text)
     assert 'name="viewport"' in text
     assert "<b>" not in text and "&lt;b&gt;mnist&lt;/b&gt;" in text
-    assert "half: unfinished" in text and "malformed result.json" in text
+    assert "half: unfinished" in text and "result.json is damaged" in text
     with pytest.raises(UserError, match=r"out: .* is a file"):
         report.write_report([], page)
 
@@ -212,6 +219,13 @@ def test_one_task_and_many(tmp_path, tasks, seeds):
     matrix = np.tril(np.full((tasks, tasks), 0.5)).tolist()
     runs = [report.Run(Path(), _result("from_scratch", seed=seed, matrix=matrix)) for seed in range(seeds)]
     assert report.write_report(runs, tmp_path).is_file()
+
+
+def test_words_of_a_user_are_no_formulas(tmp_path):
+    words = r"$\frac{$ <b>"
+    runs = [report.Run(Path(), _result(model=words, config={"option": x}) | {"strategy": words}) for x in (1, words)]
+    page = report.write_report(runs, tmp_path).read_text()
+    assert r"$\frac{$ &lt;b&gt;" in page and len(list(tmp_path.glob("*.png"))) >= 4
 
 
 def test_only_unfinished_runs(tmp_path):

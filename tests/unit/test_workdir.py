@@ -8,51 +8,23 @@ import signal
 import subprocess
 import sys
 
-import jax.numpy as jnp
 import pytest
-from ml_collections import ConfigDict
 
 import jaxcl
 from jaxcl.errors import UserError
-from jaxcl.runs import checkpoint, files, log, workdir
-from jaxcl.runs.session import Progress
-
-
-def config(**changes):
-    return ConfigDict({"name": "x", "seed": 0, "rate": 0.1, "checkpoint": {"keep": 2}} | changes)
-
-
-def claim(folder, **changes):
-    with workdir.locked(folder):
-        return workdir.claim(folder, config(**changes))
+from jaxcl.runs import files, log, workdir
+from jaxcl.sealed import read_json, read_sealed, sealed
+from tests.folders import begin, claim, config, contents, finish
 
 
 @pytest.fixture
 def unfinished(tmp_path):
-    """A run with three lines in its log, two of them from before its one checkpoint."""
-    folder = tmp_path / "run"
-    assert claim(folder) == workdir.Claim(None, None)
-    lines = log.Log(folder, True)
-    progress = Progress(step=2, task=1, iterator=None)
-    for step in (1, 2):
-        lines.write("train", step, {"loss": 1 / step})
-    progress.scores["accuracy"] = [[0.5, 0.25]]
-    progress.log = lines.saved()
-    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", 2, workdir.resolved(config()))
-    checkpoints.save(progress.name, {"w": jnp.arange(3.0)}, progress.saved())
-    checkpoints.close()
-    lines.write("train", 3, {"loss": 0.1})
-    lines.close()
-    return folder
+    return begin(tmp_path / "run")
 
 
 @pytest.fixture
 def finished(unfinished):
-    files.write_json(
-        unfinished / workdir.RESULT,
-        files.sealed({"config": workdir.resolved(config()), "steps": 2, "accuracy": 0.8125}),
-    )
-    return unfinished
+    return finish(unfinished)
 
 
 def steps(folder):
@@ -61,11 +33,11 @@ def steps(folder):
 
 def refused(folder, words, **changes):
     """The one line with which the folder is refused; what it holds stays as it was."""
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = contents(folder)
     with pytest.raises(UserError, match=words) as error:
         claim(folder, **changes)
     assert "\n" not in str(error.value) and str(error.value).startswith("workdir: ")
-    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert before == contents(folder)
 
 
 def test_a_whole_one_is_continued_at_its_checkpoint(unfinished):
@@ -103,7 +75,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(name, unfinished):
 
 def test_a_file_in_the_place_of_the_checkpoints_is_refused(tmp_path):
     (tmp_path / "checkpoints").write_text("")
-    (tmp_path / ".lock").touch()
+    (tmp_path / workdir.MARK).write_text("a run")
     refused(tmp_path, "checkpoints is not a folder; remove it")
 
 
@@ -147,7 +119,7 @@ def test_a_damaged_result_without_a_checkpoint_is_refused(finished):
     for path in (finished / "checkpoints").glob("*/manifest.json"):
         path.unlink()
     (finished / "checkpoints").rename(finished / "moved")
-    refused(finished, r"result.json is damaged: .* no checkpoint to make it anew; remove it to train again")
+    refused(finished, r"result.json is damaged: .* no checkpoint to make it anew; bring them back")
 
 
 def test_a_run_of_the_version_before_is_refused_by_both_of_its_names(unfinished):
@@ -159,7 +131,7 @@ def test_a_run_of_the_version_before_is_refused_by_both_of_its_names(unfinished)
     (path,) = unfinished.glob("checkpoints/*/manifest.json")
     manifest = json.loads(path.read_text())
     run = {"step": 2, "task": 1, "rehearsing": False, "accuracy": [[0.5, 0.25]], "metrics_size": 9, "devices": 1}
-    files.write_json(path, files.sealed({"run": run, "arrays": manifest["arrays"], "files": manifest["files"]}))
+    files.write_json(path, sealed({"run": run, "arrays": manifest["arrays"], "files": manifest["files"]}))
     refused(unfinished, words)
 
 
@@ -230,13 +202,13 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         files.write_json(path, {"new": 2})
-    assert files.read_json(path) == {"old": 1}
+    assert read_json(path) == {"old": 1}
 
 
 def test_a_seal_is_of_what_json_gives_back(tmp_path):
     value = {"rows": {10: 1, 9: 2}, "pair": (1, 2), "third": 1 / 3, "nan": float("nan")}
-    files.write_json(tmp_path / "x.json", files.sealed(value))
-    assert files.read_sealed(tmp_path / "x.json")["rows"] == {"10": 1, "9": 2}
+    files.write_json(tmp_path / "x.json", sealed(value))
+    assert read_sealed(tmp_path / "x.json")["rows"] == {"10": 1, "9": 2}
 
 
 TOLD = """

@@ -1,6 +1,5 @@
 """Where the rows of the host tier lie: in memory or in files, and whether there is room for them."""
 
-import contextlib
 import errno
 import os
 import pathlib
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxcl.errors import UserError
+from jaxcl.memory import free_memory
 from jaxcl.types import PyTree
 
 
@@ -70,17 +70,3 @@ def check_fits(field: str, each: int, devices: Sequence[jax.Device]) -> None:
 def _check_room(field: str, need: int, there: int, where: str, advice: str) -> None:
     if need > there:
         raise UserError(f"{field}: the rows need {need} bytes of {where} and {there} are there, give {advice}")
-
-
-def free_memory() -> int:
-    """Bytes of host memory that can be taken without swapping, within the limit of this process's control group."""
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-        there = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number
-        group = pathlib.Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        there = min(there, limit - int(statistics["anon"]))
-    return there

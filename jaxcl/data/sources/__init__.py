@@ -38,12 +38,17 @@ def open_source(
     """
     kind, rest = _parse(name)
     source = SOURCES[kind]
+    data_dir = os.path.expanduser(data_dir) if data_dir else None
+    options = {"rest": rest, "data_dir": data_dir, "image_size": image_size, "cache_bytes": cache_bytes}
+    try:
+        inspect.signature(source).bind(**options)
+    except (TypeError, ValueError) as error:  # of a name from outside
+        raise UserError(f"data.source: {name!r} is not allowed, {kind} is no source: {error}") from None
     if image_size is not None:
         check("data.image_size", image_size, at_least(1))
         if "image_size" not in inspect.signature(source).parameters:
             raise UserError(f"data.image_size: {image_size} is not allowed, give None: {name!r} has images of one size")
-    data_dir = os.path.expanduser(data_dir) if data_dir else None
-    return source(rest=rest, data_dir=data_dir, image_size=image_size, cache_bytes=cache_bytes)
+    return source(**options)
 
 
 def _parse(name: str) -> tuple[str, str]:

@@ -1,6 +1,9 @@
 """What sources share: the form of their errors, and the check of labels."""
 
+import contextlib
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +23,21 @@ def brief(error: BaseException) -> str:
     message = re.sub(r'^Failed to construct dataset .*?}": ', "", str(error))
     line = next((line.strip() for line in message.splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {line}"[:160].rstrip(": ")
+
+
+@contextlib.contextmanager
+def whole(name: str, folder: Any) -> Iterator[None]:
+    """Within, a prepared set is opened and read; whatever its readers raise, of files that are damaged, becomes one line.
+
+    Raises:
+      UserError: they did; names the folder.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise wrong(name, f"cannot be read from {folder}, is it damaged? ({brief(error)})") from None
 
 
 def check_labels(name: str, where: str, labels: np.ndarray, num_classes: int) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from tensorflow_datasets.core import dataset_metadata
 
 from jaxcl.data.source import Source
-from jaxcl.data.sources.base import wrong
+from jaxcl.data.sources.base import whole, wrong
 from jaxcl.data.sources.tfds import open_builder
 from jaxcl.errors import UserError
 
@@ -95,7 +95,8 @@ def prepare(data_dir: str | None = None) -> Digits:
     Raises:
       UserError: `data_dir` cannot be written, or holds a broken copy of the set.
     """
-    builder = Digits(data_dir=data_dir, file_format="array_record")
+    with whole("digits", data_dir or "TFDS's default folder"):
+        builder = Digits(data_dir=data_dir, file_format="array_record")
     target = pathlib.Path(builder.data_dir).expanduser()
     if not _complete(target):
         try:

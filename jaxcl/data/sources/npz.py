@@ -1,7 +1,7 @@
 """`npz:FILE`: arrays of a NumPy archive, x_train, y_train, x_test, y_test and optionally class_names.
 
 Images are uint8 [n, H, W] or [n, H, W, C], labels integers [n]. What an array claims to hold is compared with the bytes that
-the archive has of it before anything is allocated.
+the archive has of it, and with the memory that is free, before anything is allocated.
 """
 
 import math
@@ -16,6 +16,7 @@ import numpy as np
 from jaxcl.data.source import Source, array_source
 from jaxcl.data.sources.base import brief, check_labels, wrong
 from jaxcl.errors import UserError
+from jaxcl.memory import free_memory
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 _MOST = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}  # bytes that a byte of a file can stand for
@@ -102,5 +103,7 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     most = there * _MOST.get(member.compress_type, 2**20)
     if min(shape, default=0) < 0 or claimed != member.file_size - begin or claimed > most:
         raise ValueError(f"{key} claims shape {shape} of {dtype}, {claimed} bytes that are not there")
+    if claimed > (free := free_memory()):
+        raise MemoryError(f"{key} takes {claimed / 1e9:.4g} GB, {free / 1e9:.4g} GB are free")
     with archive.open(member) as file:
         return formats.read_array(file, allow_pickle=False)

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxcl.data import label_cache, window
 from jaxcl.data.source import Source
-from jaxcl.data.sources.base import brief, check_labels, wrong
+from jaxcl.data.sources.base import brief, check_labels, whole, wrong
 
 _CHUNK = 256  # rows a thread decodes at a time
 
@@ -47,16 +47,19 @@ def open_builder(
     rows = sum(found[split].num_examples for split in splits)
     cached = image_size is None and rows * math.prod(shape) <= cache_bytes
     sources = []
-    for split in splits:
-        examples = _Examples(_encoded(name, builder, split, image_key), image_key, label_key, shape)
-        if cached:
-            images = np.empty((len(examples.rows), *shape), np.uint8)
-            labels = examples.scan(images)
-        else:
-            labels = label_cache.cached(builder, split, len(examples.rows), examples.scan)
-        check_labels(name, f"split {split}", labels, len(class_names))
-        read = images.__getitem__ if cached else examples.read if image_size is None else examples.read_middle
-        sources.append(Source(labels, shape, class_names, read, None if image_size is None else examples.read_random))
+    with whole(name, builder.data_dir):
+        for split in splits:
+            examples = _Examples(_encoded(name, builder, split, image_key), image_key, label_key, shape)
+            if cached:
+                images = np.empty((len(examples.rows), *shape), np.uint8)
+                labels = examples.scan(images)
+            else:
+                labels = label_cache.cached(builder, split, len(examples.rows), examples.scan)
+            check_labels(name, f"split {split}", labels, len(class_names))
+            read = images.__getitem__ if cached else examples.read if image_size is None else examples.read_middle
+            sources.append(
+                Source(labels, shape, class_names, read, None if image_size is None else examples.read_random)
+            )
     train, test = sources
     return train, test
 
@@ -70,7 +73,8 @@ def open_examples(name: str, data_dir: str | None, splits: Sequence[str]) -> lis
     builder = _prepare(name, _builder(name.partition(":")[2], data_dir), data_dir)
     if not set(splits) <= set(builder.info.splits):
         raise wrong(name, f"has splits {', '.join(builder.info.splits)}, give a set with {', '.join(splits)}")
-    return [_encoded(name, builder, split, "image") for split in splits]
+    with whole(name, builder.data_dir):
+        return [_encoded(name, builder, split, "image") for split in splits]
 
 
 @dataclass(frozen=True, eq=False)
