@@ -47,6 +47,7 @@ from jaxcl.types import PyTree
 
 TIERS = ("device", "host")
 LABEL_AND_ID = 8  # bytes of a row beside its record
+WEIGHT = 5  # and of its weight, with its part of the sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +220,8 @@ def make_buffer(
     )
     devices = jax.devices()[:1] if mesh is None else mesh.local_devices
     local = dataclasses.replace(device_tier.bind(sizes), update_weights=functools.partial(update_weights, sizes))
-    store, on_device = None, _bytes(sizes.stored) + LABEL_AND_ID
+    beside = LABEL_AND_ID + WEIGHT * sizes.weighted
+    store, on_device = None, _bytes(sizes.stored) + beside
     if tier == "host":
         if mesh is None:
             raise refused("buffer.tier", tier, "a mesh with it, which may be one of one device")
@@ -227,7 +229,7 @@ def make_buffer(
             raise refused(
                 "buffer.handover", handover, f"outputs: {mesh.size} devices hold {shards} shards, and all would call"
             )
-        store, on_device = feed.make_store(sizes, mesh, path, queue), LABEL_AND_ID
+        store, on_device = feed.make_store(sizes, mesh, path, queue), beside
         local = feed.bind(sizes, store, handover, on_cpu=devices[0].platform == "cpu")
     check_fits("buffer.capacity", rule.slots * on_device, devices)
     return _over_mesh(sizes, mesh, local, store, policy, repeats)
