@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from jaxcl.training.config import default_config
     from jaxcl.training.loop import train_and_evaluate
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["Rows", "default_config", "make_buffer", "make_mesh", "train_and_evaluate"]
 
 _ROOMS = {
