@@ -150,11 +150,14 @@ def run(main: Callable[..., None], *, positional: bool = False, fields: fields_l
             _end(1)
         if why := streams.lost():
             print(f"warning: standard output is not whole: {why}", file=sys.stderr)
+        if not jax.distributed.is_initialized():  # else its end, which waits for the other processes, is to come
+            _end(0)
 
     signals.own()
     streams.open_all()
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs, with tracebacks, what it also raises
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _report_unraisable
     app.run(start, flags_parser=_parse)
 
 
@@ -185,8 +188,14 @@ def _log_lines() -> None:
     log.propagate = False
 
 
+def _report_unraisable(unraisable: Any) -> None:
+    """What C++ threads of a save that has failed print by the dozen is left out; the command says one line of it."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def _end(status: int) -> NoReturn:
-    """At once: the interpreter's own end waits for the other processes, and for threads of C++ that may crash meanwhile."""
+    """Without the interpreter's own end: it waits for the other processes, and crashes where C++ threads still run."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -65,9 +65,10 @@ def join_processes(
     Must run before the first JAX computation, and after `use_fake_devices`.
 
     Args:
-      coordinator: HOST:PORT of process 0, as all processes reach it. There it listens at this address alone, if HOST is a number
-        or localhost; at a name, which may mean another one there, at all of its machine. With None for all three, JAX finds out on a Cloud TPU pod,
-        under SLURM, Open MPI and (with the package `kubernetes`) in an indexed job of Kubernetes.
+      coordinator: HOST:PORT of process 0, as all processes reach it. Process 0 listens at this address alone if HOST is a
+        number or localhost; if it is a name, which may mean another address there, at all of its machine. With None for all
+        three, JAX finds out on a Cloud TPU pod, under SLURM, Open MPI and (with the package `kubernetes`) in an indexed job of
+        Kubernetes.
       num_processes, process_id: how many, and which of 0..num_processes-1 this is.
       heartbeat_seconds: how long the others wait for a process that sends no sign of life before they end.
       start_seconds: how long to wait for the others to come; None or 0: for ever. This process then ends, as `within` says.
@@ -140,7 +141,7 @@ def _listening_address(coordinator: str) -> str | None:
     if in_use or len(problems) == len(places):  # one family may be missing
         why = (in_use or problems)[0].strerror
         raise UserError(
-            f"--coordinator: process 0 cannot listen at {coordinator}: {why}; give a free port of its machine"
+            f"--coordinator: process 0 cannot listen at {coordinator}: {why}; give an address and a free port of its machine"
         )
     return coordinator if host else None
 

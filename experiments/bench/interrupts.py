@@ -19,7 +19,8 @@ import time
 from typing import Annotated, Any
 
 from experiments.bench import harness
-from experiments.bench.harness import Json, show
+from experiments.bench.harness import show
+from experiments.pages.page import Json
 from jaxcl.signals import STATUS
 
 FLAGS = {
