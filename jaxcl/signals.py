@@ -20,7 +20,11 @@ from typing import Any, NoReturn
 
 from jaxcl.errors import Preempted
 
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: Preempted.status, signal.SIGHUP: 129}
+STATUS = {
+    signal.SIGINT: 130,
+    signal.SIGHUP: 129,
+    signal.SIGTERM: Preempted.status,
+}  # in the order in which they are owned
 TICK = 0.1  # seconds between two looks at a run that was asked
 IMPATIENT = 1.0  # seconds; a second SIGINT within them may be the same one, sent on by a launcher
 

@@ -117,7 +117,7 @@ def interrupt(workdir: pathlib.Path, moment: float, number: signal.Signals) -> J
 
 
 def heeds(pid: int) -> bool:
-    """Whether the command has run its first line: Python alone leaves SIGTERM as it is."""
+    """Whether the command has run its first line, on Linux: Python alone leaves SIGTERM as it is."""
     status = pathlib.Path(f"/proc/{pid}/status").read_text()
     (caught,) = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:")]
     return bool(caught >> (signal.SIGTERM - 1) & 1)

@@ -5,7 +5,6 @@ import errno
 import itertools
 import json
 import logging
-import pathlib
 import random
 import shutil
 import signal
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.bench.interrupts import heeds
 from jaxcl import data
 from jaxcl.errors import Diverged, Preempted, RunError, UserError
 from jaxcl.runs import checkpoint
@@ -292,7 +292,7 @@ def test_a_signal_at_any_time_is_answered_and_the_run_goes_on(tmp_path):
     }
     for phase, (number, moment) in moments.items():
         process = runs.start(folder, "--devices=2", **changes)
-        runs.until(lambda: _heeds_sigterm(process.pid), process)  # noqa: B023
+        runs.until(lambda: heeds(process.pid), process)  # noqa: B023
         runs.until(moment, process)
         process.send_signal(number)
         status, errors = runs.wait(process)
@@ -303,13 +303,6 @@ def test_a_signal_at_any_time_is_answered_and_the_run_goes_on(tmp_path):
     status, errors = runs.wait(runs.start(folder, "--devices=2", **changes))
     assert status == 0, errors
     runs.assert_same_run(tmp_path / "whole", folder)
-
-
-def _heeds_sigterm(pid: int) -> bool:
-    """Whether Python is up and the command has begun."""
-    status = pathlib.Path(f"/proc/{pid}/status").read_text()
-    (caught,) = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:")]
-    return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
 def test_progress_survives_json():

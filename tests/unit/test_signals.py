@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from experiments.bench.interrupts import heeds
 from jaxcl.signals import IMPATIENT, STATUS
 from tests.whole import REPO
 
@@ -66,6 +67,15 @@ def test_a_process_with_nothing_to_save_ends_at_once(number):
 
 def test_also_before_the_first_step_of_a_run():
     assert told(begun("with signals.Preemption():\n    deaf()"), signal.SIGINT)[1] == NOTHING.format(name="SIGINT")
+
+
+@pytest.mark.parametrize("number", STATUS)
+def test_also_while_a_command_imports_what_it_needs(number):
+    line = [sys.executable, "-m", "experiments.train"]
+    process = subprocess.Popen(line, cwd=REPO, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not heeds(process.pid):
+        time.sleep(0.001)
+    assert told(process, number) == ("", NOTHING.format(name=number.name))
 
 
 @pytest.mark.parametrize("number", STATUS)
