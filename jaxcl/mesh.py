@@ -175,7 +175,7 @@ def from_first(call: Callable[[], Any], start_seconds: float | None = None) -> A
     """What `call` returns on process 0, as JSON gives it back, on every process; every process must take part.
 
     Args:
-      start_seconds: how long the processes wait for each other to begin, see `within`; the call itself may take its time.
+      start_seconds: how long the processes wait for each other to begin, and then for what process 0 found, see `within`.
 
     Raises:
       UserError: that of process 0, on every process.
@@ -191,9 +191,10 @@ def from_first(call: Callable[[], Any], start_seconds: float | None = None) -> A
             text = json.dumps({"value": call()}).encode()
         except UserError as error:
             text = json.dumps({"error": str(error)}).encode()
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    mine = np.frombuffer(text.ljust(size), np.uint8)
-    found = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(mine)).astype(np.uint8).tobytes())
+    with within(start_seconds, f"{who}: the run was not opened within {start_seconds or 0:g} s"):
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+        mine = np.frombuffer(text.ljust(size), np.uint8)
+        found = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(mine)).astype(np.uint8).tobytes())
     if "error" in found:
         raise UserError(found["error"])
     return found["value"]

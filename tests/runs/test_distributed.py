@@ -207,7 +207,7 @@ def test_a_mistake_ends_all_processes_with_one_line(tmp_path):
 @pytest.mark.slow
 def test_a_process_that_hangs_before_the_first_step_ends_the_others(tmp_path):
     processes = runs.start_all(tmp_path / "run", 2, 2, "--start_seconds=30")
-    runs.until((tmp_path / "run" / "config.json").exists, *processes)  # both have met; programs are compiled
+    runs.until(lambda: list((tmp_path / "run").glob("events.*")), *processes)  # the run is open; programs are compiled
     processes[1].send_signal(signal.SIGSTOP)
     status, errors = runs.wait(processes[0])
     processes[1].kill()
