@@ -40,10 +40,9 @@ SAVE = """
 """
 
 
-def begun(program, limit=60.0, **options):
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    line = [sys.executable, "-c", BEGIN.format(limit=limit) + program]
-    process = subprocess.Popen(line, cwd=REPO, text=True, **options)
+def begun(program, limit=60.0, before=()):
+    line = [*before, sys.executable, "-c", BEGIN.format(limit=limit) + program]
+    process = subprocess.Popen(line, cwd=REPO, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == "ready\n"
     return process
 
@@ -109,7 +108,7 @@ def test_a_second_ctrl_c_does_not_wait_and_the_echo_of_the_first_does_nothing():
 
 
 def test_nohup_is_respected():
-    process = begun("deaf()", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = begun("deaf()", before=("sh", "-c", """trap '' HUP; exec "$0" "$@" """))
     process.send_signal(signal.SIGHUP)
     time.sleep(0.5)
     assert process.poll() is None
