@@ -1,12 +1,10 @@
 """What the commands share: the flags of a run, the start of JAX, and one line instead of a traceback for a mistake."""
 
-import io
 import logging
 import os
 import pathlib
 import re
 import shutil
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,13 +15,13 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from experiments import streams
 from experiments.config_file import brief, explain
 from experiments.config_file import from_config_file as from_config_file
 from jaxcl import fields as fields_lib
-from jaxcl import mesh
+from jaxcl import mesh, signals
 from jaxcl.check import NOT_NEGATIVE, POSITIVE, Rule, at_least, between, check
 from jaxcl.errors import PeerLost, RunError, UserError
-from jaxcl.runs import control
 from jaxcl.training import config as training
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file, e.g. configs/digits.py")
@@ -49,8 +47,19 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, fr
 HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_seconds", 100, "end when another process has sent no sign of life for so long"
 )
+START = flags.DEFINE_float(
+    "start_seconds",
+    600.0,
+    "one of several processes: end when they have not met, begun to train or, compilation included, finished a first step "
+    "for so long; 0: never",
+)
 STALL = flags.DEFINE_float(
     "stall_seconds", 600.0, "one of several processes: end when no step was finished for so long; 0: never"
+)
+STOP = flags.DEFINE_float(
+    "stop_seconds",
+    8.0,
+    "how long a run that is told to stop may take to come to a step where it saves, before it ends unsaved",
 )
 HELP_CONFIG = flags.DEFINE_bool("help_config", False, "print every field of the config and end")
 
@@ -64,7 +73,9 @@ def _is_address(text: Any) -> bool:
 
 RULES = (
     (DEVICES, between(1, MOST_DEVICES)),
+    (START, NOT_NEGATIVE),
     (STALL, NOT_NEGATIVE),
+    (STOP, NOT_NEGATIVE),
     (HEARTBEAT, POSITIVE),
     (NUM_PROCESSES, POSITIVE),
     (PROCESS_ID, NOT_NEGATIVE),
@@ -90,7 +101,7 @@ def config_and_workdir() -> tuple[Any, pathlib.Path]:
 
 def run_options() -> dict[str, Any]:
     """Of `train_and_evaluate`: what the flags say beside config and workdir."""
-    return {"overwrite": OVERWRITE.value, "stall_seconds": STALL.value}
+    return {"overwrite": OVERWRITE.value, "start_seconds": START.value, "stall_seconds": STALL.value}
 
 
 def seeds(default: int, least: int = 1) -> int:
@@ -120,7 +131,6 @@ def run(main: Callable[..., None], *, positional: bool = False, fields: fields_l
     """
 
     def start(argv: list[str]) -> None:
-        control.end_at_sigterm()
         try:
             if HELP_CONFIG.value:
                 print(fields_lib.text(fields or training.fields(), shutil.get_terminal_size((120, 0)).columns))
@@ -129,27 +139,25 @@ def run(main: Callable[..., None], *, positional: bool = False, fields: fields_l
             main(argv[1:]) if positional else main()
         except (UserError, RunError) as error:
             _end(_say(error))
-        except KeyboardInterrupt:
-            _end(130)  # the handler has said it
         except Exception as error:
-            if not jax.distributed.is_initialized():
-                raise
             traceback.print_exc()
-            if isinstance(error, jax.errors.JaxRuntimeError):
+            if jax.distributed.is_initialized() and isinstance(error, jax.errors.JaxRuntimeError):
                 cause = " ".join(str(error).split())[:300]
                 error = PeerLost(
                     f"another process has died, or the computation itself failed: {cause}; start again to continue"
                 )
                 _end(_say(error))
             _end(1)
-        _leave_quietly()
+        if why := streams.lost():
+            print(f"warning: standard output is not whole: {why}", file=sys.stderr)
+        if not jax.distributed.is_initialized():  # else its end, which waits for the other processes, is to come
+            _end(0)
 
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # of ASCII, say: a table with ± is printed with ? instead
-            stream.reconfigure(errors="replace")
-    signal.signal(signal.SIGINT, _interrupt)
+    signals.own()
+    streams.open_all()
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs, with tracebacks, what it also raises
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _report_unraisable
     app.run(start, flags_parser=_parse)
 
 
@@ -160,11 +168,12 @@ def _begin(argv: list[str], positional: bool) -> None:
     for flag, rule in RULES:
         if flag.value is not None:
             check(f"--{flag.name}", flag.value, rule)
+    signals.wait_at_most(STOP.value)
     if DEVICES.value is not None:
         mesh.use_fake_devices(DEVICES.value)
     explicit = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if DISTRIBUTED.value or any(value is not None for value in explicit):
-        mesh.join_processes(*explicit, heartbeat_seconds=HEARTBEAT.value, stall_seconds=STALL.value)
+        mesh.join_processes(*explicit, heartbeat_seconds=HEARTBEAT.value, start_seconds=START.value)
     _log_lines()
 
 
@@ -179,35 +188,17 @@ def _log_lines() -> None:
     log.propagate = False
 
 
-def _interrupt(signum: int, frame: Any) -> NoReturn:
-    """Ctrl-C: what is being done may close its files; a second one does not wait for that."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    _say_interrupted()
-    raise KeyboardInterrupt
-
-
-def _interrupt_at_once(signum: int, frame: Any) -> NoReturn:
-    """Ctrl-C when the command is done and the interpreter is ending, where an exception would be printed as a trace."""
-    _say_interrupted()
-    os._exit(130)
-
-
-def _say_interrupted() -> None:
-    os.write(2, b"error: interrupted; start again to continue from the last checkpoint\n")
-
-
-def _leave_quietly() -> None:
-    if signal.getsignal(signal.SIGINT) is _interrupt:
-        signal.signal(signal.SIGINT, _interrupt_at_once)
+def _report_unraisable(unraisable: Any) -> None:
+    """What C++ threads of a save that has failed print by the dozen is left out; the command says one line of it."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _end(status: int) -> NoReturn:
-    _leave_quietly()
-    if jax.distributed.is_initialized():  # its shutdown, at exit, waits for all processes
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    """Without the interpreter's own end: it waits for the other processes, and crashes where C++ threads still run."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -14,9 +14,9 @@ class RunError(RuntimeError):
 
 
 class Preempted(RunError):
-    """SIGTERM came and the run was saved: start it again to continue."""
+    """The run was told to stop and was saved: start it again to continue."""
 
-    status = 75  # EX_TEMPFAIL
+    status = 75  # EX_TEMPFAIL, of SIGTERM; each signal has its own, see `jaxcl.signals`
 
 
 class Diverged(RunError, FloatingPointError):

@@ -5,11 +5,14 @@ jaxcl is data-parallel: one mesh axis, `AXIS`, over every device of every proces
 """
 
 import contextlib
+import errno
 import functools
+import ipaddress
 import json
 import math
 import os
 import re
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -55,21 +58,23 @@ def join_processes(
     process_id: int | None = None,
     *,
     heartbeat_seconds: int = 100,
-    stall_seconds: float | None = None,
+    start_seconds: float | None = None,
 ) -> None:
     """Makes this process one of several that train together, and returns when all have met.
 
     Must run before the first JAX computation, and after `use_fake_devices`.
 
     Args:
-      coordinator: HOST:PORT of process 0, as all processes reach it. With None for all three, JAX finds out on a Cloud TPU pod,
-        under SLURM, Open MPI and (with the package `kubernetes`) in an indexed job of Kubernetes.
+      coordinator: HOST:PORT of process 0, as all processes reach it. Process 0 listens at this address alone if HOST is a
+        number or localhost; if it is a name, which may mean another address there, at all of its machine. With None for all
+        three, JAX finds out on a Cloud TPU pod, under SLURM, Open MPI and (with the package `kubernetes`) in an indexed job of
+        Kubernetes.
       num_processes, process_id: how many, and which of 0..num_processes-1 this is.
       heartbeat_seconds: how long the others wait for a process that sends no sign of life before they end.
-      stall_seconds: how long to wait for the others to come; None or 0: for ever. This process then ends, as `within` says.
+      start_seconds: how long to wait for the others to come; None or 0: for ever. This process then ends, as `within` says.
 
     Raises:
-      UserError: an argument is missing or out of range, or nothing was found out.
+      UserError: an argument is missing or out of range, process 0 cannot listen there, or nothing was found out.
       PeerLost: another process died meanwhile.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
@@ -88,16 +93,18 @@ def join_processes(
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of the CPU backend alone
     jax.config.update("jax_enable_preemption_service", False)  # its handler of SIGTERM would replace ours
     who = "this process" if process_id is None else f"process {process_id} of {num_processes}"
-    problem = f"{who}: not all processes were started and met within {stall_seconds or 0:g} s"
+    problem = f"{who}: not all processes were started and met within {start_seconds or 0:g} s"
+    listen = None if coordinator is None or process_id else _listening_address(coordinator)
     try:
-        with within(stall_seconds, problem):
+        with within(start_seconds, problem):
             jax.distributed.initialize(
                 coordinator,
                 num_processes,
                 process_id,
                 heartbeat_timeout_seconds=heartbeat_seconds,
                 # Its end would be an abort with a native trace: later than ours.
-                initialization_timeout=int(min(stall_seconds or 10**6, 10**6)) + 60,
+                initialization_timeout=int(min(start_seconds or 10**6, 10**6)) + 60,
+                coordinator_bind_address=listen,
             )
             jax.devices()  # the processes tell each other of theirs
     except (RuntimeError, ValueError) as error:
@@ -106,6 +113,37 @@ def join_processes(
             raise PeerLost(f"{who}: another process has died: {text}; start the run again") from error
         flag = "--distributed" if missing else "--coordinator"
         raise UserError(f"{flag}: the processes cannot be joined: {text}") from error
+
+
+def _listening_address(coordinator: str) -> str | None:
+    """What process 0 binds, None for every address of this machine; found free, since JAX crashes where it is not.
+
+    Raises:
+      UserError: another program listens there, or it is no address of this machine.
+    """
+    name, _, port = coordinator.rpartition(":")
+    host: str | None = name.strip("[]")
+    if host != "localhost":
+        try:
+            ipaddress.ip_address(name.strip("[]"))
+        except ValueError:
+            host = None
+    problems = []
+    places = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for family, kind, protocol, _, place in places:
+        try:
+            with socket.socket(family, kind, protocol) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # just closed is free
+                trial.bind(place)
+        except OSError as error:
+            problems.append(error)
+    in_use = [error for error in problems if error.errno == errno.EADDRINUSE]
+    if in_use or len(problems) == len(places):  # one family may be missing
+        why = (in_use or problems)[0].strerror
+        raise UserError(
+            f"--coordinator: process 0 cannot listen at {coordinator}: {why}; give an address and a free port of its machine"
+        )
+    return coordinator if host else None
 
 
 @contextlib.contextmanager
@@ -133,11 +171,11 @@ def end_lost(problem: str) -> NoReturn:
     os._exit(PEER_LOST)
 
 
-def from_first(call: Callable[[], Any], stall_seconds: float | None = None) -> Any:
+def from_first(call: Callable[[], Any], start_seconds: float | None = None) -> Any:
     """What `call` returns on process 0, as JSON gives it back, on every process; every process must take part.
 
     Args:
-      stall_seconds: how long the processes wait for each other to begin, see `within`; the call itself may take its time.
+      start_seconds: how long the processes wait for each other to begin, and then for what process 0 found, see `within`.
 
     Raises:
       UserError: that of process 0, on every process.
@@ -145,7 +183,7 @@ def from_first(call: Callable[[], Any], stall_seconds: float | None = None) -> A
     if jax.process_count() == 1:
         return call()
     who = f"process {jax.process_index()} of {jax.process_count()}"
-    with within(stall_seconds, f"{who}: not all processes were ready to train within {stall_seconds or 0:g} s"):
+    with within(start_seconds, f"{who}: not all processes were ready to train within {start_seconds or 0:g} s"):
         multihost_utils.sync_global_devices("from_first")
     text = b""
     if jax.process_index() == 0:
@@ -153,9 +191,10 @@ def from_first(call: Callable[[], Any], stall_seconds: float | None = None) -> A
             text = json.dumps({"value": call()}).encode()
         except UserError as error:
             text = json.dumps({"error": str(error)}).encode()
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    mine = np.frombuffer(text.ljust(size), np.uint8)
-    found = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(mine)).astype(np.uint8).tobytes())
+    with within(start_seconds, f"{who}: the run was not opened within {start_seconds or 0:g} s"):
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+        mine = np.frombuffer(text.ljust(size), np.uint8)
+        found = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(mine)).astype(np.uint8).tobytes())
     if "error" in found:
         raise UserError(found["error"])
     return found["value"]

@@ -148,6 +148,7 @@ def train_and_evaluate(
     devices: Sequence[jax.Device] | None = None,
     progress: bool = True,
     overwrite: bool = False,
+    start_seconds: float | None = None,
     stall_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Trains on pairs, evaluating `eval.rounds` times, and leaves a finished run in `workdir`.
@@ -165,7 +166,8 @@ def train_and_evaluate(
         lanes: Lanes[ContrastiveState] = Lanes(parts.mesh, [config], sessions)
         return [run_rounds(config, parts, lanes, progress and jax.process_index() == 0)]
 
-    options: Any = {"begin": begin, "overwrite": overwrite, "stall_seconds": stall_seconds}
+    options: Any = {"begin": begin, "overwrite": overwrite}
+    options |= {"start_seconds": start_seconds, "stall_seconds": stall_seconds}
     return in_sessions([config], [pathlib.Path(workdir)], parts.mesh, carry_out, **options)[0]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxcl.errors import UserError
+from jaxcl.errors import StorageError, UserError
 from jaxcl.report.pictures import PICTURES, color_of, png
 from jaxcl.report.runs import Group, Run, common_measure, group_runs
 from jaxcl.report.tables import rows_of, unfinished
@@ -72,11 +72,15 @@ def write_report(runs: Sequence[Run], out: str | Path, sections: Sequence[Sectio
 
     Raises:
       UserError: if `out` is a file.
+      StorageError: it cannot be written; every file in it is whole, of this report or of the one before.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"out: {str(out)!r} is a file; allowed: a folder, or a path to make one at")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"out: {out} cannot be made: {error.strerror}; give another folder") from error
     groups = group_runs(runs)
     body = ["<h1>Continual learning runs</h1>"]
     if groups:
@@ -96,7 +100,7 @@ def write_report(runs: Sequence[Run], out: str | Path, sections: Sequence[Sectio
             title, caption = (text.format(measure=measure) for text in texts)
             title = title[0].upper() + title[1:]
             picture = png(functools.partial(draw, groups))
-            (out / f"{name}.png").write_bytes(picture)
+            _write(out / f"{name}.png", picture)
             source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
             body += [f"<h2>{title}</h2>", f"<p>{caption}</p>"]
             body.append(f'<div class="scroll"><img alt="{title}" src="{source}"></div>')
@@ -104,9 +108,23 @@ def write_report(runs: Sequence[Run], out: str | Path, sections: Sequence[Sectio
         items = "".join(f"<li>{html.escape(line)}</li>" for line in problems)
         body += ["<h2>Runs without a result</h2>", f"<ul>{items}</ul>"]
     page = out / "report.html"
-    page.write_text(
+    text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>jaxcl report</title><style>{_CSS}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
+    _write(page, text.encode())
     return page
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all, whenever the command is stopped."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"out: {path} cannot be written: {error.strerror}; make room or give another folder"
+        ) from error

@@ -1,15 +1,11 @@
-"""What may interrupt a run, and how several processes agree on it: SIGTERM, the clock, a process that died.
+"""How the processes of a run agree on what interrupts it: a signal, the clock. And what ends one whose others are lost.
 
 The processes of a run execute the same collectives in the same order, so none may save or stop alone. Each puts its wish into
 a tiny collective beside every step and reads the common answer two steps later, when it has long arrived: no step waits.
 """
 
 import collections
-import os
-import signal
-import sys
 import threading
-from types import FrameType
 from typing import Any
 
 import jax
@@ -17,58 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl import mesh as mesh_lib
-from jaxcl.errors import Preempted
 
 GO_ON, SAVE, STOP = 0, 1, 2  # wishes; the strongest of all processes counts
 LAG = 2  # steps between a wish and its fulfilment, in a run of several processes
-_ending = threading.Lock()
-
-
-def end_at_sigterm() -> None:
-    """From now on SIGTERM ends this process at once with one line and the status of `Preempted`, but while a session is open.
-
-    For commands; to be called in the main thread. Another thread ends the process, since in the main one Python handles no
-    signal while JAX waits for other processes or compiles.
-    """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.signal(signal.SIGTERM, _end)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_end_when_told, args=(reader,), name="sigterm", daemon=True).start()
-
-
-def _end_when_told(reader: int) -> None:
-    while number := os.read(reader, 1):  # of every signal that Python handles
-        if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is _end:
-            _end(number[0], None)
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    if not _ending.acquire(blocking=False):  # the other thread, or a second signal
-        return
-    print("error: SIGTERM: told to stop while nothing was being trained; start again", file=sys.stderr, flush=True)
-    os._exit(Preempted.status)
-
-
-class Preemption:
-    """Remembers a SIGTERM while it is entered, until the run is at a step where it can be saved. In a thread other than the
-    main one, where Python allows no handler, it does nothing."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
-
-    def __enter__(self) -> "Preemption":
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
 
 
 class Agreement:
@@ -109,34 +56,36 @@ class Agreement:
 
 
 class Watchdog:
-    """Ends this process, one of several, when nothing has been finished for `seconds`.
+    """Ends this process, one of several, when nothing has been finished for too long.
 
     A collective whose peer has died or hangs does not return, and nothing in this process can make it; what JAX's heartbeats
     do not notice (a process that lives and never arrives) ends here. Counted in wake-ups of one second, so that neither a
     jump of the clock nor a suspended process looks like a stall.
+
+    Args:
+      start: seconds until the first thing is finished, most of which is compilation; None or 0: for ever.
+      stall: seconds for everything after it.
     """
 
-    def __init__(self, seconds: float | None):
-        self._limit, self._idle, self._what = seconds, 0, "the start"
+    def __init__(self, start: float | None, stall: float | None):
+        self._limit, self._stall, self._idle, self._what = start, stall, 0, "the start"
         self._end = threading.Event()
-        self._thread: threading.Thread | None = None
+        if jax.process_count() > 1:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def done(self, what: str) -> None:
-        """Something was finished; the first call starts the watch, since before it only compilation is slow."""
-        self._idle, self._what = 0, what
-        if self._thread is None and self._limit and jax.process_count() > 1:
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-            self._thread.start()
+        """Something was finished."""
+        self._idle, self._what, self._limit = 0, what, self._stall
 
     def close(self) -> None:
         self._end.set()
 
     def _watch(self) -> None:
-        assert self._limit is not None
         while not self._end.wait(1.0):
             self._idle += 1
-            if self._idle > self._limit:
+            limit = self._limit
+            if limit and self._idle > limit:
                 mesh_lib.end_lost(
                     f"process {jax.process_index()} of {jax.process_count()}: nothing was finished for "
-                    f"{self._limit:g} s after {self._what}"
+                    f"{limit:g} s after {self._what}"
                 )

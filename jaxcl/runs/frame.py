@@ -24,6 +24,7 @@ def in_sessions(
     *,
     begin: float,
     overwrite: bool = False,
+    start_seconds: float | None = None,
     stall_seconds: float | None = None,
 ) -> list[dict[str, Any]]:
     """Carries out runs in sessions of their folders, and leaves result.json in each.
@@ -33,7 +34,7 @@ def in_sessions(
         returned as it is.
       carry_out: trains, and says of each run what result.json holds but for its times.
       begin: `time.perf_counter()` at the beginning of the run.
-      overwrite, stall_seconds: see `open_session`.
+      overwrite, start_seconds, stall_seconds: see `open_session`.
 
     Returns:
       What each result.json holds.
@@ -44,7 +45,8 @@ def in_sessions(
         sessions: list[Session] = []
         for config, folder in zip(configs, folders, strict=True):
             stack.enter_context(files.full_disk_is_a_storage_error(folder))
-            options: Any = {"begin": begin, "overwrite": overwrite, "stall_seconds": stall_seconds}
+            options: Any = {"begin": begin, "overwrite": overwrite}
+            options |= {"start_seconds": start_seconds, "stall_seconds": stall_seconds}
             session = open_session(stack, config, folder, mesh, **options)
             if isinstance(session, dict):
                 assert len(configs) == 1, "a finished run is not continued"

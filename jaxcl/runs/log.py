@@ -6,6 +6,7 @@ import logging
 import os
 import pathlib
 import shutil
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -73,14 +74,17 @@ class Log:
         self._lines = self._events = None
         if not write:
             return
-        from tensorboardX import SummaryWriter
+        # Not its SummaryWriter: the thread of that dies of a full disk, with a trace, and who writes then waits for ever.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         path = workdir / NAME
         self._crc = files.checksum(path)[1] if path.exists() else 0
         self._lines = path.open("ab")
-        self._events = SummaryWriter(
-            str(workdir), flush_secs=10, purge_step=None if step is None else step + 1, filename_suffix=_MARK
-        )
+        self._events = EventsWriter(str(workdir / "events"), _MARK)
+        if step is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def saved(self) -> list[int]:
         """[size, CRC-32] of metrics.jsonl, all of it on disk."""
@@ -97,17 +101,24 @@ class Log:
         self._lines.write(line)
         self._lines.flush()
         self._crc = zlib.crc32(line, self._crc)
-        for name, value in values.items():
-            if isinstance(value, float):
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+        self._add(step, {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, float)})
 
     def write_seconds(self, step: int, foreground: Mapping[str, float], background: Mapping[str, float]) -> None:
         """Seconds by phase so far, of the loop and of the buffer's writer; to TensorBoard alone, as metrics.jsonl holds what
         a repeated run has again."""
-        if self._events is not None:
-            for kind, seconds in (("foreground", foreground), ("background", background)):
-                for name, value in seconds.items():
-                    self._events.add_scalar(f"seconds_{kind}/{name}", value, step)
+        for kind, seconds in (("foreground", foreground), ("background", background)):
+            self._add(step, {f"seconds_{kind}/{name}": value for name, value in seconds.items()})
+
+    def _add(self, step: int, scalars: dict[str, float]) -> None:
+        """To TensorBoard."""
+        if self._events is None:
+            return
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        for name, value in scalars.items():
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+        self._events.flush()
 
     def close(self) -> None:
         if self._lines is not None and self._events is not None:

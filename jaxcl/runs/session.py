@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxcl import mesh as mesh_lib
+from jaxcl import signals
 from jaxcl.buffer.host import Pending, Store
-from jaxcl.errors import Diverged, Preempted
+from jaxcl.errors import Diverged
 from jaxcl.runs import checkpoint, control, workdir
 from jaxcl.runs.log import Log
 
@@ -36,14 +37,17 @@ class Phases:
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self.seconds: dict[str, float] = collections.defaultdict(float, seconds)
+        self.now: str | None = None  # the innermost phase
         self._within = 0.0  # seconds of the phases that have ended within the present one
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         begin, before, self._within = time.perf_counter(), self._within, 0.0
+        around, self.now = self.now, name
         try:
             yield
         finally:
+            self.now = around
             whole = time.perf_counter() - begin
             self.seconds[name] += whole - self._within
             self._within = before + whole
@@ -111,6 +115,7 @@ class Session:
         stack: contextlib.ExitStack,
         *,
         begin: float,
+        start_seconds: float | None,
         stall_seconds: float | None,
     ):
         self.found, self.progress = found, Progress(**found["run"]) if found else Progress()
@@ -122,8 +127,8 @@ class Session:
             lambda params: jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]))
         )
         self._agreement = control.Agreement(mesh)
-        self._preemption = stack.enter_context(control.Preemption())
-        self._watchdog = control.Watchdog(stall_seconds)
+        self._preemption = stack.enter_context(signals.Preemption(lambda: self.phases.now == "save"))
+        self._watchdog = control.Watchdog(start_seconds, stall_seconds)
         stack.callback(self._watchdog.close)
         self.checkpoints = checkpoint.Checkpoints(
             folder / workdir.CHECKPOINTS, config.checkpoint.keep, workdir.resolved(config)
@@ -152,6 +157,7 @@ class Session:
         Raises:
           StorageError: a save in the background has failed.
         """
+        self._preemption.unsaved = True
         self.checkpoints.check()
         due = self._config.every_seconds and time.monotonic() - self._saved >= self._config.every_seconds
         wish = control.STOP if self._preemption.asked else control.SAVE if due else control.GO_ON
@@ -201,8 +207,9 @@ class Session:
         if answer is None:
             answer = self._agreement.now(control.STOP if self._preemption.asked else control.GO_ON)
         if answer == control.STOP:
-            self.checkpoints.wait()
-            raise Preempted(f"SIGTERM: saved at step {self.progress.step} in {self._folder}; start again to continue")
+            with self.phases("save"):
+                self.checkpoints.wait()
+            raise self._preemption.stopped(f"saved at step {self.progress.step} in {self._folder}")
 
 
 def open_session(
@@ -213,6 +220,7 @@ def open_session(
     *,
     begin: float,
     overwrite: bool = False,
+    start_seconds: float | None = None,
     stall_seconds: float | None = None,
 ) -> Session | dict[str, Any]:
     """Takes the folder for a run of the config, and finds out where it stands: its session, or the result of a finished one.
@@ -221,7 +229,7 @@ def open_session(
       stack: at its end the session does, and the folder is given back.
       begin: `time.perf_counter()` at the beginning of the run.
       overwrite: remove what an earlier run left there.
-      stall_seconds: how long to wait for the other processes, here and later, see `control.Watchdog`.
+      start_seconds, stall_seconds: how long to wait for the other processes, here and later, see `control.Watchdog`.
 
     Raises:
       UserError: the folder is in use, or see `workdir.claim`.
@@ -235,11 +243,12 @@ def open_session(
             stands = workdir.claim(folder, config, overwrite)
         return {"config": workdir.resolved(config), **stands._asdict()}
 
-    opened = mesh_lib.from_first(claim, stall_seconds)
+    opened = mesh_lib.from_first(claim, start_seconds)
     workdir.check_same(opened["config"], config, "process 0 was started with another config")
     if opened["finished"] is not None:
         return opened["finished"]
-    session = Session(config, folder, mesh, opened["found"], stack, begin=begin, stall_seconds=stall_seconds)
+    limits: Any = {"start_seconds": start_seconds, "stall_seconds": stall_seconds}
+    session = Session(config, folder, mesh, opened["found"], stack, begin=begin, **limits)
     if session.found:
         at = session.progress
         _log.info(

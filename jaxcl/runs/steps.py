@@ -31,7 +31,7 @@ def take_steps(lanes: Lanes[S], step: Step, state: S, loaders: Sequence[Any], ba
 
     Raises:
       Diverged: a loss is not finite.
-      Preempted: SIGTERM came; the run is saved.
+      Preempted: the run was told to stop, and is saved.
     """
     at, phases, steps = lanes.at, lanes.phases, len(loaders[0])
     log = _LateLog(lanes, loaders[0].steps_per_epoch)

@@ -54,6 +54,7 @@ def train_seeds(
     devices: Sequence[jax.Device] | None = None,
     progress: bool = True,
     overwrite: bool = False,
+    start_seconds: float | None = None,
     stall_seconds: float | None = None,
 ) -> list[dict[str, Any]]:
     """As `train_and_evaluate` for each seed, as one program or, without `together`, one after the other.
@@ -71,7 +72,8 @@ def train_seeds(
         check_together(config)
     for seed in folders:
         check("seed", seed, SEED)
-    options: Any = {"devices": devices, "progress": progress, "stall_seconds": stall_seconds}
+    limits: Any = {"start_seconds": start_seconds, "stall_seconds": stall_seconds}
+    options: Any = {"devices": devices, "progress": progress, **limits}
     groups: dict[str | None, list[int]] = defaultdict(list)
     found: dict[int, dict[str, Any]] = {}
     for seed, folder in folders.items():
@@ -89,7 +91,7 @@ def train_seeds(
             begin = time.perf_counter()
             parts = build(configs[seeds[0]], devices, seeds)
             where = [folders[seed] for seed in seeds]
-            lanes: Any = {"begin": begin, "progress": progress, "overwrite": overwrite, "stall_seconds": stall_seconds}
+            lanes: Any = {"begin": begin, "progress": progress, "overwrite": overwrite, **limits}
             found |= zip(seeds, loop.train_lanes(list(configs.values()), where, parts, **lanes), strict=True)
     return [found[seed] for seed in folders]
 

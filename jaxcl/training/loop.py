@@ -27,6 +27,7 @@ def train_and_evaluate(
     devices: Sequence[jax.Device] | None = None,
     progress: bool = True,
     overwrite: bool = False,
+    start_seconds: float | None = None,
     stall_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Trains over all tasks, evaluating on every task's test rows after each, and leaves a finished run in `workdir`.
@@ -40,7 +41,8 @@ def train_and_evaluate(
       devices: to train on; default all.
       progress: whether to draw a progress bar.
       overwrite: remove what an earlier run left in `workdir` instead of continuing it.
-      stall_seconds: a process of several ends itself when no step is finished for so long; None: never.
+      start_seconds: a process of several ends itself when the others, or its first step, take so long; None: never.
+      stall_seconds: the same, later, when no step is finished for so long.
 
     Returns:
       What result.json holds.
@@ -53,7 +55,8 @@ def train_and_evaluate(
     """
     begin = time.perf_counter()
     parts = build(config, devices)
-    options: Any = {"begin": begin, "progress": progress, "overwrite": overwrite, "stall_seconds": stall_seconds}
+    options: Any = {"begin": begin, "progress": progress, "overwrite": overwrite}
+    options |= {"start_seconds": start_seconds, "stall_seconds": stall_seconds}
     return train_lanes([config], [pathlib.Path(workdir)], parts, **options)[0]
 
 

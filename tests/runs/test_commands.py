@@ -1,10 +1,9 @@
-"""Whole commands: --help, the status of a mistake, Ctrl-C, a terminal of ASCII."""
+"""Whole commands: --help, the status of a mistake, Ctrl-C, a full folder."""
 
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -62,39 +61,23 @@ def test_a_damaged_run_is_told_in_one_line(tmp_path):
     assert status == 0 and "result.json is damaged" in out.splitlines()[0] and not errors
 
 
-def test_an_ascii_terminal_gets_a_question_mark():
-    program = "from experiments import cli; cli.run(lambda: print('51.00 ± 1.41'))"
-    assert ended(python("-c", program, PYTHONIOENCODING="ascii")) == (0, "51.00 ? 1.41\n", "")
-
-
-def interrupted(program, times):
-    """Exit status and standard error of a program that is interrupted so many times after it has said that it is there."""
-    process = python("-c", program)
-    assert process.stdout is not None and process.stdout.readline() == b"there\n"
-    for _ in range(times):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
-    status, _, errors = ended(process)
-    return status, errors
-
-
-LINE = "error: interrupted; start again to continue from the last checkpoint\n"
-SLEEP = "print('there', flush=True); time.sleep(60)"
-
-
-@pytest.mark.parametrize(
-    "program",
-    [
-        "def main():\n    {sleep}",
-        "def main():\n    try:\n        {sleep}\n    finally:\n        time.sleep(2)",
-        "def last():\n    {sleep}\natexit.register(last)\ndef main(): pass",
-        "def last():\n    {sleep}\natexit.register(last)\ndef main(): raise UserError('no')",
-    ],
-    ids=["once", "twice", "at the end", "at the end of a mistake"],
-)
-def test_ctrl_c_prints_one_line(program):
-    begin = "import atexit, time\nfrom experiments import cli\nfrom jaxcl.errors import UserError\n"
-    status, errors = interrupted(
-        begin + program.format(sleep=SLEEP) + "\ncli.run(main)", 2 if "finally" in program else 1
+def test_ctrl_c_prints_one_line():
+    program = (
+        "import time\nfrom experiments import cli\ndef main():\n    print('there', flush=True)\n    time.sleep(60)\n"
     )
-    assert status == 130 and errors.removeprefix("error: no\n") == LINE
+    process = python("-c", program + "cli.run(main)")
+    assert process.stdout.readline() == b"there\n"
+    process.send_signal(signal.SIGINT)
+    assert ended(process) == (130, "", "error: SIGINT: told to stop while there was nothing to save; start again\n")
+
+
+def test_a_report_into_a_full_folder_is_one_line(tmp_path):
+    """No file may become longer than 1,000 bytes: EFBIG, as a full disk gives ENOSPC."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text("{")  # which the page tells of
+    begin = "import resource, runpy, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+    program = begin + "runpy.run_module('experiments.report', run_name='__main__', alter_sys=True)"
+    status, _, errors = ended(python("-c", program, tmp_path))
+    assert (status, errors.count("\n")) == (74, 1), errors
+    assert errors.startswith(f"error: out: {tmp_path}/report.html cannot be written: File too large; make room")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

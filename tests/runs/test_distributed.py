@@ -66,7 +66,8 @@ def test_one_process_goes_on_as_two_and_the_other_way_round(tier, tmp_path, monk
     kept = np.sort(arrays["buffer.id"][arrays["buffer.id"] >= 0])
 
     processes = runs.start_all(tmp_path / "moved", 2, 2, **changes)
-    runs.until(lambda: runs.lines(tmp_path / "moved", "resume"), *processes)
+    before = len(runs.lines(tmp_path / "moved", "train"))
+    runs.until(lambda: len(runs.lines(tmp_path / "moved", "train")) > before, *processes)
     processes[1].send_signal(signal.SIGTERM)  # to one of them: all save and stop
     ends = [runs.wait(process) for process in processes]
     assert [status for status, _ in ends] == [75, 75], ends
@@ -111,7 +112,7 @@ def test_when_one_process_is_killed_the_other_ends_and_the_run_continues_exactly
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_process_that_is_killed_before_all_have_met_leaves_none_waiting(victim, tmp_path):
     """Process 0 is the coordinator, which the other then never reaches."""
-    processes = runs.start_all(tmp_path / "run", 2, 2, "--stall_seconds=5")
+    processes = runs.start_all(tmp_path / "run", 2, 2, "--start_seconds=5")
     processes[victim].kill()
     runs.wait(processes[victim])
     status, errors = runs.wait(processes[1 - victim])
@@ -122,7 +123,7 @@ def test_a_process_that_is_killed_before_all_have_met_leaves_none_waiting(victim
 
 
 def test_a_process_that_is_told_to_stop_while_it_waits_for_the_others_ends_at_once(tmp_path):
-    [process, other] = runs.start_all(tmp_path / "run", 2, 2, "--stall_seconds=300")
+    [process, other] = runs.start_all(tmp_path / "run", 2, 2, "--start_seconds=300")
     other.kill()
     runs.wait(other)
     (address,) = [word.partition("=")[2] for word in process.args if word.startswith("--coordinator=")]
@@ -151,11 +152,11 @@ def test_a_process_that_never_begins_to_train_ends_the_others(tmp_path):
         import sys, time
         from jaxcl import mesh
         mesh.use_fake_devices(1)
-        mesh.join_processes(sys.argv[1], 2, int(sys.argv[2]), stall_seconds=200)
+        mesh.join_processes(sys.argv[1], 2, int(sys.argv[2]), start_seconds=200)
         print("met", flush=True)
         if sys.argv[2] == "1":
             time.sleep(300)
-        mesh.from_first(lambda: 1, stall_seconds=3)
+        mesh.from_first(lambda: 1, start_seconds=3)
         """
     )
     address = runs.free_address()
@@ -203,20 +204,55 @@ def test_a_mistake_ends_all_processes_with_one_line(tmp_path):
         ]
 
 
+@pytest.mark.slow
+def test_a_process_that_hangs_before_the_first_step_ends_the_others(tmp_path):
+    processes = runs.start_all(tmp_path / "run", 2, 2, "--start_seconds=30")
+    runs.until(lambda: list((tmp_path / "run").glob("events.*")), *processes)  # the run is open; programs are compiled
+    processes[1].send_signal(signal.SIGSTOP)
+    status, errors = runs.wait(processes[0])
+    processes[1].kill()
+    runs.wait(processes[1])
+    assert status == PEER_LOST, errors
+    assert "process 0 of 2: nothing was finished for 30 s after the start" in errors.splitlines()[-1]
+
+
 def test_the_watchdog_ends_a_process_that_hangs_and_no_other(monkeypatch, capsys):
     ended = threading.Event()
-    monkeypatch.setattr(control.os, "_exit", lambda status: ended.set())
-    alone = control.Watchdog(0.5)
-    alone.done("step 1")
-    assert alone._thread is None
+    monkeypatch.setattr(mesh_lib.os, "_exit", lambda status: ended.set())
+    before = threading.active_count()
+    alone = control.Watchdog(0.5, 0.5)
+    assert threading.active_count() == before
+    alone.close()
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    off, watching = control.Watchdog(None), control.Watchdog(0.5)
-    off.done("step 1")
-    assert off._thread is None and watching._thread is None  # compilation may take its time
-    watching.done("step 7")
-    assert ended.wait(60)
-    watching.close()
-    assert "process 0 of 2: nothing was finished for 0.5 s after step 7" in capsys.readouterr().err
+    for start, stall, what in ((0.5, None, "the start"), (None, 0.5, "step 7"), (0, 0.5, "step 7")):
+        off, watching = control.Watchdog(None, 0), control.Watchdog(start, stall)
+        if stall:
+            watching.done("step 7")
+        assert ended.wait(60)
+        off.close(), watching.close()
+        assert f"process 0 of 2: nothing was finished for 0.5 s after {what}" in capsys.readouterr().err
+        ended.clear()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", socket.gethostname()])
+def test_a_port_in_use_is_refused(host):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        address = f"{host}:{other.getsockname()[1]}"
+        with pytest.raises(
+            UserError, match=f"--coordinator: process 0 cannot listen at {address}: Address already in use"
+        ):
+            mesh_lib._listening_address(address)
+
+
+def test_process_0_listens_where_it_is_told():
+    port = runs.free_address().split(":")[1]
+    for host in ("127.0.0.1", "localhost"):
+        assert mesh_lib._listening_address(f"{host}:{port}") == f"{host}:{port}"
+    assert mesh_lib._listening_address(f"some-name:{port}") is None  # JAX's default: every address
+    with pytest.raises(UserError, match="Cannot assign requested address; give an address and a free port"):
+        mesh_lib._listening_address(f"192.0.2.1:{port}")  # of RFC 5737: nobody's
 
 
 @pytest.mark.parametrize(

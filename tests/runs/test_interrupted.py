@@ -5,7 +5,6 @@ import errno
 import itertools
 import json
 import logging
-import pathlib
 import random
 import shutil
 import signal
@@ -16,11 +15,13 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.bench.interrupts import heeds
 from jaxcl import data
 from jaxcl.errors import Diverged, Preempted, RunError, UserError
 from jaxcl.runs import checkpoint
 from jaxcl.runs import session as session_lib
 from jaxcl.runs import workdir as workdir_lib
+from jaxcl.signals import STATUS
 from jaxcl.strategies import STRATEGIES
 from jaxcl.training import task
 from jaxcl.training.loop import train_and_evaluate
@@ -272,27 +273,36 @@ def test_the_command_says_what_ended_it_with_its_status(tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_before_the_first_step_is_answered(tmp_path):
-    """While data are read and programs compiled: ends with one line and 75, and the run goes on from there."""
-    for moment in (lambda: True, (tmp_path / "run" / "config.json").exists):
-        process = runs.start(tmp_path / "run", "--devices=2")
-        runs.until(lambda: _heeds_sigterm(process.pid), process)  # noqa: B023
+def test_a_signal_at_any_time_is_answered_and_the_run_goes_on(tmp_path):
+    """While modules are imported, programs compiled, steps taken, a checkpoint is written, the test rows are evaluated."""
+    changes = {"epochs": 2, "checkpoint__every_steps": 5}
+    folder = tmp_path / "run"
+    steps = train(runs.small(**changes), tmp_path / "whole")["steps"]
+    writing = lambda: any("tmp" in path.name for path in (folder / "checkpoints").glob("*"))  # noqa: E731
+    logged = lambda: [line["step"] for line in runs.lines(folder, "train")] or [-1]  # noqa: E731
+    evaluated = lambda: len(runs.lines(folder, "evaluation"))  # noqa: E731
+    whole = runs.lines(tmp_path / "whole", "train", "evaluation")
+    last = next(whole[i - 1]["step"] for i, line in enumerate(whole) if line["kind"] == "evaluation")
+    moments = {
+        "import": (signal.SIGINT, lambda: True),
+        "compilation": (signal.SIGHUP, (folder / "config.json").exists),
+        "steps": (signal.SIGTERM, lambda: logged()[-1] > 5),
+        "save": (signal.SIGINT, writing),
+        "evaluation": (signal.SIGHUP, lambda: logged()[-1] >= last),
+    }
+    for phase, (number, moment) in moments.items():
+        process = runs.start(folder, "--devices=2", **changes)
+        runs.until(lambda: heeds(process.pid), process)  # noqa: B023
         runs.until(moment, process)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         status, errors = runs.wait(process)
-        assert status == 75, errors
-        assert [line[:14] for line in errors.splitlines() if line.startswith("error")] == ["error: SIGTERM"], errors
-    status, errors = runs.wait(runs.start(tmp_path / "run", "--devices=2"))
+        said = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert status == STATUS[number] and len(said) == 1 and said[0].startswith(f"error: {number.name}"), errors
+        assert "Traceback" not in errors and ("nothing to save" in said[0]) == (phase in ("import", "compilation"))
+    assert evaluated() < 3 and runs.saved_step(folder / "checkpoints") < steps
+    status, errors = runs.wait(runs.start(folder, "--devices=2", **changes))
     assert status == 0, errors
-    train(runs.small(), tmp_path / "whole")
-    runs.assert_same_run(tmp_path / "whole", tmp_path / "run")
-
-
-def _heeds_sigterm(pid: int) -> bool:
-    """Whether Python is up and the command has begun."""
-    status = pathlib.Path(f"/proc/{pid}/status").read_text()
-    (caught,) = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:")]
-    return bool(caught >> (signal.SIGTERM - 1) & 1)
+    runs.assert_same_run(tmp_path / "whole", folder)
 
 
 def test_progress_survives_json():

@@ -2,11 +2,6 @@
 
 import json
 import logging
-import os
-import pathlib
-import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -209,34 +204,3 @@ def test_a_seal_is_of_what_json_gives_back(tmp_path):
     value = {"rows": {10: 1, 9: 2}, "pair": (1, 2), "third": 1 / 3, "nan": float("nan")}
     files.write_json(tmp_path / "x.json", sealed(value))
     assert read_sealed(tmp_path / "x.json")["rows"] == {"10": 1, "9": 2}
-
-
-TOLD = """
-import signal, sys, time
-from jaxcl.runs import control
-control.end_at_sigterm()
-if sys.argv[1] == "training":
-    with control.Preemption() as preemption:
-        print("ready", flush=True)
-        while not preemption.asked:
-            time.sleep(0.01)
-    print("saved", flush=True)
-else:
-    print("ready", flush=True)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # this thread answers no more, as within JAX
-    time.sleep(300)
-"""
-
-
-@pytest.mark.parametrize(("doing", "status", "out"), [("compiling", 75, ""), ("training", 0, "saved\n")])
-def test_sigterm_ends_a_process_that_does_not_train_and_is_remembered_by_one_that_does(doing, status, out):
-    process = subprocess.Popen(
-        [sys.executable, "-c", TOLD, doing], cwd=pathlib.Path(jaxcl.__file__).parents[1], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGTERM)
-    found, errors = process.communicate(timeout=300)
-    assert (process.returncode, found) == (status, out), errors
-    said = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert said == ["error: SIGTERM: told to stop while nothing was being trained; start again"] * (status == 75)

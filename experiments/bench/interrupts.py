@@ -1,0 +1,137 @@
+"""Interrupts a small run at random moments, again and again, and looks how it ends.
+
+    python -m experiments.bench.interrupts [--interrupts=200] [--seed=0] [--json=FILE]
+
+One of SIGINT, SIGTERM and SIGHUP at a moment between 0.1 s and the end of a run of `configs/digits.py`, made small. The next
+start continues the run; a finished one is compared with one that was left alone, and another begun. Each interrupt is a line:
+moment and signal, exit status, seconds from the signal to the end. A status is right if it is the signal's own; where Python
+had not run the command's first line, that of a process without handlers; 0 where the run had finished.
+"""
+
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Annotated, Any
+
+from experiments.bench import harness
+from experiments.bench.harness import show
+from experiments.pages.page import Json
+from jaxcl.signals import STATUS
+
+FLAGS = {
+    "batch_size": 16,
+    "epochs": 2,
+    "log_every": 3,
+    "data.tasks": 3,
+    "model.options.hidden": (16, 16),
+    "buffer.capacity": 40,
+    "buffer.representatives": 8,
+    "buffer.candidates": 8,
+    "checkpoint.every_seconds": 0.0,
+    "checkpoint.every_steps": 20,
+}
+LIMIT = 10.0  # seconds from a signal to the end
+TIMES = ("seconds", "seconds_by_phase", "images_per_second", "checksum")  # of a result, that differ between equal runs
+REPO = pathlib.Path(__file__).resolve().parents[2]
+
+
+def measure(
+    interrupts: Annotated[int, "how many"] = 200,
+    seed: Annotated[int, "of the moments, and of the signals"] = 1,
+) -> Json:
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        runs = pathlib.Path(folder)
+        begin = time.monotonic()
+        wanted, seconds = finish(runs / "whole"), time.monotonic() - begin
+        found: list[Json] = []
+        number = equal = 0
+        while len(found) < interrupts:
+            run = runs / str(number)
+            one = interrupt(run, rng.uniform(0.1, seconds), rng.choice(list(STATUS)))
+            if one["signal"] is None:
+                seconds = min(seconds, one["moment"])
+            else:
+                found.append(one)
+                show(one)
+            if len(found) == interrupts or (run / "result.json").exists():
+                number += 1
+                equal += finish(run) == wanted
+    return {
+        "seconds_of_a_run": seconds,
+        "runs": number,
+        "runs_equal": equal,
+        "wrong": sum(not one["right"] for one in found),
+        "longest": max(one["seconds"] for one in found),
+        "interrupts": found,
+    }
+
+
+def start(workdir: pathlib.Path) -> subprocess.Popen:
+    """What it says goes to a file beside its folder: a pipe that is not read would hold it."""
+    changes = [f"--config.{name}={value}" for name, value in FLAGS.items()]
+    line = [sys.executable, "-m", "experiments.train", "--config=configs/digits.py", f"--workdir={workdir}", *changes]
+    with said_by(workdir).open("w") as file:
+        return subprocess.Popen([*line, "--devices=2"], cwd=REPO, stdout=subprocess.DEVNULL, stderr=file)
+
+
+def said_by(workdir: pathlib.Path) -> pathlib.Path:
+    return workdir.with_suffix(".said")
+
+
+def finish(workdir: pathlib.Path) -> Any:
+    """Of the run, started again, its outcome."""
+    assert start(workdir).wait() == 0, said_by(workdir).read_text()
+    return outcome(workdir)
+
+
+def interrupt(workdir: pathlib.Path, moment: float, number: signal.Signals) -> Json:
+    """Of a run that is started and gets a signal after `moment` seconds; None as its signal if it has finished before."""
+    begin, process = time.monotonic(), start(workdir)
+    while process.poll() is None and time.monotonic() < begin + moment:
+        time.sleep(0.01)
+    if process.returncode is not None:
+        assert process.returncode == 0, said_by(workdir).read_text()
+        return {"moment": time.monotonic() - begin, "signal": None}
+    owned = heeds(process.pid)
+    process.send_signal(number)
+    begin = time.monotonic()
+    status = process.wait()
+    seconds = time.monotonic() - begin
+    said = said_by(workdir).read_text()
+    finished = status == 0 and (workdir / "result.json").exists()
+    allowed = (STATUS[number],) if owned else (STATUS[number], -number)
+    return {
+        "moment": moment,
+        "signal": number.name,
+        "status": status,
+        "seconds": seconds,
+        "said": (said.splitlines() or [""])[-1],
+        "right": (finished or status in allowed) and seconds < LIMIT and not (owned and "Traceback" in said),
+    }
+
+
+def heeds(pid: int) -> bool:
+    """Whether the command has run its first line, on Linux: Python alone leaves SIGTERM as it is."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    (caught,) = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:")]
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
+
+
+def outcome(workdir: pathlib.Path) -> list[Any]:
+    """What equal runs have in common: the result but for its times, and the log of what was trained and evaluated."""
+    result = json.loads((workdir / "result.json").read_text())
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in result.items() if name not in TIMES},
+        [line for line in lines if line["kind"] in ("train", "evaluation")],
+    ]
+
+
+if __name__ == "__main__":
+    harness.run(measure)
