@@ -1,8 +1,8 @@
 """Interrupts a small run at random moments, again and again, and looks how it ends.
 
-    python -m experiments.bench.interrupts [--interrupts=200] [--seed=0] [--json=FILE]
+    python -m experiments.bench.interrupts [--interrupts=200] [--kill] [--seed=1] [--json=FILE]
 
-One of SIGINT, SIGTERM and SIGHUP at a moment between 0.1 s and the end of a run of `configs/digits.py`, made small. The next
+One of SIGINT, SIGTERM and SIGHUP, or with --kill SIGKILL, at a moment between 0.1 s and the end of a run of `configs/digits.py`, made small. The next
 start continues the run; a finished one is compared with one that was left alone, and another begun. Each interrupt is a line:
 moment and signal, exit status, seconds from the signal to the end. A status is right if it is the signal's own; where Python
 had not run the command's first line, that of a process without handlers; 0 where the run had finished.
@@ -42,6 +42,7 @@ REPO = pathlib.Path(__file__).resolve().parents[2]
 
 def measure(
     interrupts: Annotated[int, "how many"] = 200,
+    kill: Annotated[bool, "whether by SIGKILL, which no process can answer"] = False,
     seed: Annotated[int, "of the moments, and of the signals"] = 1,
 ) -> Json:
     rng = random.Random(seed)
@@ -53,7 +54,7 @@ def measure(
         number = equal = 0
         while len(found) < interrupts:
             run = runs / str(number)
-            one = interrupt(run, rng.uniform(0.1, seconds), rng.choice(list(STATUS)))
+            one = interrupt(run, rng.uniform(0.1, seconds), signal.SIGKILL if kill else rng.choice(list(STATUS)))
             if one["signal"] is None:
                 seconds = min(seconds, one["moment"])
             else:
@@ -105,7 +106,8 @@ def interrupt(workdir: pathlib.Path, moment: float, number: signal.Signals) -> J
     seconds = time.monotonic() - begin
     said = said_by(workdir).read_text()
     finished = status == 0 and (workdir / "result.json").exists()
-    allowed = (STATUS[number],) if owned else (STATUS[number], -number)
+    allowed = {STATUS[number]} if number in STATUS else set()
+    allowed |= set() if owned and allowed else {-number}
     return {
         "moment": moment,
         "signal": number.name,
