@@ -2,7 +2,7 @@
 
     python -m experiments.bench.interrupts [--interrupts=200] [--kill] [--seed=1] [--json=FILE]
 
-One of SIGINT, SIGTERM and SIGHUP, or with --kill SIGKILL, at a moment between 0.1 s and the end of a run of a small
+One of SIGINT, SIGTERM and SIGHUP, or with --kill SIGKILL, at a moment between 0.1 s and the end of a small
 run. The next start continues the run; a finished one is compared with one that was left alone, and another begun. Each
 interrupt is a line: moment and signal, exit status, seconds from the signal to the end. A status is right if it is the signal's
 own; where Python had not run the command's first line, that of a process without handlers; 0 where the run had finished.

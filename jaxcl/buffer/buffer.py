@@ -117,7 +117,10 @@ def init(sizes: Sizes) -> Shard:
     state = shard.empty(sizes.stored, sizes.policy.slots, sizes.policy.init(sizes.part()))
     slot_of = None if sizes.num_ids is None else jnp.zeros((sizes.num_ids,), jnp.int32)
     tree = weights.empty(sizes.policy.slots) if sizes.weighted else None
-    return mesh_lib.varying(sizes.axis, dataclasses.replace(state, slot_of=slot_of, weights=tree))
+    none = jnp.zeros((1,), jnp.int32)
+    return mesh_lib.varying(
+        sizes.axis, dataclasses.replace(state, came=none, refused=none, slot_of=slot_of, weights=tree)
+    )
 
 
 # Insert.

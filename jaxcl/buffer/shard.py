@@ -69,8 +69,8 @@ class Shard:
       label: int32 `[slots]`.
       id: int32 `[slots]`, -1 where nothing was written yet.
       meta: the policy's metadata, leaves `[1, ...]`.
-      came: int32 `[1]`, rows that this device was given, modulo 2**32.
-      refused: int32 `[1]`, valid rows that could not be stored because of their id, label or weight; saturates.
+      came: int32 `[1]`, rows that this device was given, modulo 2**32; None of rows that are no buffer's.
+      refused: int32 `[1]`, valid rows that could not be stored because of their id, label or weight; saturates. None likewise.
       slot_of: int32 `[num_ids]`, the slot at which each id was last stored here, 0 before; None unless copies are refused.
       weights: of weighted sampling; else None.
     """
@@ -79,8 +79,8 @@ class Shard:
     label: jax.Array
     id: jax.Array
     meta: PyTree
-    came: jax.Array
-    refused: jax.Array
+    came: Any = None
+    refused: Any = None
     slot_of: jax.Array | None = None
     weights: Weights | None = None
 
@@ -92,8 +92,6 @@ def empty(record: PyTree, slots: int, meta: PyTree) -> Shard:
         label=jnp.zeros((slots,), jnp.int32),
         id=jnp.full((slots,), -1, jnp.int32),
         meta=meta,
-        came=jnp.zeros((1,), jnp.int32),
-        refused=jnp.zeros((1,), jnp.int32),
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Rows, forget, held, make_buffer, weights
 from jaxcl.errors import UserError
-from jaxcl.runs.checkpoint import Checkpoints
+from jaxcl.runs.checkpoint import Checkpoints, name_of
 from tests import oracle
 
 K, CAPACITY, BATCH = 4, 22, 16
@@ -126,7 +126,7 @@ def test_no_byte_of_a_removed_row_is_left(tmp_path):
     state = jax.jit(buffer.insert)(buffer.init(), secret.rows(), jax.random.key(0))
     staged = jax.jit(buffer.stage)(state, [jax.random.key(1)])
     checkpoints = Checkpoints(tmp_path / "run", keep=1)
-    checkpoints.save("before", {"buffer": state, "staged": staged}, {})
+    checkpoints.save(name_of(0, False, 1), {"buffer": state, "staged": staged}, {})
     checkpoints.wait()
     buffer.save(state, tmp_path / "saved")
     places = {"devices": on_devices, **{x: functools.partial(in_files, tmp_path / x) for x in ("run", "saved")}}
@@ -134,7 +134,7 @@ def test_no_byte_of_a_removed_row_is_left(tmp_path):
         assert secret.found_in(*there()) == list(secret.ids), name
     state, staged = buffer.remove(state, gone), forget(staged, gone)
     assert secret.found_in(*on_devices()) == others
-    checkpoints.save("since", {"buffer": state, "staged": staged}, {})
+    checkpoints.save(name_of(0, False, 2), {"buffer": state, "staged": staged}, {})
     checkpoints.wait()
     checkpoints.close()
     buffer.save(state, tmp_path / "saved", overwrite=True)
