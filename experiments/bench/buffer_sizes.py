@@ -46,8 +46,13 @@ def by_batch(policy: str, n: int, runs: int) -> Json:
     """An insert of `n` rows into a full buffer on one device."""
     buffer = make_buffer(row_of("uint8"), capacity=4 * n, representatives=1, policy=policy, num_classes=100, accept=0.5)
     given = rows_of("uint8", n, classes=100)
-    state, insert = filled(buffer, given), jax.jit(buffer.insert, donate_argnums=0)
-    return shown({"policy": policy, "rows": n, **timed(insert, (given, jax.random.key(0)), state, runs)})
+
+    def insert(state: Any, rows: Rows, key: jax.Array) -> tuple[Any, None]:
+        return buffer.insert(state, rows, key), None
+
+    return shown(
+        {"policy": policy, "rows": n, **timed(insert, (given, jax.random.key(0)), filled(buffer, given), runs)}
+    )
 
 
 def by_draw(sampling: str, n: int, runs: int) -> Json:
@@ -60,14 +65,12 @@ def by_draw(sampling: str, n: int, runs: int) -> Json:
         num_classes=100,
         sampling=sampling,
     )
-    state, draw = filled(buffer, rows_of("uint8", n, classes=100)), jax.jit(buffer.draw)
-    return shown(
-        {
-            "sampling": sampling,
-            "rows": n,
-            **timed(lambda s, k: draw(s, k), (jax.random.key(0),), state, runs, keep=True),
-        }
-    )
+    state = filled(buffer, rows_of("uint8", n, classes=100))
+
+    def draw(state: Any, key: jax.Array) -> tuple[Any, Any]:
+        return state, buffer.draw(state, key)
+
+    return shown({"sampling": sampling, "rows": n, **timed(draw, (jax.random.key(0),), state, runs)})
 
 
 def by_dtype(dtype: str, capacities: tuple[int, ...], runs: int) -> Json:
@@ -76,8 +79,7 @@ def by_dtype(dtype: str, capacities: tuple[int, ...], runs: int) -> Json:
     for capacity in capacities:
         buffer = make_buffer(row_of(dtype), capacity=capacity, representatives=64)
         given = rows_of(dtype, 64)
-        both = jax.jit(lambda s, r, k, buffer=buffer: buffer.insert_and_draw(s, r, k)[0], donate_argnums=0)
-        found.append({"capacity": capacity, **timed(both, (given, jax.random.key(0)), filled(buffer, given), runs)})
+        found.append({"capacity": capacity, **insert_and_draw(buffer, given, runs)})
     return shown({"dtype": dtype, "capacities": found})
 
 
@@ -86,10 +88,7 @@ def by_devices(sampling: str, n: int, rows: int, runs: int) -> Json:
     mesh = mesh_lib.make_mesh(jax.devices()[:n])
     buffer = make_buffer(row_of("uint8"), capacity=4096 * n, representatives=rows * n, mesh=mesh, sampling=sampling)
     given = mesh_lib.shard_rows(mesh, rows_of("uint8", rows * n))
-    both = jax.jit(lambda s, r, k: buffer.insert_and_draw(s, r, k)[0], donate_argnums=0)
-    return shown(
-        {"sampling": sampling, "devices": n, **timed(both, (given, jax.random.key(0)), filled(buffer, given), runs)}
-    )
+    return shown({"sampling": sampling, "devices": n, **insert_and_draw(buffer, given, runs)})
 
 
 def row_of(dtype: str) -> jax.ShapeDtypeStruct:
@@ -111,18 +110,16 @@ def filled(buffer: Buffer, given: Rows) -> Any:
     return state
 
 
-def timed(function: Callable, args: tuple[Any, ...], state: Any, runs: int, *, keep: bool = False) -> Json:
-    """Milliseconds of a call and its temporaries in bytes. It takes the state and gives the next; with `keep` it only reads."""
-    lowered = jax.jit(function, donate_argnums=() if keep else 0).lower(state, *args)
-    compiled = lowered.compile()
+def insert_and_draw(buffer: Buffer, given: Rows, runs: int) -> Json:
+    """Of a full buffer."""
+    return timed(buffer.insert_and_draw, (given, jax.random.key(0)), filled(buffer, given), runs)
+
+
+def timed(function: Callable, args: tuple[Any, ...], state: Any, runs: int) -> Json:
+    """Milliseconds of a call `(state, *args) -> (state, anything)` in place, and its temporaries in bytes."""
+    compiled = jax.jit(function, donate_argnums=0).lower(state, *args).compile()
     memory = compiled.memory_analysis()
-
-    def step(state: Any, _: Any) -> tuple[Any, None]:
-        after = compiled(state, *args)
-        jax.block_until_ready(after)
-        return state if keep else after, None
-
-    contender = Contender(step, state)
+    contender = Contender(lambda state, _: jax.block_until_ready(compiled(state, *args)), state)
     contender.run(2)
     return {"ms": contender.turns(runs), "temp_bytes": None if memory is None else int(memory.temp_size_in_bytes)}
 
