@@ -149,7 +149,7 @@ BAD = {
     "proximal": ({"negatives": "fifo", "bank.proximal": 1.0}, ("bank.proximal", "full_bank")),
     "momentum": ({"momentum": 1.0}, ("momentum", "1.0", "less than 1")),
     "rounds": ({"eval.rounds": 3}, ("eval.rounds", "3", "epochs = 4")),
-    "passes": ({"passes": 0}, ("passes", "0", "positive")),
+    "passes": ({"passes": 0}, ("passes", "0", "from 1 to")),
     "same side": ({"same_side": True}, ("same_side", "captions")),
     "schedule": ({"optimizer.schedule": "steps"}, ("optimizer.schedule", "steps", "cosine")),
     "styles of others": ({"data.source": "digits", "data.pairs": "styles"}, ("data.pairs", "styles", "emoji")),
