@@ -19,16 +19,17 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcl import summaries
+import jaxcl
+from jaxcl import marks, summaries
 from jaxcl.check import NOT_NEGATIVE, POSITIVE, Rule, between, is_number, one_of, refused
 from jaxcl.errors import Diverged, UserError
 from jaxcl.fields import Field
 from jaxcl.runs import files
-from jaxcl.search.seeds import check_together, train_seeds
+from jaxcl.search.seeds import check_seeds, train_seeds
 from jaxcl.training.build import build
-from jaxcl.training.config import check_config
 
 Setting = dict[str, Any]  # config field, with dots -> value
+SWEEP = "sweep.json"
 SEARCHES, METRICS = ("grid", "random"), ("average_accuracy", "average_incremental_accuracy")
 MOST = 10_000  # settings of a sweep
 _OURS = ("seed", "data.validation")  # fields that the sweep itself sets
@@ -169,10 +170,12 @@ def run_sweep(
       test set after training on all train rows.
 
     Raises:
-      UserError: before anything runs, if the sweep or the config of any setting is wrong.
+      UserError: before anything runs, if the sweep or the config of any setting is wrong, or there is a sweep.json of
+        someone else.
       Diverged: every setting did, or the one chosen, on all train rows.
     """
     workdir = pathlib.Path(workdir)
+    marks.check_ours("workdir", workdir / SWEEP)
     settings, seeds = sweep.settings(), range(config.seed, config.seed + sweep.seeds)
     _check_all(config, sweep, settings, together, devices)
 
@@ -195,6 +198,7 @@ def run_sweep(
     if best is None:
         raise Diverged(f"sweep: all {len(rows)} settings diverged; the first: {rows[0]['diverged']}")
     result = {
+        marks.JSON: jaxcl.__version__,
         "name": config.name,
         "strategy": config.strategy,
         "search": sweep.search,
@@ -207,7 +211,7 @@ def run_sweep(
     }
     result = json.loads(json.dumps(result))
     if jax.process_index() == 0:
-        files.write_json(workdir / "sweep.json", result)
+        files.write_json(workdir / SWEEP, result)
     return result
 
 
@@ -215,12 +219,9 @@ def _check_all(
     config: ConfigDict, sweep: Sweep, settings: list[Setting], together: bool, devices: Sequence[jax.Device] | None
 ) -> None:
     """Checks the config of every run, without data, and then that of every setting with them."""
-    count, last = len(jax.devices() if devices is None else devices), config.seed + sweep.seeds - 1
+    count, seeds = len(jax.devices() if devices is None else devices), range(config.seed, config.seed + sweep.seeds)
     for validation, setting in itertools.product((sweep.validation, 0.0), settings):
-        one = configure(config, setting, last, validation)
-        check_config(one, count)
-        if together:
-            check_together(one)
+        check_seeds(configure(config, setting, config.seed, validation), seeds, together, count)
     for setting in settings:
         build(configure(config, setting, config.seed, sweep.validation), devices)
 
