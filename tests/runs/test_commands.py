@@ -54,6 +54,29 @@ def test_commands_end_with_2_for_a_mistake(command, message):
     assert status == 2 and errors.startswith(message) and errors.count("\n") == 1
 
 
+WAYS = [f"--config.buffer.{x}" for x in ("share=0.01", "representatives=8", "selection.by=random", "selection.ways=99")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.seed=2147483647", "--seeds=2"], "seed: 2147483648 is not allowed, give a whole number from 0 to"),
+        (WAYS, "buffer.selection.ways: 99 is not allowed, give at most 14, the rows of buffer.share = 0.01"),
+        ([], "out: {}/report.html is not a file of jaxcl; remove it or give another folder"),
+    ],
+    ids=["seed", "ways", "report"],
+)
+def test_a_comparison_tells_mistakes_before_it_trains(arguments, message, tmp_path):
+    """Also those of its last strategy alone."""
+    theirs = tmp_path / "report.html"
+    theirs.write_text("mine")
+    workdir = tmp_path / "new" if arguments else tmp_path
+    command = [DIGITS, f"--workdir={workdir}", "--strategies=incremental,er", *arguments]
+    status, _, errors = ended(python("-m", "experiments.compare", *command))
+    assert status == 2 and errors.startswith(f"error: {message.format(tmp_path)}") and errors.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [theirs] and theirs.read_text() == "mine"
+
+
 def test_a_damaged_run_is_told_in_one_line(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "result.json").write_bytes(b"\xff\xfe{")
