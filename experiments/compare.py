@@ -15,7 +15,7 @@ from experiments import cli
 from jaxcl import report
 from jaxcl.check import Rule, check
 from jaxcl.registry import short
-from jaxcl.search.seeds import check_seeds, train_seeds
+from jaxcl.search.seeds import check_folders, check_seeds, train_seeds
 from jaxcl.training.build import build
 
 STRATEGIES = flags.DEFINE_list("strategies", ["from_scratch", "incremental", "er"], "strategies to compare")
@@ -34,8 +34,9 @@ def main() -> None:
         seeds = range(config.seed, config.seed + count)
         check_seeds(one, seeds, cli.VMAP.value, len(jax.devices()))
         runs.append((one, {seed: workdir / short(strategy) / f"seed_{seed}" for seed in seeds}))
-    for one, _ in runs:
-        build(one)  # also what only its data can tell comes before the first run
+    for one, folders in runs:  # what data and folders tell also comes before the first run
+        build(one)
+        check_folders(one, folders, cli.OVERWRITE.value)
     for one, folders in runs:
         train_seeds(one, folders, together=cli.VMAP.value, **cli.run_options())
     if jax.process_index() > 0:

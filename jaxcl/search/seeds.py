@@ -60,6 +60,18 @@ def check_seeds(config: ConfigDict, seeds: Sequence[int], together: bool, device
         check_together(config)
 
 
+def check_folders(config: ConfigDict, folders: dict[int, pathlib.Path], overwrite: bool) -> None:
+    """Checks that the runs can be begun or continued in their folders, before hours are spent on others; changes nothing.
+
+    Raises:
+      UserError: a folder holds something else, see `workdir.standing`. Without effect if it is to be overwritten.
+    """
+    if overwrite or jax.process_index() > 0:  # the first process alone claims a folder
+        return
+    for seed, folder in folders.items():
+        workdir_lib.standing(folder, with_seed(config, seed))
+
+
 def train_seeds(
     config: ConfigDict,
     folders: dict[int, pathlib.Path],

@@ -25,7 +25,7 @@ from jaxcl.check import NOT_NEGATIVE, POSITIVE, Rule, between, is_number, one_of
 from jaxcl.errors import Diverged, UserError
 from jaxcl.fields import Field
 from jaxcl.runs import files
-from jaxcl.search.seeds import check_seeds, train_seeds
+from jaxcl.search.seeds import check_folders, check_seeds, train_seeds
 from jaxcl.training.build import build
 
 Setting = dict[str, Any]  # config field, with dots -> value
@@ -170,8 +170,8 @@ def run_sweep(
       test set after training on all train rows.
 
     Raises:
-      UserError: before anything runs, if the sweep or the config of any setting is wrong, or there is a sweep.json of
-        someone else.
+      UserError: before anything runs, if the sweep or the config of any setting is wrong, or there is something of
+        someone else in the place of sweep.json or of a run.
       Diverged: every setting did, or the one chosen, on all train rows.
     """
     workdir = pathlib.Path(workdir)
@@ -179,19 +179,28 @@ def run_sweep(
     settings, seeds = sweep.settings(), range(config.seed, config.seed + sweep.seeds)
     _check_all(config, sweep, settings, together, devices)
 
-    def measure(setting: Setting, kind: str, validation: float) -> dict[str, Any]:
+    shares = {"validation": sweep.validation, "test": 0.0}
+
+    def runs_of(setting: Setting, kind: str) -> tuple[ConfigDict, dict[int, pathlib.Path]]:
+        """The config of a setting's runs, and their folders by seed."""
+        place = workdir / kind / folder_name(setting)
+        return configure(config, setting, config.seed, shares[kind]), {seed: place / f"seed_{seed}" for seed in seeds}
+
+    for kind, setting in itertools.product(shares, settings):
+        check_folders(*runs_of(setting, kind), options.get("overwrite", False))
+
+    def measure(setting: Setting, kind: str) -> dict[str, Any]:
         """The metric of a setting's runs, one a seed."""
-        place, one = pathlib.Path(kind, folder_name(setting)), configure(config, setting, config.seed, validation)
-        folders = {seed: workdir / place / f"seed_{seed}" for seed in seeds}
-        found = train_seeds(one, folders, together=together, devices=devices, **options)
+        found = train_seeds(*runs_of(setting, kind), together=together, devices=devices, **options)
         each = [result[sweep.metric] for result in found]
         mean, deviation = summaries.mean_and_deviation(each)
-        return {"fields": setting, "folder": str(place), "values": each, "mean": mean, "deviation": deviation}
+        place = f"{kind}/{folder_name(setting)}"
+        return {"fields": setting, "folder": place, "values": each, "mean": mean, "deviation": deviation}
 
     rows = []
     for setting in settings:
         try:
-            rows.append(measure(setting, "validation", sweep.validation))
+            rows.append(measure(setting, "validation"))
         except Diverged as error:
             rows.append({"fields": setting, "diverged": str(error)})
     best = max((row for row in rows if "mean" in row), key=lambda row: row["mean"], default=None)
@@ -207,7 +216,7 @@ def run_sweep(
         "validation": sweep.validation,
         "settings": rows,
         "chosen": best["fields"],
-        "test": measure(best["fields"], "test", 0.0),
+        "test": measure(best["fields"], "test"),
     }
     result = json.loads(json.dumps(result))
     if jax.process_index() == 0:

@@ -120,6 +120,11 @@ def test_a_sweep_of_someone_else_is_refused_before_anything_runs(tmp_path, monke
     with pytest.raises(UserError, match=rf"^workdir: {tmp_path}/sweep.json is not a file of jaxcl; remove it or"):
         run_sweep(small(), Sweep(RATES), tmp_path, devices=jax.devices()[:2])
     assert (tmp_path / "sweep.json").read_text() == '{"sweep": "of my own", "jaxcl": 1}'
+    theirs = tmp_path / "runs" / "validation" / sweep_lib.folder_name({"optimizer.learning_rate": 0.1}) / "seed_0"
+    theirs.mkdir(parents=True)
+    (theirs / "notes.txt").touch()
+    with pytest.raises(UserError, match=rf"^workdir: {theirs} holds notes.txt and no run"):
+        run_sweep(small(), Sweep(RATES), tmp_path / "runs", devices=jax.devices()[:2])
     with pytest.raises(UserError, match=r"^seed: 2147483648 is not allowed"):
         run_sweep(small(seed=2**31 - 1), Sweep(RATES, seeds=2), tmp_path / "other", devices=jax.devices()[:2])
 
