@@ -150,7 +150,7 @@ def test_a_report_replaces_its_own_files_and_no_others(name, tmp_path):
 
 def test_a_report_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match=rf"^out: {tmp_path}/file/\w+ cannot be written: Not a directory"):
+    with pytest.raises(StorageError, match=rf"^out: {tmp_path}/file/out cannot be made: Not a directory"):
         report.write_report([], tmp_path / "file" / "out")
 
 
