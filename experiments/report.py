@@ -3,7 +3,7 @@
 python -m experiments.report DIR... [--out=DIR]
 
 Finds every run (a folder with result.json) below each DIR, prints the table, and writes report.html and its pictures
-into --out, by default the first DIR.
+into --out, by default the first DIR. Files of the same names that are not of an earlier report are refused.
 """
 
 from experiments import cli
@@ -14,9 +14,10 @@ from jaxcl.errors import UserError
 def main(folders: list[str]) -> None:
     if not folders:
         raise UserError("DIR: missing; give at least one folder of runs")
-    runs = report.load_runs(folders)
+    runs, out = report.load_runs(folders), cli.OUT.value or folders[0]
+    report.check_out(out)
     print(report.table(runs))
-    print(report.write_report(runs, cli.OUT.value or folders[0]))
+    print(report.write_report(runs, out))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 What is searched is said by `get_sweep()` in the config file, called with the argument of `get_config` if it has one: see
 `jaxcl.search.sweep.Sweep`. The validation rows are held out of the training data; only the last row of the table has seen the
 test set. Each run has its own folder below DIR; those that are finished are not run again, an unfinished one is continued.
-Leaves DIR/sweep.json and DIR/report.html.
+Leaves DIR/sweep.json and DIR/report.html; files of these names that are not of an earlier sweep are refused.
 """
 
 import jax
@@ -20,6 +20,7 @@ from jaxcl.search.sweep import Sweep, rows, run_sweep
 def main() -> None:
     config, workdir = cli.config_and_workdir()
     sweep = load_sweep(cli.config_path())
+    report.check_out(workdir)
     found = run_sweep(config, sweep, workdir, together=cli.VMAP.value, **cli.run_options())
     if jax.process_index() > 0:
         return

@@ -25,6 +25,12 @@ class Diverged(RunError, FloatingPointError):
     status = 65  # EX_DATAERR
 
 
+class DataError(RunError):
+    """A row of the data cannot be read, while training. What was saved stays."""
+
+    status = 65  # EX_DATAERR
+
+
 class StorageError(RunError):
     """The workdir cannot be written, for instance because the disk is full. What was saved before stays."""
 

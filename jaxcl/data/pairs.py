@@ -12,7 +12,7 @@ import numpy as np
 from jaxcl.data import text, window
 from jaxcl.data.source import Source, array_source
 from jaxcl.data.sources import npz, open_source, tfds
-from jaxcl.data.sources.base import wrong
+from jaxcl.data.sources.base import read_each, whole, wrong
 from jaxcl.errors import UserError
 
 COCO = "tfds:coco_captions"
@@ -96,16 +96,15 @@ def _coco(examples: Any, pairs: str, side: int, length: int, vocabulary: int) ->
 
     A row is a caption, the images' middle squares are decoded batch by batch, and the keys are the images' numbers.
     """
-    captions = [_captions(example) for example in examples]
+    with whole(COCO, "its folder"):
+        captions = [_captions(example) for example in examples]
     owner = np.repeat(np.arange(len(captions)), [len(x) for x in captions] if pairs == "captions" else 1)
     words = [x for several in captions for x in several] if pairs == "captions" else []
 
     def read(rows: np.ndarray) -> np.ndarray:
-        found = np.empty((len(rows), side, side, 3), np.uint8)
-        numbers = owner[rows].tolist()
-        for image, example in zip(found, examples.__getitems__(numbers), strict=True):
-            image[:] = window.middle(example["image"], (side, side, 3))
-        return found
+        shape = (side, side, 3)
+        images = read_each(COCO, examples, owner[rows].tolist(), lambda x, _: window.middle(x["image"], shape))
+        return np.stack(images) if images else np.empty((0, *shape), np.uint8)
 
     targets = {"text": text.tokens(words, length, vocabulary)} if words else {}
     return Source(owner.astype(np.int32), (side, side, 3), ("image",) * len(captions), read, targets=targets)

@@ -4,7 +4,7 @@ A run is a folder with result.json. Runs of one strategy that differ only in the
 and standard deviation over seeds); where a strategy ran in several configurations, its label names what differs.
 """
 
-from jaxcl.report.page import Section, write_report
+from jaxcl.report.page import Section, check_out, write_report
 from jaxcl.report.pictures import classes_over_time, color_of, png
 from jaxcl.report.runs import Group, Run, group_runs, load_runs
 from jaxcl.report.tables import spread, table, text_table
@@ -13,6 +13,7 @@ __all__ = [
     "Group",
     "Run",
     "Section",
+    "check_out",
     "classes_over_time",
     "color_of",
     "group_runs",

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxcl import marks
 from jaxcl.errors import StorageError, UserError
 from jaxcl.report.pictures import PICTURES, color_of, png
 from jaxcl.report.runs import Group, Run, common_measure, group_runs
 from jaxcl.report.tables import rows_of, unfinished
 
+PAGE = "report.html"
 _CSS = """
 :root { color-scheme: light }
 * { box-sizing: border-box }
@@ -64,6 +66,19 @@ class Section:
     rows: Sequence[Sequence[str]]
 
 
+def check_out(out: str | Path) -> None:
+    """Whether a report may be written into `out`; changes nothing.
+
+    Raises:
+      UserError: it is a file, or holds a page or a picture of someone else under a name of the report's.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out: {str(out)!r} is a file; allowed: a folder, or a path to make one at")
+    for name in (PAGE, *(f"{picture}.png" for picture in PICTURES)):
+        marks.check_ours("out", out / name)
+
+
 def write_report(runs: Sequence[Run], out: str | Path, sections: Sequence[Section] = ()) -> Path:
     """Writes five PNGs and report.html, which embeds them, into `out` (created if need be) -> path of the page.
 
@@ -71,16 +86,24 @@ def write_report(runs: Sequence[Run], out: str | Path, sections: Sequence[Sectio
     are no pictures.
 
     Raises:
-      UserError: if `out` is a file.
+      UserError: see `check_out`; nothing is written then.
       StorageError: it cannot be written; every file in it is whole, of this report or of the one before.
     """
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out: {str(out)!r} is a file; allowed: a folder, or a path to make one at")
+    check_out(out)
+    files = _files(runs, sections)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"out: {out} cannot be made: {error.strerror}; give another folder") from error
+    for name, content in files.items():
+        _write(out / name, content)
+    return out / PAGE
+
+
+def _files(runs: Sequence[Run], sections: Sequence[Section]) -> dict[str, bytes]:
+    """What a report consists of, by the names of its files."""
+    files: dict[str, bytes] = {}
     groups = group_runs(runs)
     body = ["<h1>Continual learning runs</h1>"]
     if groups:
@@ -100,26 +123,24 @@ def write_report(runs: Sequence[Run], out: str | Path, sections: Sequence[Sectio
             title, caption = (text.format(measure=measure) for text in texts)
             title = title[0].upper() + title[1:]
             picture = png(functools.partial(draw, groups))
-            _write(out / f"{name}.png", picture)
+            files[f"{name}.png"] = picture
             source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
             body += [f"<h2>{title}</h2>", f"<p>{caption}</p>"]
             body.append(f'<div class="scroll"><img alt="{title}" src="{source}"></div>')
     if problems := unfinished(runs):
         items = "".join(f"<li>{html.escape(line)}</li>" for line in problems)
         body += ["<h2>Runs without a result</h2>", f"<ul>{items}</ul>"]
-    page = out / "report.html"
-    text = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{marks.HTML}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>jaxcl report</title><style>{_CSS}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
-    _write(page, text.encode())
-    return page
+    return {**files, PAGE: page.encode()}
 
 
 def _write(path: Path, content: bytes) -> None:
     """Whole or not at all, whenever the command is stopped."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)

@@ -14,6 +14,7 @@ from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColor
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from jaxcl import marks
 from jaxcl.report.runs import ACCURACY, Group, Measure, common_measure
 from jaxcl.summaries import accuracy_so_far
 
@@ -282,7 +283,7 @@ def png(draw: Callable[[], Figure]) -> bytes:
     """What `draw` draws, in the style of the report, as a PNG file."""
     file = io.BytesIO()
     with rc_context(STYLE):  # restored on leaving: a library does not restyle its caller
-        draw().savefig(file, format="png", dpi=160)
+        draw().savefig(file, format="png", dpi=160, metadata=marks.PNG)
     return file.getvalue()
 
 

@@ -6,10 +6,11 @@ manifest is an interrupted save and is removed at the next start; one whose file
 the one before it used. Older ones are removed only after a new one is complete and on disk.
 
 Whatever else lies beside them is not ours and is left alone: other names, symbolic links, and a copy of a checkpoint under
-another name, which its manifest tells.
+another name, which its manifest tells. Where it has the name of a checkpoint that is to be written, it gets another one.
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import pathlib
@@ -159,6 +160,7 @@ class Checkpoints:
         path = self._folder / name
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            _make_way(path)
             for device, stored in (rows or {}).items():  # Orbax makes its folder last: beside it until then
                 beside = self._folder / (name + ROWS)
                 beside.mkdir(exist_ok=True)
@@ -259,6 +261,18 @@ class Checkpoints:
                     shutil.rmtree(old)
         except Exception as error:
             self._error = _failed(path, error)
+
+
+def _make_way(path: pathlib.Path) -> None:
+    """Renames what has the name of a new checkpoint and is not ours. Of several processes each may: it is done once, before
+    Orbax, which waits for all of them, makes the new one."""
+    if not os.path.lexists(path) or _is_ours(path):
+        return
+    names = (path.with_name(f"{path.name}.foreign{i or ''}") for i in itertools.count())
+    aside = next(name for name in names if not os.path.lexists(name))
+    with contextlib.suppress(FileNotFoundError):  # another process was first
+        path.rename(aside)
+        _log.warning("%s: not of this run, but named as the checkpoint to be saved: renamed %s", path, aside.name)
 
 
 def _failed(path: pathlib.Path, error: Exception) -> RunError:

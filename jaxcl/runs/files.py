@@ -16,7 +16,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 def write_whole(path: pathlib.Path, content: bytes) -> None:
     """Writes whole or not at all, whenever the process is killed or the machine stops."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # a name that nobody else gives
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()

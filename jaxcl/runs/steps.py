@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxcl.data.loader import Reading
-from jaxcl.errors import Diverged
+from jaxcl.errors import DataError, Diverged
 from jaxcl.runs import control
 from jaxcl.runs.lanes import Lanes, S
 from jaxcl.runs.session import diverged
@@ -31,6 +31,7 @@ def take_steps(lanes: Lanes[S], step: Step, state: S, loaders: Sequence[Any], ba
 
     Raises:
       Diverged: a loss is not finite.
+      DataError: a row cannot be read; the run is saved.
       Preempted: the run was told to stop, and is saved.
     """
     at, phases, steps = lanes.at, lanes.phases, len(loaders[0])
@@ -39,19 +40,31 @@ def take_steps(lanes: Lanes[S], step: Step, state: S, loaders: Sequence[Any], ba
     for iterator, session in zip(iterators, lanes.sessions, strict=True):
         if session.progress.iterator is not None:
             iterator.set_state(session.progress.iterator)
+    saved = at.batch
+
+    def keep(index: int) -> None:
+        """Saves the state before batch `index` as an error ends the run; of several processes the others have gone on."""
+        if jax.process_count() == 1:
+            log.flush()
+            lanes.stand(iterator={"next_index": index})
+            lanes.save(state)
+
     for index in range(at.batch, steps):
         with phases("load"):
-            rows = [next(iterator) for iterator in iterators]
+            try:
+                rows = [next(iterator) for iterator in iterators]
+            except DataError:
+                if index > saved:
+                    keep(index)
+                raise
         with phases("assemble"):
             batch = lanes.batch(rows)
         with phases("train"):
             try:
                 state, values = step(state, batch)
             except Exception:
-                if lanes.sessions[0].writer_failed and jax.process_count() == 1:  # else the others have gone on
-                    log.flush()
-                    lanes.stand(iterator={"next_index": index})
-                    lanes.save(state)  # of the step before; raises what the writer has met with
+                if lanes.sessions[0].writer_failed:
+                    keep(index)  # raises what the writer has met with
                 raise
             lanes.stand(step=at.step + 1)
             if index % lanes.configs[0].log_every == 0 or index == steps - 1:
@@ -64,6 +77,7 @@ def take_steps(lanes: Lanes[S], step: Step, state: S, loaders: Sequence[Any], ba
             for iterator, session in zip(iterators, lanes.sessions, strict=True):
                 session.progress.iterator = iterator.get_state()
             lanes.save(state)
+            saved = index + 1
             lanes.stop_if_asked(answer)
     with phases("train"):
         log.flush()

@@ -148,13 +148,16 @@ def _look(workdir: pathlib.Path, config: ConfigDict) -> tuple[Claim, checkpoint.
 
 def _check_ours(workdir: pathlib.Path) -> None:
     """Whether the folder has the mark of a run, or config.json of one from before there were marks, or is empty but for
-    hidden files."""
+    hidden files. What 0.1.0 left, whose config.json has no version, is told from what others did by its checkpoints' fields."""
     there = sorted(path.name for path in workdir.iterdir() if path.name[0] != ".") if workdir.exists() else []
     if not there or (workdir / MARK).is_file():
         return
     with contextlib.suppress(Damaged):
-        if "jaxcl" in read_json(workdir / CONFIG):
+        found = read_json(workdir / CONFIG)
+        if "jaxcl" in found:
             return
+        if isinstance(found.get("checkpoint"), dict) and "keep" in found["checkpoint"]:
+            _check_version(workdir, None)
     raise UserError(f"workdir: {workdir} holds {there[0]} and no run; give a new or an empty folder")
 
 

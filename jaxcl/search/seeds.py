@@ -23,6 +23,7 @@ from jaxcl.errors import UserError
 from jaxcl.runs import workdir as workdir_lib
 from jaxcl.training import loop
 from jaxcl.training.build import build, strategy_of
+from jaxcl.training.config import check_config
 
 
 def check_together(config: ConfigDict) -> None:
@@ -44,6 +45,31 @@ def check_together(config: ConfigDict) -> None:
         raise UserError(
             "--vmap: not allowed with buffer.tier = host, whose rows belong to one seed; give tier = device"
         )
+
+
+def check_seeds(config: ConfigDict, seeds: Sequence[int], together: bool, devices: int) -> None:
+    """Checks what can be told of the runs of these seeds without data.
+
+    Raises:
+      UserError: their config is not allowed on `devices` devices, one of them is no seed, or see `check_together`.
+    """
+    check_config(config, devices)
+    for seed in seeds:
+        check("seed", seed, SEED)
+    if together:
+        check_together(config)
+
+
+def check_folders(config: ConfigDict, folders: dict[int, pathlib.Path], overwrite: bool) -> None:
+    """Checks that the runs can be begun or continued in their folders, before hours are spent on others; changes nothing.
+
+    Raises:
+      UserError: a folder holds something else, see `workdir.standing`. Without effect if it is to be overwritten.
+    """
+    if overwrite or jax.process_index() > 0:  # the first process alone claims a folder
+        return
+    for seed, folder in folders.items():
+        workdir_lib.standing(folder, with_seed(config, seed))
 
 
 def train_seeds(

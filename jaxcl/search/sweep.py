@@ -19,16 +19,17 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcl import summaries
+import jaxcl
+from jaxcl import marks, summaries
 from jaxcl.check import NOT_NEGATIVE, POSITIVE, Rule, between, is_number, one_of, refused
 from jaxcl.errors import Diverged, UserError
 from jaxcl.fields import Field
 from jaxcl.runs import files
-from jaxcl.search.seeds import check_together, train_seeds
+from jaxcl.search.seeds import check_folders, check_seeds, train_seeds
 from jaxcl.training.build import build
-from jaxcl.training.config import check_config
 
 Setting = dict[str, Any]  # config field, with dots -> value
+SWEEP = "sweep.json"
 SEARCHES, METRICS = ("grid", "random"), ("average_accuracy", "average_incremental_accuracy")
 MOST = 10_000  # settings of a sweep
 _OURS = ("seed", "data.validation")  # fields that the sweep itself sets
@@ -169,32 +170,44 @@ def run_sweep(
       test set after training on all train rows.
 
     Raises:
-      UserError: before anything runs, if the sweep or the config of any setting is wrong.
+      UserError: before anything runs, if the sweep or the config of any setting is wrong, or there is something of
+        someone else in the place of sweep.json or of a run.
       Diverged: every setting did, or the one chosen, on all train rows.
     """
     workdir = pathlib.Path(workdir)
+    marks.check_ours("workdir", workdir / SWEEP)
     settings, seeds = sweep.settings(), range(config.seed, config.seed + sweep.seeds)
     _check_all(config, sweep, settings, together, devices)
 
-    def measure(setting: Setting, kind: str, validation: float) -> dict[str, Any]:
+    shares = {"validation": sweep.validation, "test": 0.0}
+
+    def runs_of(setting: Setting, kind: str) -> tuple[ConfigDict, dict[int, pathlib.Path]]:
+        """The config of a setting's runs, and their folders by seed."""
+        place = workdir / kind / folder_name(setting)
+        return configure(config, setting, config.seed, shares[kind]), {seed: place / f"seed_{seed}" for seed in seeds}
+
+    for kind, setting in itertools.product(shares, settings):
+        check_folders(*runs_of(setting, kind), options.get("overwrite", False))
+
+    def measure(setting: Setting, kind: str) -> dict[str, Any]:
         """The metric of a setting's runs, one a seed."""
-        place, one = pathlib.Path(kind, folder_name(setting)), configure(config, setting, config.seed, validation)
-        folders = {seed: workdir / place / f"seed_{seed}" for seed in seeds}
-        found = train_seeds(one, folders, together=together, devices=devices, **options)
+        found = train_seeds(*runs_of(setting, kind), together=together, devices=devices, **options)
         each = [result[sweep.metric] for result in found]
         mean, deviation = summaries.mean_and_deviation(each)
-        return {"fields": setting, "folder": str(place), "values": each, "mean": mean, "deviation": deviation}
+        place = f"{kind}/{folder_name(setting)}"
+        return {"fields": setting, "folder": place, "values": each, "mean": mean, "deviation": deviation}
 
     rows = []
     for setting in settings:
         try:
-            rows.append(measure(setting, "validation", sweep.validation))
+            rows.append(measure(setting, "validation"))
         except Diverged as error:
             rows.append({"fields": setting, "diverged": str(error)})
     best = max((row for row in rows if "mean" in row), key=lambda row: row["mean"], default=None)
     if best is None:
         raise Diverged(f"sweep: all {len(rows)} settings diverged; the first: {rows[0]['diverged']}")
     result = {
+        marks.JSON: jaxcl.__version__,
         "name": config.name,
         "strategy": config.strategy,
         "search": sweep.search,
@@ -203,11 +216,11 @@ def run_sweep(
         "validation": sweep.validation,
         "settings": rows,
         "chosen": best["fields"],
-        "test": measure(best["fields"], "test", 0.0),
+        "test": measure(best["fields"], "test"),
     }
     result = json.loads(json.dumps(result))
     if jax.process_index() == 0:
-        files.write_json(workdir / "sweep.json", result)
+        files.write_json(workdir / SWEEP, result)
     return result
 
 
@@ -215,12 +228,9 @@ def _check_all(
     config: ConfigDict, sweep: Sweep, settings: list[Setting], together: bool, devices: Sequence[jax.Device] | None
 ) -> None:
     """Checks the config of every run, without data, and then that of every setting with them."""
-    count, last = len(jax.devices() if devices is None else devices), config.seed + sweep.seeds - 1
+    count, seeds = len(jax.devices() if devices is None else devices), range(config.seed, config.seed + sweep.seeds)
     for validation, setting in itertools.product((sweep.validation, 0.0), settings):
-        one = configure(config, setting, last, validation)
-        check_config(one, count)
-        if together:
-            check_together(one)
+        check_seeds(configure(config, setting, config.seed, validation), seeds, together, count)
     for setting in settings:
         build(configure(config, setting, config.seed, sweep.validation), devices)
 

@@ -14,6 +14,7 @@ from jaxcl import data
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Buffer, make_buffer
 from jaxcl.buffer.host import Store
+from jaxcl.check import refused
 from jaxcl.errors import UserError
 from jaxcl.mesh import AXIS
 from jaxcl.models import Model, make_model
@@ -182,7 +183,14 @@ def capacity_of(config: ConfigDict, scenario: data.Scenario) -> int:
 
 
 def selection_of(config: ConfigDict, strategy: Strategy, buffer: Buffer) -> Selection:
-    """How exemplars are chosen, with the memory they are for."""
+    """How exemplars are chosen, with the memory they are for.
+
+    Raises:
+      UserError: there are more ways than rows, which the share alone does not tell.
+    """
+    if config.buffer.selection.ways > buffer.capacity:
+        held = f"at most {buffer.capacity}, the rows of buffer.share = {config.buffer.share}"
+        raise refused("buffer.selection.ways", config.buffer.selection.ways, held)
     chosen = config.buffer.selection.to_dict() | {"by": strategy.selection}
     return Selection(**chosen, memory=config.buffer.memory, capacity=buffer.capacity)
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.folders import contents
 from tests.whole import REPO
 
 DIGITS = "--config=configs/digits.py"
@@ -52,6 +53,30 @@ def test_help_is_no_failure():
 def test_commands_end_with_2_for_a_mistake(command, message):
     status, _, errors = ended(python("-m", f"experiments.{command[0]}", *command[1:]))
     assert status == 2 and errors.startswith(message) and errors.count("\n") == 1
+
+
+WAYS = [f"--config.buffer.{x}" for x in ("share=0.01", "representatives=8", "selection.by=random", "selection.ways=99")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "theirs", "message"),
+    [
+        (["--config.seed=2147483647", "--seeds=2"], "x", "seed: 2147483648 is not allowed, give a whole number from 0"),
+        (WAYS, "x", "buffer.selection.ways: 99 is not allowed, give at most 14, the rows of buffer.share = 0.01"),
+        ([], "report.html", "out: {}/report.html is not a file of jaxcl; remove it or give another folder"),
+        ([], "er/seed_0/notes", "workdir: {}/er/seed_0 holds notes and no run; give a new or an empty folder"),
+    ],
+    ids=["seed", "ways", "report", "run"],
+)
+def test_a_comparison_tells_mistakes_before_it_trains(arguments, theirs, message, tmp_path):
+    """Also those of its last strategy alone."""
+    (tmp_path / theirs).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / theirs).write_text("mine")
+    before = contents(tmp_path)
+    command = [DIGITS, f"--workdir={tmp_path}", "--strategies=incremental,er", *arguments]
+    status, _, errors = ended(python("-m", "experiments.compare", *command))
+    assert status == 2 and errors.startswith(f"error: {message.format(tmp_path)}") and errors.count("\n") == 1
+    assert contents(tmp_path) == before
 
 
 def test_a_damaged_run_is_told_in_one_line(tmp_path):

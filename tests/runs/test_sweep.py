@@ -1,5 +1,7 @@
 """Sweeps: which settings, that the choice never sees the test set, what is run again, mistakes before anything runs."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -112,6 +114,21 @@ def test_mistakes_are_told_before_anything_runs(sweep, message, tmp_path):
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
+def test_a_sweep_of_someone_else_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "train_and_evaluate", lambda *_, **__: pytest.fail("trained"))
+    (tmp_path / "sweep.json").write_text('{"sweep": "of my own", "jaxcl": 1}')
+    with pytest.raises(UserError, match=rf"^workdir: {tmp_path}/sweep.json is not a file of jaxcl; remove it or"):
+        run_sweep(small(), Sweep(RATES), tmp_path, devices=jax.devices()[:2])
+    assert (tmp_path / "sweep.json").read_text() == '{"sweep": "of my own", "jaxcl": 1}'
+    theirs = tmp_path / "runs" / "validation" / sweep_lib.folder_name({"optimizer.learning_rate": 0.1}) / "seed_0"
+    theirs.mkdir(parents=True)
+    (theirs / "notes.txt").touch()
+    with pytest.raises(UserError, match=rf"^workdir: {theirs} holds notes.txt and no run"):
+        run_sweep(small(), Sweep(RATES), tmp_path / "runs", devices=jax.devices()[:2])
+    with pytest.raises(UserError, match=r"^seed: 2147483648 is not allowed"):
+        run_sweep(small(seed=2**31 - 1), Sweep(RATES, seeds=2), tmp_path / "other", devices=jax.devices()[:2])
+
+
 def test_the_best_on_validation_data_is_tested_once(tmp_path, monkeypatch):
     """With made-up runs whose accuracy is best for another setting on the test set, and of which one setting diverges."""
     ran = []
@@ -143,7 +160,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path):
     config, devices = small(strategy="incremental", data__tasks=2), jax.devices()[:1]
     first = run_sweep(config, Sweep({"optimizer.momentum": (0.9,)}), tmp_path, devices=devices, progress=False)
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
-    assert len(stamps) == 2
+    assert len(stamps) == 2 and json.loads((tmp_path / "sweep.json").read_text()) == first
     assert run_sweep(config, Sweep({"optimizer.momentum": (0.9,)}), tmp_path, devices=devices, progress=False) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")} == stamps
     [validation] = report.load_runs([tmp_path / first["settings"][0]["folder"]])

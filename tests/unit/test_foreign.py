@@ -1,14 +1,17 @@
 """What is not ours, or not of this run: never deleted, replaced or followed, and said in one line."""
 
 import contextlib
+import json
 import logging
 import os
 import shutil
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxcl
+from jaxcl.buffer.host.rows import MARK, allocate
 from jaxcl.errors import UserError
 from jaxcl.runs import checkpoint, workdir
 from jaxcl.runs.session import open_session
@@ -70,6 +73,64 @@ def test_a_run_from_before_there_were_marks_goes_on(tmp_path):
     (begin(tmp_path) / workdir.MARK).unlink()
     assert claim(tmp_path).found["name"] == OWN
     assert (tmp_path / workdir.MARK).exists()
+
+
+def test_a_folder_of_the_first_version_is_refused_by_its_name(tmp_path):
+    """It left no mark, and no version in config.json."""
+    fields = {"every_steps": 0, "every_seconds": 600.0, "keep": 2}
+    put(
+        tmp_path,
+        {".lock": "", "metrics.jsonl": "", "config.json": json.dumps({"name": "digits", "checkpoint": fields})},
+    )
+    for overwrite in (False, True):
+        refused(tmp_path, "was written by jaxcl 0.1.0; this is .*; continue it with 0.1.0 or give", overwrite=overwrite)
+
+
+@pytest.mark.parametrize("kind", ["copy", "link", "file"])
+def test_a_checkpoint_is_written_where_something_else_has_its_name(kind, tmp_path, caplog):
+    folder, name = begin(tmp_path) / "checkpoints", checkpoint.name_of(2, False, 0)
+    if kind == "copy":
+        shutil.copytree(folder / OWN, folder / name)
+    elif kind == "link":
+        (folder / name).symlink_to(OWN)
+    else:
+        (folder / name).write_text("theirs")
+    (folder / f"{name}.foreign").write_text("from the last time")
+    theirs = contents(folder / name) if kind == "copy" else (folder / name).read_bytes() if kind == "file" else None
+    with caplog.at_level(logging.WARNING, "jaxcl"):
+        save(folder, name)
+    (line,) = said(caplog)
+    assert line.endswith(f"{name}: not of this run, but named as the checkpoint to be saved: renamed {name}.foreign1")
+    aside = folder / f"{name}.foreign1"
+    if kind == "link":
+        assert aside.is_symlink() and os.readlink(aside) == OWN
+    else:
+        assert (contents(aside) if kind == "copy" else aside.read_bytes()) == theirs
+    assert (folder / f"{name}.foreign").read_text() == "from the last time"
+    assert checkpoint.newest(folder)["name"] == name and aside.name in said(caplog)[-1]
+
+
+def test_files_of_rows_are_made_anew_and_those_of_someone_else_refused(tmp_path):
+    row, names = np.dtype(np.int32), [tmp_path / f"shard-{device:05d}.rows" for device in (0, 1)]
+    (tmp_path / "shard-00007.rows").write_text("of another device")
+    for _ in range(2):  # as if the first had been killed
+        stored = allocate([0, 1], 5, row, str(tmp_path))
+        assert [len(rows) for rows in stored] == [5, 5] and not np.concatenate(stored).any()
+        for rows in stored:
+            rows[:] = -1
+            rows.flush()
+        assert [name.read_bytes() for name in names] == [b"\xff" * 20 + MARK] * 2
+    names[1].write_bytes(b"")  # killed as it was made
+    assert not allocate([1], 5, row, str(tmp_path))[0].any()
+    names[1].unlink()
+    for make in (lambda: names[1].write_bytes(b"x" * 100), lambda: names[1].symlink_to(names[0]), names[1].mkdir):
+        make()
+        before = contents(tmp_path)
+        with pytest.raises(UserError, match=rf"^buffer.path: {names[1]} is not a file of rows of jaxcl; remove it"):
+            allocate([0, 1], 5, row, str(tmp_path))
+        assert contents(tmp_path) == before
+        if not names[1].is_dir():
+            names[1].unlink()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxcl import report, summaries
-from jaxcl.errors import UserError
+from jaxcl.errors import StorageError, UserError
 from jaxcl.sealed import sealed
 
 SOURCES = {
@@ -124,6 +125,33 @@ def test_table(folder):
     assert lines[2].endswith(" -") and "±" not in lines[2]  # no buffer, one seed
     assert len({len(line) for line in lines[:5]}) == 1  # aligned
     assert lines[5:] == [f"{run.path}: {run.problem}" for run in report.load_runs([folder]) if run.problem]
+
+
+@pytest.mark.parametrize("name", ["report.html", "accuracy_matrix.png", "time_by_phase.png"])
+def test_a_report_replaces_its_own_files_and_no_others(name, tmp_path):
+    runs, out = [report.Run(Path("er"), _result())], tmp_path / "out"
+    report.write_report(runs, out)
+    again = report.write_report(runs, out)
+    assert again.exists()
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(b"<html>an essay on jaxcl</html>")
+    for make in (lambda: shutil.copy(theirs, out / name), lambda: (out / name).symlink_to(out / f"own-{name}")):
+        (out / name).replace(out / f"own-{name}")
+        make()
+        with pytest.raises(UserError, match=rf"^out: {out / name} is not a file of jaxcl; remove it") as error:
+            report.write_report(runs, out)
+        assert "\n" not in str(error.value)
+        if not (out / name).is_symlink():
+            assert (out / name).read_bytes() == theirs.read_bytes()
+        (out / f"own-{name}").replace(out / name)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=rf"^out: {tmp_path}/file/out cannot be made: Not a directory"):
+        report.write_report([], tmp_path / "file" / "out")
 
 
 def test_configurations_of_one_strategy_stay_apart():

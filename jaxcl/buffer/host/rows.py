@@ -13,6 +13,8 @@ from jaxcl.errors import UserError
 from jaxcl.memory import free_memory
 from jaxcl.types import PyTree
 
+MARK = b"\nrows of jaxcl\n"
+
 
 def row_type(record: PyTree) -> np.dtype:
     """A record as one NumPy dtype without gaps: the bytes that `exchange.pack` makes, each leaf in its own dtype."""
@@ -24,8 +26,10 @@ def row_type(record: PyTree) -> np.dtype:
 def allocate(devices: list[int], slots: int, row: np.dtype, path: str | None) -> list[np.ndarray]:
     """Zeros `[slots]` for each device, in memory or in files of the folder `path`, which are made anew.
 
+    A file ends with a mark, behind the rows, by which it is ours to replace: a run that was killed has left it.
+
     Raises:
-      UserError: they cannot fit; says the bytes asked for and those there are.
+      UserError: they cannot fit; says the bytes asked for and those there are. Or a file of someone else has the name of one.
     """
     each = slots * row.itemsize
     need = each * len(devices)
@@ -37,18 +41,35 @@ def allocate(devices: list[int], slots: int, row: np.dtype, path: str | None) ->
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:
+            _check_ours(name)
+        for name in names:
             name.unlink(missing_ok=True)
         there = shutil.disk_usage(folder).free
         if need > there:
             raise OSError(errno.ENOSPC, "")
         for name in names:
-            with name.open("wb") as file:
+            with name.open("xb") as file:
+                file.seek(each)
+                file.write(MARK)
+                file.flush()
                 os.posix_fallocate(file.fileno(), 0, each)  # or a full disk would kill the process at some later write
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise UserError(f"buffer.path: {folder} cannot be written: {error.strerror or error}") from error
         raise UserError(f"buffer.path: the rows need {need} bytes in {folder} and {there} are there") from error
     return [np.memmap(name, row, "r+", shape=(slots,)) for name in names]
+
+
+def _check_ours(name: pathlib.Path) -> None:
+    """Whether a file of rows may take this name: none has it, or one with the mark, or an empty one, which is a torn one."""
+    if not os.path.lexists(name):
+        return
+    if name.is_file() and not name.is_symlink():
+        with name.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - len(MARK)))
+            if file.read() in (MARK, b""):
+                return
+    raise UserError(f"buffer.path: {name} is not a file of rows of jaxcl; remove it or give another folder")
 
 
 def check_fits(field: str, each: int, devices: Sequence[jax.Device]) -> None:

@@ -2,13 +2,13 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxcl.data.source import MOST_CLASSES
-from jaxcl.errors import UserError
+from jaxcl.errors import DataError, UserError
 
 
 def wrong(name: str, what: str) -> UserError:
@@ -38,6 +38,29 @@ def whole(name: str, folder: Any) -> Iterator[None]:
         raise
     except Exception as error:
         raise wrong(name, f"cannot be read from {folder}, is it damaged? ({brief(error)})") from None
+
+
+def read_each(
+    name: str, records: Any, rows: Sequence[int], decode: Callable[[Any, int], np.ndarray]
+) -> list[np.ndarray]:
+    """`decode(record, row)` of these rows of a prepared set, read together; if that fails one by one, to tell which it is.
+
+    Args:
+      name: of the set, its split and its folder.
+      records: by random access, `records.__getitems__(rows)`.
+
+    Raises:
+      DataError: a record cannot be read; names it.
+    """
+    with contextlib.suppress(Exception):
+        return [decode(record, row) for record, row in zip(records.__getitems__(rows), rows, strict=True)]
+    found = []
+    for row in rows:
+        try:
+            found.append(decode(records.__getitems__([row])[0], row))
+        except Exception as error:
+            raise DataError(f"data: record {row} of {name} cannot be read, is it damaged? ({brief(error)})") from None
+    return found
 
 
 def check_labels(name: str, where: str, labels: np.ndarray, num_classes: int) -> None:

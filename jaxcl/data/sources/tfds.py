@@ -10,7 +10,7 @@ import importlib.util
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxcl.data import label_cache, window
 from jaxcl.data.source import Source
-from jaxcl.data.sources.base import brief, check_labels, whole, wrong
+from jaxcl.data.sources.base import brief, check_labels, read_each, whole, wrong
 
 _CHUNK = 256  # rows a thread decodes at a time
 
@@ -49,7 +49,8 @@ def open_builder(
     sources = []
     with whole(name, builder.data_dir):
         for split in splits:
-            examples = _Examples(_encoded(name, builder, split, image_key), image_key, label_key, shape)
+            where = f"{name}, split {split} in {builder.data_dir},"
+            examples = _Examples(where, _encoded(name, builder, split, image_key), image_key, label_key, shape)
             if cached:
                 images = np.empty((len(examples.rows), *shape), np.uint8)
                 labels = examples.scan(images)
@@ -82,11 +83,13 @@ class _Examples:
     """The rows of a split, as TFDS stores them.
 
     Attributes:
+      name: of the set, its split and its folder.
       rows: dicts by random access; the image is a file's bytes.
       image, label: their keys.
       shape: (H, W, C) of an image as it is read.
     """
 
+    name: str
     rows: Any
     image: str
     label: str
@@ -94,16 +97,15 @@ class _Examples:
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Whole images, uint8 `[m, H, W, C]`."""
-        return self._stack([_decode(file, self.shape) for file in self._files(indices)])
+        return self._stack(indices, lambda file, row: _decode(file, self.shape))
 
     def read_middle(self, indices: np.ndarray) -> np.ndarray:
         """The middle square of each image, uint8 `[m, H, W, C]`."""
-        return self._stack([window.middle(file, self.shape) for file in self._files(indices)])
+        return self._stack(indices, lambda file, row: window.middle(file, self.shape))
 
     def read_random(self, indices: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
         """A window of each image, uint8 `[m, H, W, C]`."""
-        pairs = zip(self._files(indices), np.asarray(indices).tolist(), strict=True)
-        return self._stack([window.random(file, self.shape, (*seed, row)) for file, row in pairs])
+        return self._stack(indices, lambda file, row: window.random(file, self.shape, (*seed, row)))
 
     def scan(self, images: np.ndarray | None = None) -> np.ndarray:
         """All labels, int32 `[n]`; all images are written to `images`, uint8 `[n, H, W, C]`, and without it none is decoded."""
@@ -120,10 +122,10 @@ class _Examples:
             list(pool.map(load, range(0, len(labels), _CHUNK)))  # waits, and raises the first error
         return labels
 
-    def _files(self, indices: np.ndarray) -> list[bytes]:
-        return [example[self.image] for example in self.rows.__getitems__(np.asarray(indices).tolist())]
-
-    def _stack(self, images: list[np.ndarray]) -> np.ndarray:
+    def _stack(self, indices: np.ndarray, decode: Callable[[bytes, int], np.ndarray]) -> np.ndarray:
+        """The images that `decode` makes of the files and numbers of these rows; `DataError` where it cannot."""
+        rows = np.asarray(indices).tolist()
+        images = read_each(self.name, self.rows, rows, lambda example, row: decode(example[self.image], row))
         return np.stack(images) if images else np.empty((0, *self.shape), np.uint8)
 
 
