@@ -160,6 +160,7 @@ def checkpoint(found: Json) -> str:
 
 TABLES: dict[str, Callable[[Json], str]] = {
     "bench_buffer": buffer,
+    "bench_buffer_sizes": buffer_sizes,
     "bench_step": step,
     "bench_step_small": step,
     "bench_step_host": step_host,
