@@ -39,7 +39,7 @@ def measure(
     dtypes = [by_dtype(dtype, capacities, runs) for dtype in DTYPES]
     counts = [n for n in (1, 2, 4, 8, 16) if n <= jax.device_count()]
     devices = [by_devices(sampling, n, rows, runs) for sampling in ("uniform", "weighted") for n in counts]
-    return {"inserts": inserts, "draws": draws, "dtypes": dtypes, "devices": devices}
+    return {"inserts": inserts, "draws": draws, "dtypes": dtypes, "device_counts": devices}
 
 
 def by_batch(policy: str, n: int, runs: int) -> Json:

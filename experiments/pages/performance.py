@@ -64,7 +64,7 @@ def buffer_sizes(found: Json) -> str:
             "{dtype} | {capacity:,} | {ms} | {temp_bytes:,}",
             dtypes,
         ),
-        rows("sampling | devices | insert and draw, ms", "{sampling} | {devices} | {ms}", found["devices"]),
+        rows("sampling | devices | insert and draw, ms", "{sampling} | {devices} | {ms}", found["device_counts"]),
     ]
     return "\n\n".join(parts)
 
