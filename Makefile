@@ -1,7 +1,7 @@
 # Two commands need nothing but Python 3.11 or newer and make; each prepares .venv when its requirements changed:
 #     make demo    a small comparison of strategies on 8 fake CPU devices, with a report in runs/demo
 #     make test    what CI runs: format, lint, types, every test
-#     make check   for every edit: format, lint, types, the unit tests that are quick; under 3 minutes
+#     make check   for every edit: format, lint, types, the unit tests that are quick; 4 minutes on 2 cores
 # Paths are relative, so that a checkout in a folder with spaces works too.
 
 PYTHON ?= python3

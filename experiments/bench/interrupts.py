@@ -104,7 +104,7 @@ def interrupt(workdir: pathlib.Path, moment: float, number: signal.Signals) -> J
     begin = time.monotonic()
     status = process.wait()
     seconds = time.monotonic() - begin
-    said = said_by(workdir).read_text()
+    said = said_by(workdir).read_text().replace(str(workdir), "WORKDIR")
     finished = status == 0 and (workdir / "result.json").exists()
     allowed = {STATUS[number]} if number in STATUS else set()
     allowed |= set() if owned and allowed else {-number}
