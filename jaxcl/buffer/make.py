@@ -127,6 +127,7 @@ def make_buffer(
     path: str | None = None,
     handover: str = "outputs",
     queue: int = 4,
+    count_classes: bool = False,
 ) -> Buffer:
     """A rehearsal buffer.
 
@@ -167,6 +168,8 @@ def make_buffer(
       path: of the host tier, a folder for memory-mapped files, so that the memory may be larger than RAM.
       handover: of the host tier, how rows leave the step: as its "outputs" or by "callback".
       queue: of the host tier, how many steps' rows may wait to be stored.
+      count_classes: whether the state counts its rows of each class, so that `local.expected` tells how many rows of each
+        class a draw is expected to hold; needs `num_classes`.
 
     Raises:
       UserError: a size, name or record that is not allowed, or rows that cannot fit into memory.
@@ -197,6 +200,8 @@ def make_buffer(
         check("buffer.num_ids", num_ids, bound)
     if tier == "host" and sampling.startswith("weighted"):
         raise refused("buffer.sampling", sampling, "another one in the host tier, or tier=device")
+    if count_classes:
+        check("buffer.num_classes", num_classes, Rule(_is_size, "a positive integer, which count_classes needs"))
     if window is not None:
         check("buffer.window", window, Rule(_is_size, "a positive integer"))
         if policy != "fifo" or tier == "host":
@@ -217,6 +222,7 @@ def make_buffer(
         num_classes=num_classes,
         num_ids=num_ids if repeats == "distinct" else None,
         window=None if window is None else make_window(record, window, time),
+        counts_classes=count_classes,
     )
     devices = jax.devices()[:1] if mesh is None else mesh.local_devices
     local = dataclasses.replace(device_tier.bind(sizes), update_weights=functools.partial(update_weights, sizes))

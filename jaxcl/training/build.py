@@ -27,7 +27,7 @@ from jaxcl.training.evaluate import make_evaluate
 from jaxcl.training.exemplars import Selection, make_store_exemplars
 from jaxcl.training.learn import Bound
 from jaxcl.training.sizes import check_sizes, check_steps, check_tasks
-from jaxcl.training.state import make_weights
+from jaxcl.training.state import TrainState, initial_state, make_weights
 from jaxcl.training.step import TrainStep, make_train_step
 from jaxcl.types import PyTree
 
@@ -54,6 +54,7 @@ class Parts:
       strategy: with the selection that the config asks for.
       train, test, scenario: the rows, and the tasks that number them.
       buffer: None for a strategy without one.
+      new_state: `(weights) -> state` before the first step, see `initial_state`.
       new_weights, train_step, evaluate: made by the functions called `make_` and that name.
       review: None for a task of one phase.
       store_exemplars: made likewise; None where rows enter the memory as they arrive.
@@ -67,6 +68,7 @@ class Parts:
     scenario: data.Scenario
     buffer: Buffer | None
     new_weights: Callable[[jax.Array], tuple[PyTree, PyTree, PyTree]]
+    new_state: Callable[[tuple[PyTree, PyTree, PyTree]], TrainState]
     train_step: TrainStep
     review: Review | None
     store_exemplars: Callable | None
@@ -111,12 +113,24 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
         strategy = strategy._replace(draws=0)
     schedule = make_schedule(config.optimizer, strategy.rehearse or config.epochs)
     bound = Bound(
-        mesh, model, strategy, buffer, optimizer, schedule, augment, normalize, classes, loss_classes=d.loss_classes
+        mesh,
+        model,
+        strategy,
+        buffer,
+        optimizer,
+        schedule,
+        augment,
+        normalize,
+        classes,
+        loss_classes=d.loss_classes,
+        prior=config.loss.prior,
+        replay_weight=config.loss.replay_weight,
     )
     store_exemplars = None
     if buffer is not None and strategy.selection:
         selection = selection_of(config, strategy, buffer)
         store_exemplars = make_store_exemplars(bound, train, selection, batch_size=config.eval.batch_size)
+    counted = None if config.loss.prior == "none" else train.num_classes
     stepping = dataclasses.replace(bound, buffer=buffer if strategy.draws else None)
     seed = config.seed if seeds is None else tuple(seeds)
     return Parts(
@@ -127,6 +141,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
         scenario=scenario,
         buffer=buffer,
         new_weights=new_weights,
+        new_state=functools.partial(initial_state, mesh, buffer=buffer, strategy=strategy, counted_classes=counted),
         train_step=make_train_step(dataclasses.replace(stepping, learn=not strategy.rehearse), seed),
         review=None if buffer is None else _make_review(config, stepping, seed, new_weights),
         store_exemplars=store_exemplars,
@@ -213,6 +228,7 @@ def _make_buffer(
         accept=b.candidates / config.batch_size,
         mesh=mesh,
         num_ids=len(train.labels),
+        count_classes=config.loss.prior != "none",
         **{name: b[name] for name in as_named},
     )
 
