@@ -7,8 +7,8 @@ number of devices; the stem is that for 32x32 images, and images are shifted by 
 `--config.buffer.share=0.1` gives the memory 10 % of the training rows instead of 30 %. Data: `tfds:tinyimagenet32`, a prepared
 folder of 100,000 / 10,000 JPEG images at 32x32 (`data_dir`). The full size needs a GPU and has not been run yet.
 
-Smaller ones, for CPU cores, keep the protocol in proportion: c = b / 4, r = b / 8, a memory of 30 % by class, warm-up in the first
-sixth of a task's epochs to 8 times the learning rate of one device, and its decay. Their accuracies are not the paper's.
+Smaller ones, for CPU cores, keep the protocol in proportion: c = b / 4, r = b / 8, a memory of 30 % by class, warm-up in the
+first sixth of a task's epochs to 8 times the learning rate of one device, and its decay. Their accuracies are not the paper's.
 
     :full     all 200 classes, 4 x 50, all rows, 30 epochs a task: hours for a seed of everything
     :medium   every other class, 4 x 25, 100 rows of each, 30 epochs a task: some 20 minutes for a seed of everything

@@ -2,8 +2,8 @@
 
 Most rows of a rehearsal step belong to the present task, and a network trained by plain cross-entropy learns that. With
 `config.loss.prior = "balanced"` it learns by the cross-entropy of logits + log n_k, where n_k are the expected rows of class k
-in the step. The logits themselves, by which it is evaluated, are then those of classes that are equally likely. Ren et al. 2020,
-Balanced meta-softmax for long-tailed visual recognition; Menon et al. 2021, Long-tail learning via logit adjustment. In
+in the step. The logits themselves, by which it is evaluated, are then those of classes that are equally likely. Ren et al.
+2020, Balanced meta-softmax for long-tailed visual recognition; Menon et al. 2021, Long-tail learning via logit adjustment. In
 rehearsal n_k is known:
 
     n_k = (valid new rows) * (share of class k among the task's rows so far)
