@@ -45,7 +45,7 @@ def rows_of(config: ConfigDict) -> Mapping[str, Fields]:
     balanced: Fields = {"strategy": "er", "loss.prior": "balanced"}
     return {
         "from_scratch": {"strategy": "from_scratch"},
-        "from_scratch, equal steps": {"strategy": "from_scratch", **fewer_epochs(config, equal_steps(config))},
+        "from_scratch equal steps": {"strategy": "from_scratch", **fewer_epochs(config, equal_steps(config))},
         "joint": {"strategy": "joint"},
         "incremental": {"strategy": "incremental"},
         "er": plain,
@@ -53,15 +53,15 @@ def rows_of(config: ConfigDict) -> Mapping[str, Fields]:
         "er_ace": {"strategy": "er_ace"},
         "der_pp": {"strategy": "der_pp", "strategies.der_pp.beta": 1.0},
         "der_pp+balanced": {"strategy": "der_pp", "strategies.der_pp.beta": 1.0, "loss.prior": "balanced"},
-        "er+balanced, replayed rows weigh 2": balanced | {"loss.replay_weight": 2.0},
-        "er+balanced, replayed rows weigh 4": balanced | {"loss.replay_weight": 4.0},
-        "er, r = b": plain | {"buffer.representatives": b},
-        "er+balanced, r = b": balanced | {"buffer.representatives": b},
-        "er+balanced, r = b/2": balanced | {"buffer.representatives": b // 2},
-        "er+balanced, memory 5 %": balanced | {"buffer.share": 0.05},
-        "er+balanced, memory 100 %": balanced | {"buffer.share": 1.0},
-        "er+balanced, twice the steps": balanced | more_epochs(config, 2),
-        "er+balanced, r / 2": balanced | {"buffer.representatives": max(r // 2, 1)},
+        "er+balanced weight 2": balanced | {"loss.replay_weight": 2.0},
+        "er+balanced weight 4": balanced | {"loss.replay_weight": 4.0},
+        "er r=b": plain | {"buffer.representatives": b},
+        "er+balanced r=b": balanced | {"buffer.representatives": b},
+        "er+balanced r=b:2": balanced | {"buffer.representatives": b // 2},
+        "er+balanced memory 0.05": balanced | {"buffer.share": 0.05},
+        "er+balanced memory 1.0": balanced | {"buffer.share": 1.0},
+        "er+balanced 2x steps": balanced | more_epochs(config, 2),
+        "er+balanced r=half": balanced | {"buffer.representatives": max(r // 2, 1)},
     }
 
 

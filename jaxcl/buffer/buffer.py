@@ -28,6 +28,7 @@ from jaxcl.buffer.policy import Policy
 from jaxcl.buffer.policy.base import INT32_MAX, share
 from jaxcl.buffer.shard import Drawn, Rows, Shard
 from jaxcl.buffer.windows import Window
+from jaxcl.check import refused
 from jaxcl.errors import UserError
 from jaxcl.types import PyTree
 
@@ -279,8 +280,12 @@ def expected(sizes: Sizes, state: Shard) -> jax.Array:
     """Rows of each class that a draw from this state is expected to hold over all devices: float32 `[K]`, alike on all.
 
     Exact for the samplings "uniform" and "class_balanced", every memory and exchange, unless rows were removed.
+
+    Raises:
+      UserError: the buffer does not count classes.
     """
-    assert state.class_rows is not None, "the buffer does not count classes"
+    if state.class_rows is None:
+        raise refused("buffer.count_classes", False, "True, so that expected rows of each class are known")
     held, drawn = state.class_rows[0], sizes.per_device if sizes.alone else sizes.representatives
     if sizes.routes:
         held = lax.psum(held, sizes.axis)

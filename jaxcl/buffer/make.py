@@ -69,6 +69,8 @@ class Buffer:
         host tier rows are stored and gathered in `collect`, while what was dispatched before it runs.
       size: `(state) -> int32 scalar`, rows stored over all devices, copies included.
       can_draw: `(state) -> bool scalar`, whether every row of a draw would be valid.
+      expected: `(state) -> float32 [K]`, rows of each class that a draw from this state is expected to hold, of a buffer that
+        counts classes.
       stats: `(state) -> dict` of plain numbers, see `buffer.stats`.
       select: `(state, predicate) -> Rows`, the stored rows for which `predicate(record, label, id)` holds, on the host.
       remove: `(state, ids) -> state` without the rows of these ids, see `remove`; donated.
@@ -91,6 +93,7 @@ class Buffer:
     stage: Callable[[Shard, Sequence[jax.Array]], Staged]
     size: Callable[[Shard], jax.Array]
     can_draw: Callable[[Shard], jax.Array]
+    expected: Callable[[Shard], jax.Array]
     stats: Callable[[Shard], dict[str, Any]]
     select: Callable[[Shard, remove.Predicate], Rows]
     remove: Callable[[Shard, Any], Shard]
@@ -168,7 +171,7 @@ def make_buffer(
       path: of the host tier, a folder for memory-mapped files, so that the memory may be larger than RAM.
       handover: of the host tier, how rows leave the step: as its "outputs" or by "callback".
       queue: of the host tier, how many steps' rows may wait to be stored.
-      count_classes: whether the state counts its rows of each class, so that `local.expected` tells how many rows of each
+      count_classes: whether the state counts its rows of each class, so that `expected` tells how many rows of each
         class a draw is expected to hold; needs `num_classes`.
 
     Raises:
@@ -293,6 +296,7 @@ def _over_mesh(sizes: Sizes, mesh: Mesh | None, local: Local, store: Store | Non
         stage=split(local.stage, rows_spec, WHOLE),
         size=lambda state: size(sizes, held(state)),
         can_draw=lambda state: can_draw(sizes, drawable(state)),
+        expected=jax.jit(split(local.expected, rows_spec, out=WHOLE)),
         stats=functools.partial(stats, sizes),
         select=functools.partial(remove.select, memory),
         remove=functools.partial(remove.remove, memory, erase),

@@ -175,6 +175,11 @@ def fields(outside: Fields | None = None) -> Fields:
     }
 
 
+def prior_of(config: ConfigDict, strategy: Strategy) -> str:
+    """`loss.prior` as it applies to this strategy: without a memory, or with a way of its own with the bias, it is "none"."""
+    return config.loss.prior if strategy.draws and not strategy.own_bias else "none"
+
+
 def default_config() -> ConfigDict:
     """All fields with their defaults; a config file changes what it needs and `--config.FIELD=VALUE` overrides it."""
     return default_of(fields())
@@ -294,9 +299,7 @@ def _check_replay(config: ConfigDict, strategy: Strategy, devices: int) -> None:
 def _check_loss(config: ConfigDict, strategy: Strategy) -> None:
     """Whether the strategy's loss is one that the fields of `loss` can change."""
     loss, finetune = config.loss, config.finetune
-    if loss.prior != "none" and strategy.own_bias:
-        raise refused("loss.prior", loss.prior, f"none: {config.strategy} {strategy.own_bias}")
-    if loss.prior != "none" and finetune.epochs and finetune.order == "sequential":
+    if prior_of(config, strategy) != "none" and finetune.epochs and finetune.order == "sequential":
         raise refused(
             "finetune.order", finetune.order, f"shuffled, as loss.prior = {loss.prior} needs rows of all classes"
         )
