@@ -55,6 +55,9 @@ def rows_of(config: ConfigDict) -> Mapping[str, Fields]:
         "der_pp+balanced": {"strategy": "der_pp", "strategies.der_pp.beta": 1.0, "loss.prior": "balanced"},
         "er+balanced weight 2": balanced | {"loss.replay_weight": 2.0},
         "er+balanced weight 4": balanced | {"loss.replay_weight": 4.0},
+        "er+balanced later 0.3": balanced | {"optimizer.later_tasks": 0.3},
+        "er+balanced later 0.1": balanced | {"optimizer.later_tasks": 0.1},
+        "er later 0.1": plain | {"optimizer.later_tasks": 0.1},
         "er r=b": plain | {"buffer.representatives": b},
         "er+balanced r=b": balanced | {"buffer.representatives": b},
         "er+balanced r=b:2": balanced | {"buffer.representatives": b // 2},
@@ -114,6 +117,7 @@ def summary(runs: list[Json]) -> Json:
         "in_task": [float(np.mean(run["accuracy_in_task"])) for run in runs],
         "called_new": [called_new(run) for run in runs],
         "steps": [run["steps"] for run in runs],
+        "seconds": [run["seconds"] for run in runs],
         "seconds_of_steps": [sum(run["seconds_by_phase"].get(name, 0.0) for name in STEPPING) for run in runs],
     }
 

@@ -133,6 +133,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
         loss_classes=d.loss_classes,
         prior=prior,
         replay_weight=config.loss.replay_weight,
+        later_tasks=config.optimizer.later_tasks,
     )
     store_exemplars = None
     if buffer is not None and strategy.selection:

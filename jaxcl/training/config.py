@@ -164,7 +164,7 @@ def fields(outside: Fields | None = None) -> Fields:
             "options": Field({}, "of the network: see its file in jaxcl/models"),
         },
         "loss": LOSS,
-        "optimizer": OPTIMIZER,
+        "optimizer": OPTIMIZER | {"later_tasks": Field(1.0, "the share of it in every task but the first", SHARE)},
         "buffer": BUFFER,
         "finetune": FINETUNE,
         "eval": {

@@ -35,6 +35,8 @@ class Bound:
       buffer: into which a step inserts and from which it draws; None without.
       optimizer: gradients to the direction of descent, before the learning rate is applied.
       schedule: the learning rate as a function of the epoch within a task.
+      later_tasks: what every task but the first multiplies it by. Mirzadeh et al. 2020, Understanding the role of training
+        regimes in continual learning: smaller steps leave more of what was learnt.
       augment: `(key, positions, images uint8) -> images float32`, see `jaxcl.data.make_augment`.
       normalize: `(images uint8) -> images float32`, as the model reads them where nothing is augmented.
       classes: bool `[T, K]`, the classes of each task.
@@ -62,6 +64,7 @@ class Bound:
     tuning: bool = False
     prior: str = "none"
     replay_weight: float = 1.0
+    later_tasks: float = 1.0
 
     def predict(self, params: PyTree, batch_stats: PyTree, images: jax.Array) -> Outputs:
         """The model's outputs as in evaluation, by running statistics."""
@@ -89,6 +92,8 @@ def learn(
       learnt; the metrics, see `make_train_step`.
     """
     learning_rate = jnp.asarray(bound.schedule(state.task_step / state.steps_per_epoch), jnp.float32)
+    if bound.later_tasks != 1:
+        learning_rate *= jnp.where(state.task > 0, bound.later_tasks, 1.0)
     metrics = {"learning_rate": learning_rate}
     after = dataclasses.replace(state, step=state.step + 1, task_step=state.task_step + 1)
     if not bound.learn:
