@@ -11,11 +11,11 @@ Smaller ones, for CPU cores, keep the protocol in proportion: c = b / 4, r = b /
 first sixth of a task's epochs to 8 times the learning rate of one device, and its decay. Their accuracies are not the paper's.
 
     :full     all 200 classes, 4 x 50, all rows, 30 epochs a task: hours for a seed of everything
-    :medium   every other class, 4 x 25, 100 rows of each, 30 epochs a task: some 20 minutes for a seed of everything
+    :medium   every other class, 4 x 25, 250 rows of each, 12 epochs a task: some 20 minutes for a seed of everything
     :cpu      every tenth class, 4 x 5, 12 epochs a task, for the figures that need no accuracy: with five classes a task, top-5
               counts the task and not the class
 
-    python -m experiments.studies.small_pack --from=tfds:tinyimagenet32 --from_dir=TFDS_DIR --train=100 --test=50 \
+    python -m experiments.studies.small_pack --from=tfds:tinyimagenet32 --from_dir=TFDS_DIR --train=250 --test=50 \
         --every=2 --out=FILE                                       # of :cpu --train=500 --every=10
     python -m experiments.studies.rehearsal --config=configs/paper_tinyimagenet.py:medium --devices=2 --workdir=DIR \
         --config.data.source=npz:FILE --json=FILE
@@ -50,16 +50,18 @@ def get_config(size: str = "gpu") -> ConfigDict:
     config.model.dtype = "float32"
     config.model.options = {"width": 16, "norm": "sync", "fold": 2}
     config.optimizer.learning_rate = 0.05
+    if size == "full":
+        return config
+    config.epochs = 12
+    config.optimizer.warmup_epochs = 2.0
+    config.optimizer.decay_epochs = (8, 10, 11)
     if size == "medium":
-        config.name = "Tiny-ImageNet 32x32, every other class, 4 x 25 classes of 100 rows (medium size)"
+        config.name = "Tiny-ImageNet 32x32, every other class, 4 x 25 classes of 250 rows (medium size)"
         config.data.source = "npz:tinyimagenet_medium.npz"
-    elif size == "cpu":
+    else:
         config.name = "Tiny-ImageNet 32x32, every tenth class, 4 x 5 classes (cpu size)"
         config.data.source = "npz:tinyimagenet_small.npz"
         config.model.options = {"width": 16, "norm": "sync"}
-        config.epochs = 12
-        config.optimizer.warmup_epochs = 2.0
-        config.optimizer.decay_epochs = (8, 10, 11)
     return config
 
 

@@ -94,9 +94,9 @@ def test_every_row_of_the_rehearsal_study_is_allowed(name):
 def test_equal_steps_from_scratch_are_those_of_one_pass_over_the_tasks():
     """Tasks of n rows: from scratch E' (n + 2 n + 3 n + 4 n) rows, one after the other E 4 n."""
     config = importlib.import_module("configs.paper_tinyimagenet").get_config("medium")
-    assert rehearsal.equal_steps(config) * 10 == config.epochs * 4 == 120
+    assert rehearsal.equal_steps(config) * 10 == config.epochs * 4 == 48
     fields = rehearsal.rows_of(config)["from_scratch equal steps"]
-    assert fields["epochs"] == 12 and fields["optimizer.decay_epochs"] == pytest.approx((8.4, 10.4, 11.2))
+    assert fields["epochs"] == 5 and fields["optimizer.decay_epochs"] == pytest.approx((10 / 3, 25 / 6, 55 / 12))
 
 
 def test_the_choice_is_the_best_on_validation_rows_and_ranked_where_it_is_judged():
