@@ -57,6 +57,7 @@ def icarl() -> Strategy:
         selection="icarl",
         alike=True,
         loss=loss,
+        own_bias="learns each class apart, by binary cross-entropy",
         init=init,
         visit=visit,
         visits="buffer",

@@ -30,6 +30,7 @@ from jaxcl.metrics import METRICS
 from jaxcl.models import MODELS
 from jaxcl.registry import short
 from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
+from jaxcl.training.prior import PRIORS
 
 REPLAYS = ("draw", "append", "append_part")  # see jaxcl/training/batches.py
 ORDERS = ("shuffled", "sequential")
@@ -95,6 +96,12 @@ DATA = {
     ),
     **IMAGES,
 }
+LOSS = {
+    "prior": Field(
+        "none", "balanced: the loss corrects how often classes come, see jaxcl/training/prior.py", one_of(PRIORS)
+    ),
+    "replay_weight": Field(1.0, "of a replayed row in the mean over all rows, where a new one weighs 1", POSITIVE),
+}
 SELECTION = {
     "by": Field(
         None, "how a task's rows are chosen at its end; None: rows enter as they arrive", one_of(SELECTIONS), str
@@ -156,7 +163,8 @@ def fields(outside: Fields | None = None) -> Fields:
             "dtype": Field("float32", "of the computation", one_of(("float32", "bfloat16"))),
             "options": Field({}, "of the network: see its file in jaxcl/models"),
         },
-        "optimizer": OPTIMIZER,
+        "loss": LOSS,
+        "optimizer": OPTIMIZER | {"later_tasks": Field(1.0, "the share of it in every task but the first", SHARE)},
         "buffer": BUFFER,
         "finetune": FINETUNE,
         "eval": {
@@ -165,6 +173,11 @@ def fields(outside: Fields | None = None) -> Fields:
         },
         "checkpoint": CHECKPOINT,
     }
+
+
+def prior_of(config: ConfigDict, strategy: Strategy) -> str:
+    """`loss.prior` as it applies to this strategy: without a memory, or with a way of its own with the bias, it is "none"."""
+    return config.loss.prior if strategy.draws and not strategy.own_bias else "none"
 
 
 def default_config() -> ConfigDict:
@@ -186,6 +199,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
         sizes.append("buffer.representatives")
         _check_buffer(config, strategy)
         _check_replay(config, strategy, devices)
+    _check_loss(config, strategy)
     check_evenly(config, sizes, devices)
     if strategy.check is not None:
         strategy.check(config)
@@ -280,6 +294,24 @@ def _check_replay(config: ConfigDict, strategy: Strategy, devices: int) -> None:
     ranks = devices if finetune.ranks is None else finetune.ranks
     if finetune.epochs and finetune.order == "sequential" and config.batch_size % ranks:
         raise refused("finetune.ranks", ranks, f"a divisor of batch_size = {config.batch_size}")
+
+
+def _check_loss(config: ConfigDict, strategy: Strategy) -> None:
+    """Whether the strategy's loss is one that the fields of `loss` can change."""
+    loss, finetune = config.loss, config.finetune
+    if prior_of(config, strategy) != "none" and finetune.epochs and finetune.order == "sequential":
+        raise refused(
+            "finetune.order", finetune.order, f"shuffled, as loss.prior = {loss.prior} needs rows of all classes"
+        )
+    if loss.replay_weight == 1:
+        return
+    if not strategy.draws or strategy.weights or strategy.rehearse or config.buffer.replay != "draw":
+        why = (
+            "has no mean over new and replayed rows"
+            if config.buffer.replay == "draw"
+            else "is given with buffer.replay"
+        )
+        raise refused("loss.replay_weight", loss.replay_weight, f"1: {config.strategy} {why}")
 
 
 def _get(config: ConfigDict, path: str) -> Any:

@@ -58,6 +58,7 @@ def summarize(
         "steps": at.step,
         "images": at.counts["images"],
         "buffer": _buffer_report(parts.buffer, state),
+        "prior": parts.prior,
         "replay": None if parts.buffer is None else _replay_report(config, at),
         **conditions(config, parts.mesh),
     }

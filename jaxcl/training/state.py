@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -52,6 +53,7 @@ class TrainState:
       buffer: the rehearsal buffer, split over the devices; None without rehearsal.
       staged: the draws made during the last step, which the next one replays; () without rehearsal.
       strategy_state: what the strategy keeps for itself, {} for most; whole on every device.
+      arrived: int32 `[K]`, valid new rows of each class that the task has had; None unless the prior is corrected.
     """
 
     step: jax.Array
@@ -64,6 +66,7 @@ class TrainState:
     buffer: Shard | None
     staged: Staged
     strategy_state: PyTree
+    arrived: jax.Array | None = None
 
     @property
     def clock(self) -> Clock:
@@ -94,9 +97,17 @@ def make_weights(
 
 
 def initial_state(
-    mesh: Mesh, weights: tuple[PyTree, PyTree, PyTree], buffer: Buffer | None, strategy: Strategy
+    mesh: Mesh,
+    weights: tuple[PyTree, PyTree, PyTree],
+    buffer: Buffer | None,
+    strategy: Strategy,
+    counted_classes: int | None = None,
 ) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step.
+
+    Args:
+      counted_classes: K where the new rows of each class are counted.
+    """
 
     def number(value: int) -> jax.Array:  # donated leaf by leaf: no two may share a buffer
         return jnp.copy(mesh_lib.replicate(mesh, jnp.int32(value)))
@@ -115,4 +126,5 @@ def initial_state(
         strategy_state=jax.jit(
             lambda *args: jax.tree.map(jnp.copy, strategy.init(*args)), out_shardings=mesh_lib.replicated(mesh)
         )(params, batch_stats),
+        arrived=None if counted_classes is None else mesh_lib.replicate(mesh, np.zeros(counted_classes, np.int32)),
     )
