@@ -43,7 +43,7 @@ def means_of(sums: jax.Array, count: jax.Array) -> Means:
 
 
 def nearness(means: Means, features: jax.Array) -> jax.Array:
-    """By which classes are ranked, the nearest mean first: float32 `[n, K]` for features `[n, D]`; -2 for classes without a mean.
+    """By which classes are ranked, the nearest mean first: float32 `[n, K]` for features `[n, D]`; -2 for one without rows.
 
     Of unit vectors, the nearest is the one of the largest inner product.
     """

@@ -11,7 +11,9 @@ from ml_collections import ConfigDict
 
 from jaxcl.errors import UserError
 from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
+from jaxcl.training.config import check_config
 from tests.rig import SHAPE, K
+from tests.whole import small
 
 OLD, SEEN = np.arange(K) < 2, np.arange(K) < 4  # in task 1 of three
 
@@ -90,3 +92,10 @@ def test_a_record_of_outputs_that_are_not_there_is_one_clear_line():
     forgotten = make_strategy("der")._replace(stores_outputs=False)
     with pytest.raises(UserError, match=r"reads the model's output 'logits'; .* set stores_outputs=True"):
         forgotten.stored(np.zeros((2, *SHAPE), np.uint8), {}, {})
+
+
+def test_uer_has_no_common_prior_to_correct():
+    with pytest.raises(
+        UserError, match=r"loss.prior: 'balanced' is not allowed, give none: uer learns new rows by other"
+    ):
+        check_config(small(strategy="uer", loss__prior="balanced"), 1)
