@@ -11,9 +11,7 @@ from ml_collections import ConfigDict
 
 from jaxcl.errors import UserError
 from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
-from jaxcl.training.config import prior_of
 from tests.rig import SHAPE, K
-from tests.whole import small
 
 OLD, SEEN = np.arange(K) < 2, np.arange(K) < 4  # in task 1 of three
 
@@ -92,8 +90,3 @@ def test_a_record_of_outputs_that_are_not_there_is_one_clear_line():
     forgotten = make_strategy("der")._replace(stores_outputs=False)
     with pytest.raises(UserError, match=r"reads the model's output 'logits'; .* set stores_outputs=True"):
         forgotten.stored(np.zeros((2, *SHAPE), np.uint8), {}, {})
-
-
-def test_uer_has_no_common_prior_to_correct():
-    config = small(loss__prior="balanced")
-    assert [prior_of(config, make_strategy(name)) for name in ("uer", "er")] == ["none", "balanced"]
