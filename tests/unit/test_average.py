@@ -137,6 +137,22 @@ def test_a_run_stopped_and_continued_is_the_run(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, ours["params"], theirs["params"])
 
 
+def test_it_is_the_same_with_the_memory_on_the_host_and_restored_on_other_devices(tmp_path):
+    config = small(data__tasks=2, optimizer__average=0.9, strategy="er")
+    result = train_and_evaluate(config, tmp_path / "device", devices=jax.devices()[:2], progress=False)
+    config.buffer.tier = "host"
+    train_and_evaluate(config, tmp_path / "host", devices=jax.devices()[:2], progress=False)
+    jax.tree.map(np.testing.assert_array_equal, final(tmp_path / "host"), final(tmp_path / "device"))
+    config.buffer.tier = "device"
+    (
+        tmp_path / "device" / "result.json"
+    ).unlink()  # all tasks are done: it is told anew, by the weights of the checkpoint
+    again = train_and_evaluate(config, tmp_path / "device", devices=jax.devices()[:1], progress=False)
+    assert [again[name] for name in ("confusion", "accuracy_in_task")] == [
+        result[name] for name in ("confusion", "accuracy_in_task")
+    ]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
