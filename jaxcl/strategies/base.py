@@ -235,6 +235,9 @@ class Strategy(NamedTuple):
         are pooled, or only new ones classified.
       own_bias: how it treats the classifier's bias itself, where `config.loss.prior` would not do what it is meant to; "": it
         classifies by `cross_entropy`, which knows the prior.
+      last_weights: how the end of a task ties evaluation to the weights that the last step left, where
+        `config.optimizer.average` would judge others; "": it does not.
+      head: whether it reads the weights of the model's linear head, params["head"]["kernel"] `[D, K]`.
       gradients: see `Gradients`.
       init: `(params, batch_stats) -> state`, the strategy's own state at the start of a run.
       visit: `(params, batch_stats, part, context) -> pytree`: what a pass over rows at the end of a task gathers from a
@@ -263,6 +266,8 @@ class Strategy(NamedTuple):
     loss: Loss = pooled
     weights: tuple[float, ...] | None = None
     own_bias: str = ""
+    last_weights: str = ""
+    head: bool = False
     gradients: Gradients = one_pass
     init: Callable[[PyTree, PyTree], PyTree] = lambda params, batch_stats: {}
     visit: Callable[[PyTree, PyTree, Part, Context], PyTree] | None = None

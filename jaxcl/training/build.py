@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,8 @@ from jaxcl.models import Model, make_model
 from jaxcl.optimizer import make_optimizer, make_schedule
 from jaxcl.registry import short
 from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
-from jaxcl.training.config import check_config, prior_of
+from jaxcl.training.class_means import make_class_means
+from jaxcl.training.config import check_config, means_asked, prior_of
 from jaxcl.training.end_task import make_end_task
 from jaxcl.training.evaluate import make_evaluate
 from jaxcl.training.exemplars import Selection, make_store_exemplars
@@ -63,6 +64,7 @@ class Parts:
       review: None for a task of one phase.
       store_exemplars: made likewise; None where rows enter the memory as they arrive.
       end_task: made likewise; None where the strategy does nothing then.
+      class_means: made likewise; None where no metric asks for them.
     """
 
     mesh: jax.sharding.Mesh
@@ -79,6 +81,7 @@ class Parts:
     store_exemplars: Callable | None
     end_task: Callable | None
     evaluate: Callable
+    class_means: Callable | None = None
 
     @property
     def host(self) -> Store | None:
@@ -111,7 +114,9 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
     new_weights = make_weights(mesh, model, optimizer, train.image_shape)
     row = _stored_row(model, strategy, train) if strategy.draws else None
     capacity = capacity_of(config.buffer, scenario)
+    averaged = config.optimizer.average > 0
     sizes: Any = {"record": row, "capacity": capacity, "draws": strategy.draws, "seeds": len(seeds or [0])}
+    sizes |= {"averaged": averaged}
     check_sizes(config, mesh, new_weights, train.image_shape, **sizes)
     buffer = _make_buffer(config, mesh, strategy, row, capacity, train) if strategy.draws else None
     prior = prior_of(config, strategy)
@@ -134,6 +139,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
         prior=prior,
         replay_weight=config.loss.replay_weight,
         later_tasks=config.optimizer.later_tasks,
+        average=config.optimizer.average,
     )
     store_exemplars = None
     if buffer is not None and strategy.selection:
@@ -151,7 +157,14 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
         buffer=buffer,
         prior=prior,
         new_weights=new_weights,
-        new_state=functools.partial(initial_state, mesh, buffer=buffer, strategy=strategy, counted_classes=counted),
+        new_state=functools.partial(
+            initial_state,
+            mesh,
+            buffer=buffer,
+            strategy=strategy,
+            counted_classes=counted,
+            averaged=averaged,
+        ),
         train_step=make_train_step(dataclasses.replace(stepping, learn=not strategy.rehearse), seed),
         review=None if buffer is None else _make_review(config, stepping, seed, new_weights),
         store_exemplars=store_exemplars,
@@ -163,6 +176,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
             reconstructs=bool(train.targets),
             metrics=tuple(config.eval.metrics),
         ),
+        class_means=make_class_means(bound, seeds=seeds is not None) if means_asked(config) else None,
     )
 
 
@@ -282,7 +296,7 @@ def _outputs(model: Model, image: jax.Array) -> dict[str, jax.Array]:
 
 
 def _check_objective(config: ConfigDict, strategy: Strategy, model: Model, source: data.Source) -> None:
-    """Whether data, model and strategy are all for classification or all for reconstruction.
+    """Whether data, model and strategy are all for classification or all for reconstruction, and there is what they read.
 
     Raises:
       UserError: they are not.
@@ -304,3 +318,14 @@ def _check_objective(config: ConfigDict, strategy: Strategy, model: Model, sourc
         raise UserError(
             f"data.augment: {tuple(config.data.augment)} is not allowed where images are to be reconstructed, give ()"
         )
+    asked = means_asked(config)
+    if asked and (wanted or "features" not in made):
+        raise refused("eval.metrics", asked[0], f"one that needs no features: there are {', '.join(made)}")
+    if strategy.head:
+        params = jax.eval_shape(lambda key: model.init(key, source.image_shape)["params"], jax.random.key(0))
+        kernel = params["head"].get("kernel") if isinstance(params.get("head"), Mapping) else None
+        if kernel is None or kernel.shape != (*made.get("features", ()), source.num_classes):
+            raise UserError(
+                f"strategy: {config.strategy} reads the weights of a linear head on the features, which the model "
+                f"{config.model.name} has not; choose another model.name"
+            )

@@ -26,7 +26,7 @@ from jaxcl.check import (
 from jaxcl.data import AUGMENTATIONS, SCENARIOS
 from jaxcl.errors import UserError
 from jaxcl.fields import Field, Fields, check_fields, default_of
-from jaxcl.metrics import METRICS
+from jaxcl.metrics import METRICS, asks_means
 from jaxcl.models import MODELS
 from jaxcl.registry import short
 from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
@@ -62,6 +62,9 @@ OPTIMIZER = {
     "decay_epochs": Field((), "of schedule = steps: from these epochs on, ascending", each(NOT_NEGATIVE)),
     "decay_factors": Field((), "one for each of decay_epochs: what the learning rate is multiplied by", each(POSITIVE)),
 }
+AVERAGE = Field(
+    0.0, "of the weights, for evaluation: its decay, see jaxcl/training/average.py; 0: the last weights", FRACTION
+)
 CHECKPOINT = {
     "every_steps": Field(0, "checkpoints beside those at the end of every task; 0: not by steps", NOT_NEGATIVE),
     "every_seconds": Field(600.0, "the same by the clock; 0: not by the clock", NOT_NEGATIVE),
@@ -164,7 +167,11 @@ def fields(outside: Fields | None = None) -> Fields:
             "options": Field({}, "of the network: see its file in jaxcl/models"),
         },
         "loss": LOSS,
-        "optimizer": OPTIMIZER | {"later_tasks": Field(1.0, "the share of it in every task but the first", SHARE)},
+        "optimizer": {
+            **OPTIMIZER,
+            "later_tasks": Field(1.0, "the share of it in every task but the first", SHARE),
+            "average": AVERAGE,
+        },
         "buffer": BUFFER,
         "finetune": FINETUNE,
         "eval": {
@@ -200,6 +207,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
         _check_buffer(config, strategy)
         _check_replay(config, strategy, devices)
     _check_loss(config, strategy)
+    _check_evaluation(config, strategy)
     check_evenly(config, sizes, devices)
     if strategy.check is not None:
         strategy.check(config)
@@ -312,6 +320,23 @@ def _check_loss(config: ConfigDict, strategy: Strategy) -> None:
             else "is given with buffer.replay"
         )
         raise refused("loss.replay_weight", loss.replay_weight, f"1: {config.strategy} {why}")
+
+
+def means_asked(config: ConfigDict) -> list[str]:
+    """The metrics that classify by the class means of the memory."""
+    return [name for name in config.eval.metrics if asks_means(METRICS[name])]
+
+
+def _check_evaluation(config: ConfigDict, strategy: Strategy) -> None:
+    """Whether there is what the evaluation uses."""
+    average = config.optimizer.average
+    if average and strategy.last_weights:
+        raise refused("optimizer.average", average, f"0: {config.strategy} {strategy.last_weights}")
+    for name in means_asked(config):
+        if not strategy.draws:
+            raise refused("eval.metrics", name, f"one that needs no memory: {config.strategy} has none")
+        if config.buffer.tier == "host":
+            raise refused("eval.metrics", name, "one that needs no memory on the devices, or buffer.tier = device")
 
 
 def _get(config: ConfigDict, path: str) -> Any:

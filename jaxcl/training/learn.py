@@ -20,6 +20,7 @@ from jaxcl.models import Model
 from jaxcl.strategies import Context, Descent, Part, Strategy
 from jaxcl.strategies.base import Outputs
 from jaxcl.training import prior
+from jaxcl.training.average import averaged
 from jaxcl.training.state import Clock, TrainState
 from jaxcl.types import Batch, PyTree
 
@@ -47,6 +48,7 @@ class Bound:
       tuning: see `Context.tuning`.
       prior: one of `prior.PRIORS`.
       replay_weight: of a replayed row in a mean over all rows, where a new one weighs 1.
+      average: the decay of the average of the weights, where the state has one.
     """
 
     mesh: Mesh
@@ -65,6 +67,7 @@ class Bound:
     prior: str = "none"
     replay_weight: float = 1.0
     later_tasks: float = 1.0
+    average: float = 0.0
 
     def predict(self, params: PyTree, batch_stats: PyTree, images: jax.Array) -> Outputs:
         """The model's outputs as in evaluation, by running statistics."""
@@ -110,7 +113,11 @@ def learn(
     params, opt_state = optimise(bound, state, found.grads, context)
 
     kept = {name: x for name, x in state.batch_stats.items() if name in bound.frozen}
-    after = dataclasses.replace(after, params=params, batch_stats=found.batch_stats | kept, opt_state=opt_state)
+    batch_stats = found.batch_stats | kept
+    after = dataclasses.replace(after, params=params, batch_stats=batch_stats, opt_state=opt_state)
+    if state.average is not None:
+        average = averaged(state.average, bound.average, state.task_step, params, batch_stats)
+        after = dataclasses.replace(after, average=average)
     return after, found.parts[0].outputs, metrics | {"loss": found.loss, **scores(found.parts)}
 
 
