@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from experiments.pages.page import Json, table
 from experiments.paper.draw import panels
-from experiments.paper.study import STRATEGIES, Fields, Study
+from experiments.paper.study import STRATEGIES, Study
+from experiments.studies.grid import Fields
 from jaxcl.errors import UserError
 from jaxcl.report import color_of, spread
 from jaxcl.runs.steps import STEPPING

@@ -41,8 +41,8 @@ def main() -> None:
 def rows_of(config: ConfigDict) -> Mapping[str, Fields]:
     """What is trained: name -> fields that it changes."""
     b, r = config.batch_size, config.buffer.representatives
-    plain: Fields = {"strategy": "er", "loss.prior": "none"}
-    balanced: Fields = {"strategy": "er", "loss.prior": "balanced"}
+    plain: dict[str, Any] = {"strategy": "er", "loss.prior": "none"}
+    balanced: dict[str, Any] = {"strategy": "er", "loss.prior": "balanced"}
     return {
         "from_scratch": {"strategy": "from_scratch"},
         "from_scratch equal steps": {"strategy": "from_scratch", **fewer_epochs(config, equal_steps(config))},
@@ -54,6 +54,8 @@ def rows_of(config: ConfigDict) -> Mapping[str, Fields]:
         "der_pp": {"strategy": "der_pp", "strategies.der_pp.beta": 1.0},
         "der_pp+balanced": {"strategy": "der_pp", "strategies.der_pp.beta": 1.0, "loss.prior": "balanced"},
         **{f"er+balanced weight {w}": balanced | {"loss.replay_weight": float(w)} for w in (2, 4, 8, 16)},
+        "uer": {"strategy": "uer"},
+        "er+balanced average": balanced | {"optimizer.average": 0.99, "eval.metrics": ("nmc", "nmc_top5")},
         "er+balanced later 0.3": balanced | {"optimizer.later_tasks": 0.3},
         "er+balanced later 0.1": balanced | {"optimizer.later_tasks": 0.1},
         "er later 0.1": plain | {"optimizer.later_tasks": 0.1},
@@ -76,11 +78,11 @@ def equal_steps(config: ConfigDict) -> float:
     return config.epochs * 2 / (tasks + 1)
 
 
-def fewer_epochs(config: ConfigDict, epochs: float) -> Fields:
+def fewer_epochs(config: ConfigDict, epochs: float) -> dict[str, Any]:
     return scaled(config, max(1, round(epochs)))
 
 
-def more_epochs(config: ConfigDict, times: int) -> Fields:
+def more_epochs(config: ConfigDict, times: int) -> dict[str, Any]:
     return scaled(config, config.epochs * times)
 
 
