@@ -5,8 +5,8 @@
 
 Peers (torch's DataLoader with torchvision, tf.data) are optional, see `experiments/bench/peers/input_peers.py`; those not there
 are reported missing. Each reads the same files, from memory where the system keeps them, in a process of its own that is bound
-to as many cores. They take turns, a process a turn; the figure is the median over the turns. A GPU that trains on --gpu images a
-second needs `cores_for_gpu` of such cores. About twenty minutes on two cores with every peer.
+to as many cores. They take turns, a process a turn; the figure is the median over the turns. A GPU that trains on --gpu images
+a second needs `cores_for_gpu` of such cores. About twenty minutes on two cores with every peer.
 """
 
 import json

@@ -92,8 +92,7 @@ def test_evaluation_pixels_are_those_of_pillow(name, shape, resizer):
 
 @pytest.mark.parametrize("name", FILES)
 def test_training_windows_are_chosen_in_the_pixels_of_the_file(name, resizer):
-    """Where a file is decoded at a fraction the pixels differ by what libjpeg's reduction differs from the filter, but a window that
-    is off by one pixel of the file differs by several times as much."""
+    """Decoded at a fraction, pixels differ as libjpeg's reduction does from the filter; of another window by far more."""
     file = FILES[name]()
     for seed in ((0, 1, 2), (5, 0), (7,)):
         most, mean = difference(window.random(file, SHAPE, seed), by_pillow(file, SHAPE, box_by(seed)))
