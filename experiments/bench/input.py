@@ -47,7 +47,7 @@ def measure(
         check("--peers", peer, one_of(list(input_peers.PEERS)))
     with tempfile.TemporaryDirectory() as folder:
         files = {train: write_files(data, train, pathlib.Path(folder, split)) for train, split in SPLITS.items()}
-        entries = [
+        entries: list[Json] = [
             {"name": name, "cores": n, "train": train}
             for n in cores
             for train in SPLITS

@@ -50,7 +50,7 @@ def prepare(folder: pathlib.Path, train: data.Source, test: data.Source, train_r
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import dataset_metadata
 
-    class Shaped(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Shaped(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         VERSION = tfds.core.Version(VERSION)
 
         @classmethod

@@ -62,12 +62,11 @@ def _cut(encoded: bytes, shape: tuple[int, int, int], box_of: Callable[[int, int
     from PIL import Image
 
     height, width, channels = shape
-    with Image.open(io.BytesIO(encoded)) as image:
-        box = box_of(*image.size)
+    with Image.open(io.BytesIO(encoded)) as file:
+        box = box_of(*file.size)
         if reduced:
-            box = _reduce(image, box, width, height)
-        if image.mode != MODES[channels]:
-            image = image.convert(MODES[channels])
+            box = _reduce(file, box, width, height)
+        image = file if file.mode == MODES[channels] else file.convert(MODES[channels])
         return np.asarray(resize(image, (width, height), box)).reshape(shape)
 
 

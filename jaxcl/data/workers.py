@@ -12,15 +12,17 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import grain
 from absl import flags
 
 from jaxcl.errors import DataError
 from jaxcl.types import Batch
+
+if TYPE_CHECKING:
+    from jaxcl.data.loader import Loader
 
 BUFFER = 2  # batches that each worker has ready
 _LEFT_TO_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -35,8 +37,8 @@ class WorkerIterator:
       DataError: of `next`: a worker has died. What reading an item raises comes through as it is.
     """
 
-    def __init__(self, batches: Sequence[Batch], num_workers: int, read_options: grain.ReadOptions) -> None:
-        self._batches, self._num_workers, self._read_options = batches, num_workers, read_options
+    def __init__(self, batches: "Loader", num_workers: int, options: grain.ReadOptions) -> None:
+        self._batches, self._num_workers, self._options = batches, num_workers, options
         self._next_index = 0
         self._reader: grain.DatasetIterator[Batch] | None = None
         self._end = lambda: None
@@ -77,7 +79,7 @@ class WorkerIterator:
             flags.FLAGS.mark_as_parsed()  # else Grain, which has flags, refuses to start workers outside a command
         dataset = grain.MapDataset.source(self._batches).slice(slice(self._next_index, None))
         workers = grain.MultiprocessingOptions(min(self._num_workers, len(dataset)), BUFFER)
-        reader = iter(dataset.to_iter_dataset(self._read_options).mp_prefetch(workers, worker_init_fn=_begin))
+        reader = iter(dataset.to_iter_dataset(self._options).mp_prefetch(workers, worker_init_fn=_begin))
         self._reader, self._end = reader, weakref.finalize(self, reader.close)
         # What starts a process hands down which signals it blocks: this thread and those that Grain starts in it block them.
         with ThreadPoolExecutor(
