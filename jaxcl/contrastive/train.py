@@ -121,13 +121,15 @@ def train_batches(config: ConfigDict, parts: Parts, number: int) -> data.Loader:
         batch_size=config.batch_size,
         epochs=config.epochs // config.eval.rounds,
         seed=(config.seed, number),
-        **reading(config.data.threads),
+        **reading(config.data.threads, config.data.workers),
     )
 
 
 def rows_of(config: ConfigDict, source: data.Source, rows: np.ndarray) -> data.Loader:
     """These rows once, in this order."""
-    return data.eval_batches(source, rows, batch_size=config.eval.batch_size, **reading(config.data.threads))
+    return data.eval_batches(
+        source, rows, batch_size=config.eval.batch_size, **reading(config.data.threads, config.data.workers)
+    )
 
 
 def evaluate(config: ConfigDict, parts: Parts, state: ContrastiveState) -> dict[str, Any]:

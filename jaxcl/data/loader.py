@@ -1,4 +1,4 @@
-"""Batches of a source, prefetched by Grain.
+"""Batches of a source, read ahead by Grain.
 
 The law of this file: the rows of global batch t depend only on the seed, the epoch and the rows to draw from, never
 on the number of devices or processes. Each process reads its own contiguous slice of every global batch.
@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxcl.check import at_least, between, check, refused
 from jaxcl.data.source import Source
+from jaxcl.data.workers import WorkerIterator
 from jaxcl.errors import UserError
 from jaxcl.types import Batch
 
@@ -24,11 +25,13 @@ class Reading(TypedDict, total=False):
     Attributes:
       process_index, process_count: which slice of every global batch this process reads; 0 of 1.
       num_threads: threads that read ahead, two batches each; 0 reads in the caller's thread. 2 where not given.
+      num_workers: processes that read ahead, each with so many threads; 0, where not given: threads of this process.
     """
 
     process_index: int
     process_count: int
     num_threads: int
+    num_workers: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +39,7 @@ class Loader:
     """The batches of a training phase or an evaluation, by number.
 
     `loader[t]` is this process's slice of global batch t, `len(loader)` the number of batches, and `iter(loader)` a
-    Grain iterator over them all that reads ahead in threads. Its `get_state()` and `set_state(state)` resume exactly,
+    iterator over them all that reads ahead in threads or processes. Its `get_state()` and `set_state(state)` resume exactly,
     whatever had been read ahead; `{"next_index": t}` is the state before batch t.
 
     A batch holds b = batch_size / process_count rows:
@@ -61,6 +64,7 @@ class Loader:
     process_index: int = 0
     process_count: int = 1
     num_threads: int = 2
+    num_workers: int = 0
     by_class: bool = False
     window_seed: tuple[int, ...] | None = None
 
@@ -70,6 +74,7 @@ class Loader:
         check("process_count", self.process_count, at_least(1))
         check("process_index", self.process_index, between(0, self.process_count - 1))
         check("data.threads", self.num_threads, at_least(0))
+        check("data.workers", self.num_workers, at_least(0))
         if self.batch_size % self.process_count:
             raise refused("batch_size", self.batch_size, f"a multiple of the {self.process_count} processes")
         if not self.rows_per_epoch:
@@ -105,8 +110,10 @@ class Loader:
             batch["target"] = {name: _pad(x[rows], size, 0) for name, x in self.source.targets.items()}
         return batch
 
-    def __iter__(self) -> grain.DatasetIterator[Batch]:
+    def __iter__(self) -> "grain.DatasetIterator[Batch] | WorkerIterator":
         options = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=2 * self.num_threads)
+        if self.num_workers:
+            return WorkerIterator(self, self.num_workers, options)
         return iter(grain.MapDataset.source(self).to_iter_dataset(options))
 
 
@@ -143,8 +150,7 @@ def train_batches(
     if not seed or any(s < 0 for s in seed):
         raise refused("seed", tuple(seed), "one or more integers from 0")
     rows = np.array(indices, np.int64), np.array(memory, np.int64)
-    # Two epochs are kept, as threads that read ahead cross the border between them.
-    order = functools.lru_cache(maxsize=2)(functools.partial(_shuffled, *rows, part, tuple(map(int, seed))))
+    order = _Order(*rows, part, tuple(map(int, seed)))
     return Loader(
         source,
         order,
@@ -170,12 +176,26 @@ def blank_batches(
 ) -> Loader:
     """Batches of padding alone, for steps that train on what the memory replays. Arguments as in `train_batches`."""
     nothing, rows = np.zeros(0, np.int64), steps_per_epoch * batch_size
-    reading = {"num_threads": 0, **reading}
+    reading = {"num_threads": 0, **reading, "num_workers": 0}
     return Loader(source, lambda epoch: nothing, rows, batch_size=batch_size, epochs=epochs, **reading)
 
 
+class _Order:
+    """An epoch's rows in its order, `order(epoch)`; of the memory all, or one of every `part` neighbours."""
+
+    def __init__(self, rows: np.ndarray, memory: np.ndarray, part: int, seed: tuple[int, ...]) -> None:
+        self._of = rows, memory, part, seed
+        # Two epochs are kept, as threads that read ahead cross the border between them.
+        self._kept = functools.lru_cache(maxsize=2)(functools.partial(_shuffled, *self._of))
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        return self._kept(epoch)
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return _Order, self._of  # to a worker process, where nothing is kept yet
+
+
 def _shuffled(rows: np.ndarray, memory: np.ndarray, part: int, seed: tuple[int, ...], epoch: int) -> np.ndarray:
-    """An epoch's rows in its order; of the memory all, or one of every `part` neighbours."""
     # The length comes first because a SeedSequence takes (1,) and (1, 0) for the same entropy.
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((len(seed), *seed, epoch))))
     if part > 1:

@@ -18,9 +18,14 @@ STEPPING = ("load", "assemble", "wait", "train", "accumulate")  # phases of a st
 Step = Callable[[Any, PyTree], tuple[Any, dict[str, jax.Array]]]
 
 
-def reading(threads: int) -> Reading:
+def reading(threads: int, workers: int = 0) -> Reading:
     """How this process reads its slice of every global batch: arguments of the functions in `jaxcl.data.loader`."""
-    return {"process_index": jax.process_index(), "process_count": jax.process_count(), "num_threads": threads}
+    return {
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+        "num_threads": threads,
+        "num_workers": workers,
+    }
 
 
 def take_steps(lanes: Lanes[S], step: Step, state: S, loaders: Sequence[Any], bar: tqdm) -> S:

@@ -23,7 +23,7 @@ from jaxcl.runs import checkpoint, files, log
 from jaxcl.sealed import Damaged, read_json, read_sealed
 
 # Fields that a run may change when it continues, because its result does not depend on them.
-FREE = ("config.checkpoint", "config.data.threads")
+FREE = ("config.checkpoint", "config.data.threads", "config.data.workers")
 MARK, CONFIG, RESULT, CHECKPOINTS = ".jaxcl", "config.json", "result.json", "checkpoints"
 _REMEDY = "bring them back to continue, train from the start with --overwrite, or give another folder"
 _log = logging.getLogger("jaxcl")

@@ -48,7 +48,7 @@ def train_batches(config: ConfigDict, parts: Parts, task: int, state: TrainState
         by_class=config.data.placement == "by_class",
         memory=memory,
         part=part,
-        **reading(config.data.threads),
+        **reading(config.data.threads, config.data.workers),
     )
 
 
@@ -69,7 +69,11 @@ def finetune_batches(config: ConfigDict, source: Source, memory: np.ndarray, tas
     """Batches of the memory alone; None in the first task, whose rows it has just seen."""
     if not task or not len(memory):
         return None
-    sizes = {"batch_size": config.batch_size, "epochs": config.finetune.epochs, **reading(config.data.threads)}
+    sizes = {
+        "batch_size": config.batch_size,
+        "epochs": config.finetune.epochs,
+        **reading(config.data.threads, config.data.workers),
+    }
     if config.finetune.order == "shuffled":
         return data.train_batches(source, memory, seed=(config.seed, task, 1), **sizes)
     ranks = 1 if choices(config, devices) > 1 else config.finetune.ranks or devices
@@ -79,13 +83,17 @@ def finetune_batches(config: ConfigDict, source: Source, memory: np.ndarray, tas
 def task_batches(config: ConfigDict, parts: Parts, task: int) -> Loader:
     """The rows of a task once, for the pass at its end."""
     rows = parts.strategy.rows(parts.scenario, task)
-    return data.eval_batches(parts.train, rows, batch_size=config.eval.batch_size, **reading(config.data.threads))
+    return data.eval_batches(
+        parts.train, rows, batch_size=config.eval.batch_size, **reading(config.data.threads, config.data.workers)
+    )
 
 
 def evaluation_batches(config: ConfigDict, parts: Parts) -> Loader:
     """The test rows of all tasks once."""
     rows = np.concatenate([task.test for task in parts.scenario.tasks])
-    return data.eval_batches(parts.test, rows, batch_size=config.eval.batch_size, **reading(config.data.threads))
+    return data.eval_batches(
+        parts.test, rows, batch_size=config.eval.batch_size, **reading(config.data.threads, config.data.workers)
+    )
 
 
 def memory_rows(config: ConfigDict, source: Source, shard: Shard, devices: int) -> np.ndarray:

@@ -36,6 +36,7 @@ REPLAYS = ("draw", "append", "append_part")  # see jaxcl/training/batches.py
 ORDERS = ("shuffled", "sequential")
 
 THREADS = between(1, 256)
+WORKERS = between(0, 256)
 NUMBERS = Rule(each(Rule(is_number, "")).ok, "a list of numbers")
 
 
@@ -75,6 +76,7 @@ IMAGES = {
     "std": Field(None, "of each channel, which the rest is divided by", each(POSITIVE), tuple),
     "image_size": Field(None, "of TFDS: images are cut to this side, at random in training", POSITIVE, int),
     "threads": Field(2, "that read ahead", THREADS),
+    "workers": Field(0, "processes that read ahead, each with so many threads; 0: threads alone", WORKERS),
 }
 DATA = {
     "source": Field("digits", "digits, tfds:NAME, npz:FILE, ptychography:SIDE", PATH),

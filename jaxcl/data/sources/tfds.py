@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from jaxcl.data import label_cache, window
+from jaxcl.data.resize import vectorised
 from jaxcl.data.source import Source
 from jaxcl.data.sources.base import brief, check_labels, read_each, whole, wrong
 
@@ -45,6 +46,8 @@ def open_builder(
         raise wrong(name, f"has splits {', '.join(found)}, give a set with train and test or validation")
     class_names = tuple(builder.info.features[label_key].names)
     rows = sum(found[split].num_examples for split in splits)
+    if image_size is not None:
+        vectorised()  # says now what it has to say
     cached = image_size is None and rows * math.prod(shape) <= cache_bytes
     sources = []
     with whole(name, builder.data_dir):
