@@ -24,14 +24,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.paper_imagenet import protocol
+from jaxcl import shipped
 from jaxcl.errors import UserError
 
 
 def get_config(size: str = "gpu") -> ConfigDict:
     if size not in ("gpu", "cpu"):
         raise UserError(f"--config=configs/paper_tinyimagenet.py:{size}: no such size, choose gpu or cpu")
-    config = protocol(devices=8)
+    config = shipped.load("paper_imagenet").protocol(devices=8)
     config.data.augment = ("crop", "flip")
     if size == "gpu":
         config.name = "Tiny-ImageNet 32x32, 4 x 50 classes"

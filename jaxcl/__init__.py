@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxcl.training.loop import train_and_evaluate
 
 __version__ = "0.3.0"
+INSTALL = "pip install 'jaxcl[train]'"  # what brings all that training needs
 __all__ = ["Rows", "default_config", "make_buffer", "make_mesh", "train_and_evaluate"]
 
 _ROOMS = {
@@ -29,4 +30,9 @@ def __getattr__(name: str) -> Any:
     """The names above, imported when they are first asked for: the buffer does not need what training does."""
     if name not in _ROOMS:
         raise AttributeError(f"module 'jaxcl' has no attribute {name!r}")
-    return getattr(importlib.import_module(_ROOMS[name]), name)
+    try:
+        return getattr(importlib.import_module(_ROOMS[name]), name)
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("jaxcl"):
+            raise
+        raise ModuleNotFoundError(f"jaxcl.{name} needs {error.name}: {INSTALL}", name=error.name) from error

@@ -87,9 +87,7 @@ def test_a_damaged_run_is_told_in_one_line(tmp_path):
 
 
 def test_ctrl_c_prints_one_line():
-    program = (
-        "import time\nfrom experiments import cli\ndef main():\n    print('there', flush=True)\n    time.sleep(60)\n"
-    )
+    program = "import time\nfrom jaxcl import cli\ndef main():\n    print('there', flush=True)\n    time.sleep(60)\n"
     process = python("-c", program + "cli.run(main)")
     assert process.stdout.readline() == b"there\n"
     process.send_signal(signal.SIGINT)

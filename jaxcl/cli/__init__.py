@@ -1,5 +1,6 @@
 """What the commands share: the flags of a run, the start of JAX, and one line instead of a traceback for a mistake."""
 
+import functools
 import logging
 import os
 import pathlib
@@ -15,16 +16,18 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from experiments import streams
-from experiments.config_file import brief, explain
-from experiments.config_file import from_config_file as from_config_file
 from jaxcl import fields as fields_lib
-from jaxcl import mesh, signals
+from jaxcl import mesh, shipped, signals
 from jaxcl.check import NOT_NEGATIVE, POSITIVE, Rule, at_least, between, check
+from jaxcl.cli import streams
+from jaxcl.cli.config_file import brief, explain
+from jaxcl.cli.config_file import from_config_file as from_config_file
 from jaxcl.errors import PeerLost, RunError, UserError
 from jaxcl.training import config as training
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "config file, e.g. configs/digits.py")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "a config that is shipped, such as digits, or a file, such as mine.py; behind a colon its argument"
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
 JSON = flags.DEFINE_string(
     "json", None, "of a benchmark: file to write, and beside it a picture if it draws one; default: print only"
@@ -158,7 +161,7 @@ def run(main: Callable[..., None], *, positional: bool = False, fields: fields_l
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs, with tracebacks, what it also raises
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _report_unraisable
-    app.run(start, flags_parser=_parse)
+    app.run(start, flags_parser=functools.partial(_parse, main.__module__))
 
 
 def _begin(argv: list[str], positional: bool) -> None:
@@ -201,18 +204,20 @@ def _end(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """absl's parser. A flag or a config field that does not exist, and a config file that is not there or fails, cost one
-    line; --help prints the command's text and its flags, and is no failure."""
+def _parse(command: str, argv: list[str]) -> list[str]:
+    """absl's parser, for the module of a command. A flag or a config field that does not exist, and a config file that is not
+    there or fails, cost one line; --help prints the command's text and its flags, and is no failure."""
     if {"-h", "-help", "--help", "--helpshort", "--helpfull"} & set(argv[1:]):
-        text = (sys.modules["__main__"].__doc__ or "").strip()
-        parts = [text, flags.FLAGS.main_module_help().strip(), flags.FLAGS.module_help(__name__).strip()]
+        text = (sys.modules[command].__doc__ or "").strip()
+        own = flags.FLAGS.main_module_help() if command == "__main__" else flags.FLAGS.module_help(command)
+        parts = [text, own.strip(), flags.FLAGS.module_help(__name__).strip()]
         print("\n\n".join(part for part in parts if part))
         sys.exit(0)
     path = _given_config(argv)
+    _find_modules(os.getcwd())
     try:
-        if path is not None and not os.path.isfile(path.partition(":")[0]):
-            raise UserError(f"--config: there is no file {path}")
+        if path is not None:
+            argv, path = _with_file(argv, path)
         rest = flags.FLAGS(argv)
         if path is not None and not isinstance(CONFIG.value, ConfigDict):
             explain(path, argv)
@@ -235,6 +240,32 @@ def _given_config(argv: list[str]) -> str | None:
         if name in ("-config", "--config"):
             return value if equals else following
     return None
+
+
+def _with_file(argv: list[str], given: str) -> tuple[list[str], str]:
+    """The arguments with the file of the config that is `given`, by name or as a file, and this file with its argument.
+
+    Raises:
+      UserError: there is no such config.
+    """
+    name, colon, argument = given.partition(":")
+    if re.fullmatch(r"\w+", name):
+        path = str(shipped.path_of(name)) + colon + argument
+    elif os.path.isfile(name):
+        path = given
+        _find_modules(os.path.dirname(os.path.abspath(name)))
+    else:
+        raise UserError(f"--config: there is no file {given}")
+    before = ["", *argv]
+    named = [f"--config={path}" if re.match("--?config=", x) else x for x in argv]
+    return [path if re.fullmatch("--?config", before[i]) else x for i, x in enumerate(named)], path
+
+
+def _find_modules(folder: str) -> None:
+    """Lets modules of a folder be imported, so that a config can name a strategy of the user's own `module:name`; what is
+    installed comes first."""
+    if folder not in sys.path:
+        sys.path.append(folder)
 
 
 def _say(error: BaseException) -> int:
