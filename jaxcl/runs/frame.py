@@ -9,11 +9,14 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+import jaxcl
 from jaxcl.check import NOT_NEGATIVE, check
 from jaxcl.runs import files, workdir
 from jaxcl.runs.session import Session, open_session
 from jaxcl.runs.steps import STEPPING
 from jaxcl.sealed import sealed
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def in_sessions(
@@ -53,7 +56,7 @@ def in_sessions(
                 return [session]
             sessions.append(session)
         results = [
-            sealed(result | times(result["images"], session))
+            sealed(result | times(result["images"], session) | made_by(session))
             for session, result in zip(sessions, carry_out(sessions), strict=True)
         ]
         if jax.process_index() == 0:
@@ -72,6 +75,12 @@ def times(images: int, session: Session) -> dict[str, Any]:
     }
 
 
+def made_by(session: Session) -> dict[str, Any]:
+    """What result.json says of the code; also what came before where a run was continued by other code."""
+    *before, code = session.progress.codes
+    return {"code": code} | ({"earlier_code": before} if before else {})
+
+
 def conditions(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Under which a run was made, for result.json: devices, versions, the resolved config."""
     return {
@@ -81,6 +90,6 @@ def conditions(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
             "platform": mesh.devices.flat[0].platform,
             "processes": jax.process_count(),
         },
-        "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")},
+        "versions": {"jaxcl": jaxcl.__version__} | {p: importlib.metadata.version(p) for p in PACKAGES},
         "config": workdir.resolved(config),
     }

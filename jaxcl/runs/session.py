@@ -19,6 +19,7 @@ from jaxcl import signals
 from jaxcl.buffer.host import Pending, Store
 from jaxcl.errors import Diverged
 from jaxcl.runs import checkpoint, control, workdir
+from jaxcl.runs.code import Code, code_of
 from jaxcl.runs.log import Log
 
 T = TypeVar("T")
@@ -68,6 +69,7 @@ class Progress:
       seconds, phases: wall seconds of the run, over all its sessions.
       log: see `Log.saved`.
       devices, processes: of the session that saved it.
+      codes: what made it, see `jaxcl.runs.code`: more than one where it was continued by other code.
     """
 
     step: int = 0
@@ -82,6 +84,7 @@ class Progress:
     log: list[int] = dataclasses.field(default_factory=list)
     devices: int = 0
     processes: int = 1
+    codes: list[Code] = dataclasses.field(default_factory=list)
 
     def saved(self) -> dict[str, Any]:
         """A copy as JSON gives it back, from which `Progress(**...)` is made again."""
@@ -130,8 +133,11 @@ class Session:
         self._preemption = stack.enter_context(signals.Preemption(lambda: self.phases.now == "save"))
         self._watchdog = control.Watchdog(start_seconds, stall_seconds)
         stack.callback(self._watchdog.close)
+        code = code_of(config)
+        if code not in self.progress.codes[-1:]:
+            self.progress.codes.append(code)
         self.checkpoints = checkpoint.Checkpoints(
-            folder / workdir.CHECKPOINTS, config.checkpoint.keep, workdir.resolved(config)
+            folder / workdir.CHECKPOINTS, config.checkpoint.keep, workdir.resolved(config), {"code": code}
         )
         stack.callback(self.checkpoints.close)
         self.log = Log(folder, jax.process_index() == 0, self.progress.step if found else None)

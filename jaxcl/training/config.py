@@ -65,6 +65,9 @@ CHECKPOINT = {
     "every_steps": Field(0, "checkpoints beside those at the end of every task; 0: not by steps", NOT_NEGATIVE),
     "every_seconds": Field(600.0, "the same by the clock; 0: not by the clock", NOT_NEGATIVE),
     "keep": Field(2, "how many, the newest", POSITIVE),
+    "accept_other_code": Field(
+        False, "whether to go on where modules of the user's own have changed since the run began"
+    ),
 }
 IMAGES = {
     "mean": Field(None, "of each channel of images in 0..1, taken off; None: not normalised", NUMBERS, tuple),

@@ -36,7 +36,7 @@ def open_source(
     Raises:
       UserError: the set is unknown, cannot be prepared, or is not one of labelled uint8 images of one size.
     """
-    kind, rest = _parse(name)
+    kind, rest = parse(name)
     source = SOURCES[kind]
     data_dir = os.path.expanduser(data_dir) if data_dir else None
     options = {"rest": rest, "data_dir": data_dir, "image_size": image_size, "cache_bytes": cache_bytes}
@@ -51,7 +51,7 @@ def open_source(
     return source(**options)
 
 
-def _parse(name: str) -> tuple[str, str]:
+def parse(name: str) -> tuple[str, str]:
     """KIND and REST of a name; a kind from outside has a colon itself."""
     kind, _, rest = name.partition(":")
     if kind in SOURCES:
