@@ -72,11 +72,13 @@ CHECKPOINT = {
 IMAGES = {
     "mean": Field(None, "of each channel of images in 0..1, taken off; None: not normalised", NUMBERS, tuple),
     "std": Field(None, "of each channel, which the rest is divided by", each(POSITIVE), tuple),
-    "image_size": Field(None, "of TFDS: images are cut to this side, at random in training", POSITIVE, int),
+    "image_size": Field(
+        None, "of tfds, folder and hf: images are cut to this side, at random in training", POSITIVE, int
+    ),
     "threads": Field(2, "that read ahead", THREADS),
 }
 DATA = {
-    "source": Field("digits", "digits, tfds:NAME, npz:FILE, ptychography:SIDE", PATH),
+    "source": Field("digits", "digits, folder:DIR, hf:DIR, npz:FILE or DIR, tfds:NAME, ptychography:SIDE", PATH),
     "data_dir": Field(None, "of TFDS; None: its own default", PATH, str),
     "scenario": Field("class", "how the rows are divided into tasks", found_in(SCENARIOS)),
     "tasks": Field(5, "how many, or the classes of each", TASKS, (int, tuple)),

@@ -29,9 +29,9 @@ def open_source(
       name: KIND or KIND:REST, where KIND is one of `SOURCES` or `module.path:name`.
       data_dir: the TFDS folder; None is TFDS's own default (`TFDS_DATA_DIR` or ~/tensorflow_datasets). A set that
         is not there yet is downloaded and prepared, which for most sets needs TensorFlow.
-      cache_bytes: a TFDS set is decoded into memory if both splits together take at most this many bytes.
-      image_size: of a TFDS set: cuts images of any size to squares of this side: the middle one, and in training a random
-        window (see `Source.read_random`). Such a set is decoded batch by batch. None: images have one size already.
+      cache_bytes: such a set is decoded into memory if both splits together take at most this many bytes.
+      image_size: of tfds, folder and hf: cuts images of any size to squares of this side: the middle one, and in training a
+        random window (see `Source.read_random`). Such a set is decoded batch by batch. None: images have one size already.
 
     Raises:
       UserError: the set is unknown, cannot be prepared, or is not one of labelled uint8 images of one size.
