@@ -30,7 +30,9 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
 JSON = flags.DEFINE_string(
-    "json", None, "of a benchmark: file to write, and beside it a picture if it draws one; default: print only"
+    "json",
+    None,
+    "of predict: file to write, - for standard output; of a benchmark: also a picture beside it; default: print only",
 )
 OUT = flags.DEFINE_string("out", None, "file or folder to write, as the command's text says")
 DEVICES = flags.DEFINE_integer("devices", None, "fake CPU devices of this process; default: the devices JAX finds")

@@ -114,6 +114,12 @@ def newest(folder: pathlib.Path) -> dict[str, Any] | None:
     return found.newest
 
 
+def read_arrays(folder: pathlib.Path, manifest: dict[str, Any], names: Iterable[str]) -> dict[str, np.ndarray]:
+    """These arrays of a checkpoint, and no others: a buffer of gigabytes is left where it lies."""
+    with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
+        return checkpoints.read(manifest, names)
+
+
 def clear(folder: pathlib.Path) -> None:
     """Removes all checkpoints, and the folder if nothing else is in it."""
     for path in list(folder.iterdir()) if folder.is_dir() else ():
@@ -242,6 +248,14 @@ class Checkpoints:
         flat = self._orbax.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
         leaves = [flat[key] for key in wanted]
         return jax.tree.unflatten(jax.tree.structure(target), leaves)
+
+    def read(self, manifest: dict[str, Any], names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Some arrays of a checkpoint by their paths, as NumPy arrays."""
+        stored = {name: manifest["arrays"][name] for name in names}
+        shapes = {name: jax.ShapeDtypeStruct(tuple(x["shape"]), x["dtype"]) for name, x in stored.items()}
+        plain = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in stored}
+        arguments = ocp.args.PyTreeRestore(shapes, restore_args=plain, partial_restore=True)
+        return self._orbax.restore(self._folder / manifest["name"], args=arguments)
 
     def rows(self, manifest: dict[str, Any], devices: Iterable[int], dtype: np.dtype) -> dict[int, np.ndarray]:
         """The `rows` that were saved for these devices, as read-only maps of the files."""

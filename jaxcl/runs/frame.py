@@ -3,7 +3,7 @@
 import contextlib
 import importlib.metadata
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ def in_sessions(
     overwrite: bool = False,
     start_seconds: float | None = None,
     stall_seconds: float | None = None,
+    manifest: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Carries out runs in sessions of their folders, and leaves result.json in each.
 
@@ -37,7 +38,7 @@ def in_sessions(
         returned as it is.
       carry_out: trains, and says of each run what result.json holds but for its times.
       begin: `time.perf_counter()` at the beginning of the run.
-      overwrite, start_seconds, stall_seconds: see `open_session`.
+      overwrite, start_seconds, stall_seconds, manifest: see `open_session`.
 
     Returns:
       What each result.json holds.
@@ -49,7 +50,7 @@ def in_sessions(
         for config, folder in zip(configs, folders, strict=True):
             stack.enter_context(files.full_disk_is_a_storage_error(folder))
             options: Any = {"begin": begin, "overwrite": overwrite}
-            options |= {"start_seconds": start_seconds, "stall_seconds": stall_seconds}
+            options |= {"start_seconds": start_seconds, "stall_seconds": stall_seconds, "manifest": manifest}
             session = open_session(stack, config, folder, mesh, **options)
             if isinstance(session, dict):
                 assert len(configs) == 1, "a finished run is not continued"

@@ -7,7 +7,7 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -105,6 +105,7 @@ class Session:
     """Made by `open_session`.
 
     Attributes:
+      folder: of the run.
       found: the manifest of the checkpoint to continue from, None for a new run.
       progress: kept up to date by the loop.
     """
@@ -120,10 +121,11 @@ class Session:
         begin: float,
         start_seconds: float | None,
         stall_seconds: float | None,
+        manifest: Mapping[str, Any],
     ):
         self.found, self.progress = found, Progress(**found["run"]) if found else Progress()
         self.phases = Phases(self.progress.phases)
-        self._config, self._folder, self._mesh = config.checkpoint, folder, mesh
+        self._config, self.folder, self._mesh = config.checkpoint, folder, mesh
         self._begin = begin - self.progress.seconds
         self._saved = time.monotonic()
         self._finite = jax.jit(
@@ -137,7 +139,7 @@ class Session:
         if code not in self.progress.codes[-1:]:
             self.progress.codes.append(code)
         self.checkpoints = checkpoint.Checkpoints(
-            folder / workdir.CHECKPOINTS, config.checkpoint.keep, workdir.resolved(config), {"code": code}
+            folder / workdir.CHECKPOINTS, config.checkpoint.keep, workdir.resolved(config), {"code": code, **manifest}
         )
         stack.callback(self.checkpoints.close)
         self.log = Log(folder, jax.process_index() == 0, self.progress.step if found else None)
@@ -215,7 +217,7 @@ class Session:
         if answer == control.STOP:
             with self.phases("save"):
                 self.checkpoints.wait()
-            raise self._preemption.stopped(f"saved at step {self.progress.step} in {self._folder}")
+            raise self._preemption.stopped(f"saved at step {self.progress.step} in {self.folder}")
 
 
 def open_session(
@@ -228,6 +230,7 @@ def open_session(
     overwrite: bool = False,
     start_seconds: float | None = None,
     stall_seconds: float | None = None,
+    manifest: Mapping[str, Any] | None = None,
 ) -> Session | dict[str, Any]:
     """Takes the folder for a run of the config, and finds out where it stands: its session, or the result of a finished one.
 
@@ -236,6 +239,7 @@ def open_session(
       begin: `time.perf_counter()` at the beginning of the run.
       overwrite: remove what an earlier run left there.
       start_seconds, stall_seconds: how long to wait for the other processes, here and later, see `control.Watchdog`.
+      manifest: what every checkpoint is to say beside what a session says, for JSON.
 
     Raises:
       UserError: the folder is in use, or see `workdir.claim`.
@@ -253,7 +257,7 @@ def open_session(
     workdir.check_same(opened["config"], config, "process 0 was started with another config")
     if opened["finished"] is not None:
         return opened["finished"]
-    limits: Any = {"start_seconds": start_seconds, "stall_seconds": stall_seconds}
+    limits: Any = {"start_seconds": start_seconds, "stall_seconds": stall_seconds, "manifest": manifest or {}}
     session = Session(config, folder, mesh, opened["found"], stack, begin=begin, **limits)
     if session.found:
         at = session.progress

@@ -1,4 +1,5 @@
-"""What a run leaves in its folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/, result.json.
+"""What a run leaves in its folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/, weights.safetensors,
+result.json.
 
 The config lies in config.json, in every checkpoint and in result.json, and is compared with each of them that is there.
 
@@ -26,6 +27,7 @@ from jaxcl.sealed import Damaged, read_json, read_sealed
 # Fields that a run may change when it continues, because its result does not depend on them.
 FREE = ("config.checkpoint", "config.data.threads")
 MARK, CONFIG, RESULT, CHECKPOINTS = ".jaxcl", "config.json", "result.json", "checkpoints"
+WEIGHTS = "weights.safetensors"
 _REMEDY = "bring them back to continue, train from the start with --overwrite, or give another folder"
 _log = logging.getLogger("jaxcl")
 
@@ -128,7 +130,7 @@ def claim(workdir: pathlib.Path, config: ConfigDict, overwrite: bool = False) ->
 
 def clear(workdir: pathlib.Path) -> None:
     """Removes a run, and nothing else, from `workdir`."""
-    for name in (CONFIG, RESULT, log.NAME, log.ASIDE):
+    for name in (CONFIG, RESULT, WEIGHTS, log.NAME, log.ASIDE):
         (workdir / name).unlink(missing_ok=True)
     for events in workdir.glob(log.EVENTS):
         events.unlink()
@@ -170,7 +172,7 @@ def _check_ours(workdir: pathlib.Path) -> None:
 
 
 def _check_names(workdir: pathlib.Path) -> None:
-    for name in (CONFIG, RESULT, log.NAME, log.ASIDE, CHECKPOINTS):
+    for name in (CONFIG, RESULT, WEIGHTS, log.NAME, log.ASIDE, CHECKPOINTS):
         path = workdir / name
         if path.is_symlink():  # what it leads to is not ours to change
             raise UserError(f"workdir: {path} is a symbolic link; remove it or give another workdir")

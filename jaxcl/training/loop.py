@@ -9,10 +9,13 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from jaxcl import data
 from jaxcl import mesh as mesh_lib
+from jaxcl.check import refused
 from jaxcl.runs.frame import in_sessions
 from jaxcl.runs.lanes import Lanes, Together
 from jaxcl.runs.session import Session
+from jaxcl.training import weights as weights_lib
 from jaxcl.training.build import Parts, build
 from jaxcl.training.result import MEASURES, summarize
 from jaxcl.training.resume import start
@@ -24,6 +27,8 @@ def train_and_evaluate(
     config: ConfigDict,
     workdir: str | pathlib.Path,
     *,
+    train: Any = None,
+    test: Any = None,
     devices: Sequence[jax.Device] | None = None,
     progress: bool = True,
     overwrite: bool = False,
@@ -38,6 +43,9 @@ def train_and_evaluate(
     Args:
       config: see `jaxcl.training.config.default_config`.
       workdir: the run's folder, made if needed.
+      train, test: data to use instead of `config.data.source`: (images uint8 `[n, H, W]` or `[n, H, W, C]`, labels int `[n]`),
+        a dict of "images", "labels" and maybe "class_names", a `jaxcl.data.Source`, or rows by random access, as Grain's and
+        TFDS's data sources give them: dicts of "image" and "label", or pairs. The folder then belongs to these data.
       devices: to train on; default all.
       progress: whether to draw a progress bar.
       overwrite: remove what an earlier run left in `workdir` instead of continuing it.
@@ -54,10 +62,27 @@ def train_and_evaluate(
       StorageError: the disk is full.
     """
     begin = time.perf_counter()
-    parts = build(config, devices)
+    given = None
+    if train is not None or test is not None:
+        config, given = with_given(config, train, test)
+    parts = build(config, devices, given=given)
     options: Any = {"begin": begin, "progress": progress, "overwrite": overwrite}
     options |= {"start_seconds": start_seconds, "stall_seconds": stall_seconds}
     return train_lanes([config], [pathlib.Path(workdir)], parts, **options)[0]
+
+
+def with_given(config: ConfigDict, train: Any, test: Any) -> tuple[ConfigDict, tuple[data.Source, data.Source]]:
+    """The config of a run on data that were handed over, which says so, and their sources.
+
+    Raises:
+      UserError: see `jaxcl.data.given.given_sources`; images are to be cut, which only sources of files do.
+    """
+    sources = data.given_sources(train, test)
+    if config.data.image_size is not None:
+        raise refused("data.image_size", config.data.image_size, "None with images that are handed over")
+    config = config.copy_and_resolve_references()
+    config.data.source = data.given_name(*sources)
+    return config, sources
 
 
 def train_lanes(
@@ -77,7 +102,8 @@ def train_lanes(
     def carry_out(sessions: Sequence[Session]) -> list[dict[str, Any]]:
         return run_tasks(make_lanes(parts.mesh, configs, sessions), parts, progress and jax.process_index() == 0)
 
-    return in_sessions(configs, folders, parts.mesh, carry_out, **options)
+    network = {"network": weights_lib.describe(parts)}
+    return in_sessions(configs, folders, parts.mesh, carry_out, manifest=network, **options)
 
 
 def run_tasks(lanes: Lanes[TrainState], parts: Parts, progress: bool) -> list[dict[str, Any]]:
@@ -99,8 +125,11 @@ def run_tasks(lanes: Lanes[TrainState], parts: Parts, progress: bool) -> list[di
             bar.set_description(f"{name}, task {task + 1} of {len(tasks)}")
             state, scores = run_task(course, state, task)
     with lanes.phases("save"):
-        for session in lanes.sessions:
+        for i, session in enumerate(lanes.sessions):
             session.checkpoints.wait()
+            weights_lib.write(
+                session.folder, lanes.configs[i], parts, lanes.one(state, i).weights, session.progress.step
+            )
     return results(lanes, parts, state, scores)
 
 

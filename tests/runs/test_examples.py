@@ -8,6 +8,7 @@ import pytest
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 EXAMPLES = sorted(path.stem for path in (REPO / "examples").glob("replay*.py"))
+OWN = ("own_strategy", "own_model", "own_arrays", "own_folder")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -16,6 +17,18 @@ def test_example(name):
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert "accuracy over all tasks: 0.9" in done.stdout or "accuracy over all tasks: 1.0" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OWN)
+def test_an_example_of_ones_own(name):
+    """Each asserts the accuracy that it reaches."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"examples.{name}"], cwd=REPO, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "accuracy over all tasks: 0." in done.stdout or "accuracy over all tasks: 1." in done.stdout
+    assert name != "own_arrays" or "holds another config's run (config.data.source is 'given:" in done.stdout
 
 
 def test_there_is_one_for_each_tier():

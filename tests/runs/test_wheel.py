@@ -74,7 +74,7 @@ def test_what_is_in_the_wheel(wheel):
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"jaxcl", f"jaxcl-{jaxcl.__version__}.dist-info"}  # nothing that another package might be called
     assert {"jaxcl/py.typed", *(f"jaxcl/configs/{name}.py" for name in shipped.names())} <= set(names)
-    assert {f"jaxcl/commands/{name}.py" for name in ("train", "compare", "sweep", "report")} <= set(names)
+    assert {f"jaxcl/commands/{name}.py" for name in ("train", "compare", "sweep", "report", "predict")} <= set(names)
     metadata = zipfile.ZipFile(wheel).read(f"jaxcl-{jaxcl.__version__}.dist-info/METADATA").decode()
     needed = [Requirement(line) for line in re.findall("^Requires-Dist: (.*)$", metadata, re.M)]
     assert {x.name for x in needed if x.marker is None} == {"jax", "numpy"}

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 
 from jaxcl.check import at_least, check
+from jaxcl.data.given import KIND
 from jaxcl.data.source import Source
 from jaxcl.errors import UserError
 from jaxcl.registry import Registry
@@ -54,6 +55,8 @@ def open_source(
 def parse(name: str) -> tuple[str, str]:
     """KIND and REST of a name; a kind from outside has a colon itself."""
     kind, _, rest = name.partition(":")
+    if kind == KIND:
+        raise UserError(f"data.source: {name!r} was handed over by a program; hand it to train_and_evaluate again")
     if kind in SOURCES:
         return kind, rest
     top = kind.partition(".")[0]
