@@ -2,8 +2,9 @@
 
 Of jaxcl it is the version and a digest of the package's source. A module of the user is one that holds a strategy, model,
 policy, source, scenario, augmentation or metric from outside the package, and whatever that imports of modules that are neither
-jaxcl's nor installed. Modules are told by their names, so that a run may move with them to another folder. The file of the
-config is recorded too, but not compared: what it says is compared field by field (`workdir`).
+jaxcl's nor installed. Modules are told by their names, so that a run may move with them to another folder. Of what stands in a
+script, a notebook or a config file it is the text of the function alone, since the rest of such a file changes from run to run.
+The file of the config is recorded too, but not compared: what it says is compared field by field (`workdir`).
 """
 
 import contextlib
@@ -41,6 +42,11 @@ NAMED: dict[str, Registry] = {
     "eval.metrics": METRICS,
 }
 _PACKAGE = pathlib.Path(jaxcl.__file__).resolve().parent
+_PROGRAMS = (
+    "__main__",
+    "config_config",
+    "config_file",
+)  # a script, a config: of what they hold the function alone counts
 _INSTALLED = tuple({pathlib.Path(sysconfig.get_paths()[name]).resolve() for name in ("stdlib", "purelib", "platlib")})
 
 
@@ -91,7 +97,7 @@ def _modules(make: Callable) -> dict[str, str]:
     while isinstance(make, functools.partial):
         make = make.func
     first = inspect.getmodule(make)
-    if first is None or _file(first) is None:  # typed in a notebook, for instance
+    if first is None or _file(first) is None or first.__name__ in _PROGRAMS:  # in a notebook there is no file
         try:
             return {f"{make.__module__}:{make.__name__}": _digest(inspect.getsource(make).encode())}
         except (OSError, TypeError):
@@ -106,13 +112,15 @@ def _modules(make: Callable) -> dict[str, str]:
         if module is not first and any(path.is_relative_to(folder) for folder in _INSTALLED):
             continue
         found[module.__name__] = _digest(path.read_bytes())
-        for value in list(vars(module).values()):
-            other = (
-                value if isinstance(value, types.ModuleType) else sys.modules.get(str(getattr(value, "__module__", "")))
-            )
-            if other is not None:
-                todo.append(other)
+        todo += [other for value in list(vars(module).values()) if (other := _module_of(value)) is not None]
     return found
+
+
+def _module_of(value: Any) -> types.ModuleType | None:
+    """A module itself, or that of a class or a function, jitted ones included."""
+    if isinstance(value, types.ModuleType):
+        return value
+    return sys.modules.get(str(getattr(value, "__module__", ""))) if callable(value) else None
 
 
 def _file(module: types.ModuleType) -> pathlib.Path | None:

@@ -122,8 +122,8 @@ def test_the_digest_is_of_the_source_alone(tmp_path, monkeypatch):
     assert found[0] == found[1] != found[2]
 
 
-def test_a_strategy_of_a_script_is_told_by_the_script(tmp_path):
-    """Registered by a program of one's own, whose text is its code."""
+def test_a_strategy_of_a_script_is_told_by_its_text(tmp_path):
+    """Registered by a program of one's own, of which the function alone counts."""
     program = """
 import json, sys
 from jaxcl.runs import code
@@ -143,4 +143,4 @@ print(json.dumps(code.code_of(config)["modules"]))
         [sys.executable, tmp_path / "program.py"], capture_output=True, text=True, env={"PYTHONPATH": str(whole.REPO)}
     )
     assert done.returncode == 0, done.stderr
-    assert list(json.loads(done.stdout)) == ["__main__"]
+    assert list(json.loads(done.stdout)) == ["__main__:of_a_script"]
