@@ -13,6 +13,7 @@ from jaxcl.errors import UserError
 from jaxcl.sealed import Damaged, read_sealed
 
 _ORDER = ("from_scratch", "incremental", "er")
+_FREE = ("checkpoint.", "data.threads")  # no result depends on them: a run may change them when it continues
 _PER_RUN = {"seed", "name", "workdir"}  # config fields that do not make a different experiment
 
 
@@ -173,7 +174,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _facets(result: dict[str, Any]) -> dict[str, str]:
     """All that makes a run another experiment than its neighbour, by name."""
-    config = _flat(result["config"])
+    config = {key: v for key, v in _flat(result["config"]).items() if not key.startswith(_FREE)}
     facets = {key: v for key, v in config.items() if key not in _PER_RUN and key.split(".")[-1] != "seed"}
     facets |= {"source": result["source"], "model": result["model"], "tasks": len(result["tasks"])}
     facets |= {"devices": result["devices"]["count"], "rehearsal": result["buffer"] is not None}

@@ -162,6 +162,14 @@ def test_configurations_of_one_strategy_stay_apart():
     assert len(report.group_runs([*runs[:1], longer])) == 2  # matrices of two sizes are never averaged
 
 
+def test_what_a_run_may_change_as_it_goes_on_sets_none_apart():
+    """Runs from before a field of theirs was there go with the others."""
+    config = {"buffer": {"capacity": 200}}
+    more = {**config, "checkpoint": {"accept_other_code": True}, "data": {"threads": 4}}
+    (group,) = report.group_runs([report.Run(Path(), _result(seed=i, config=c)) for i, c in enumerate((config, more))])
+    assert group.label == "er" and len(group.results) == 2
+
+
 def test_colors_do_not_depend_on_the_other_runs():
     known = [report.color_of(strategy) for strategy in ("from_scratch", "incremental", "er")]
     assert len(set(known)) == 3
