@@ -13,7 +13,7 @@ from jaxcl.sealed import sealed
 
 
 def config(**changes: Any) -> ConfigDict:
-    return ConfigDict({"name": "x", "seed": 0, "rate": 0.1, "checkpoint": {"keep": 2}} | changes)
+    return ConfigDict({"name": "x", "seed": 0, "rate": 0.1, "writers": (), "checkpoint": {"keep": 2}} | changes)
 
 
 def claim(folder: pathlib.Path, overwrite: bool = False, **changes: Any) -> workdir.Claim:

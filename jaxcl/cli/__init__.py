@@ -7,8 +7,9 @@ import pathlib
 import re
 import shutil
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -68,6 +69,11 @@ STOP = flags.DEFINE_float(
 )
 HELP_CONFIG = flags.DEFINE_bool("help_config", False, "print every field of the config and end")
 
+# The flags of a command that makes runs.
+RUN: tuple[flags.FlagHolder, ...] = (
+    *(CONFIG, WORKDIR, DEVICES, OVERWRITE, HELP_CONFIG),
+    *(DISTRIBUTED, COORDINATOR, NUM_PROCESSES, PROCESS_ID, HEARTBEAT, START, STALL, STOP),
+)
 MOST_DEVICES = 512  # a step of 1,000 takes a minute to start or aborts in XLA's CPU runtime, 100,000 never start
 
 
@@ -125,13 +131,20 @@ def config_path() -> str:
     return config_flags.get_config_filename(flags.FLAGS["config"])
 
 
-def run(main: Callable[..., None], *, positional: bool = False, fields: fields_lib.Fields | None = None) -> None:
+def run(
+    main: Callable[..., None],
+    *,
+    positional: bool = False,
+    takes: Sequence[flags.FlagHolder] | None = None,
+    fields: fields_lib.Fields | None = None,
+) -> None:
     """Parses the flags, starts JAX on the devices asked for and calls `main`, with the positional arguments if it takes any.
 
     A mistake or a failed run ends the program with one line on standard error and the status of its exception. One process
     of several ends at once, whatever went wrong: it does not wait for the others, which may be waiting for it.
 
     Args:
+      takes: the flags of the command: --help lists them, and another one is a mistake; None: those of all commands.
       fields: of the command's config, for --help_config; None: those of `jaxcl.training.config`.
     """
 
@@ -140,7 +153,7 @@ def run(main: Callable[..., None], *, positional: bool = False, fields: fields_l
             if HELP_CONFIG.value:
                 print(fields_lib.text(fields or training.fields(), shutil.get_terminal_size((120, 0)).columns))
                 return
-            _begin(argv, positional)
+            _begin(argv, positional, takes)
             main(argv[1:]) if positional else main()
         except (UserError, RunError) as error:
             _end(_say(error))
@@ -163,13 +176,17 @@ def run(main: Callable[..., None], *, positional: bool = False, fields: fields_l
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs, with tracebacks, what it also raises
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _report_unraisable
-    app.run(start, flags_parser=functools.partial(_parse, main.__module__))
+    app.run(start, flags_parser=functools.partial(_parse, main.__module__, takes=takes))
 
 
-def _begin(argv: list[str], positional: bool) -> None:
+def _begin(argv: list[str], positional: bool, takes: Sequence[flags.FlagHolder] | None = None) -> None:
     """Checks the flags that every command has, and starts JAX as they say."""
     if len(argv) > 1 and not positional:
         raise UserError(f"argument {argv[1]!r} is not understood; flags have the form --name=value")
+    for given in flags.FLAGS.get_flags_for_module(__name__):
+        name = given.name.partition(".")[0]  # --config.FIELD
+        if given.present and takes is not None and name not in {one.name for one in takes}:
+            raise UserError(f"--{given.name}: not a flag of this command; --help lists them")
     for flag, rule in RULES:
         if flag.value is not None:
             check(f"--{flag.name}", flag.value, rule)
@@ -206,14 +223,29 @@ def _end(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _parse(command: str, argv: list[str]) -> list[str]:
+def _help(command: str, takes: Sequence[flags.FlagHolder] | None) -> str:
+    """The text of a command's module, and a flag a paragraph."""
+    found = [flags.FLAGS[flag.name] for flag in takes or ()]
+    if takes is None:
+        own = sys.argv[0] if command == "__main__" else command  # as absl calls them
+        found = [*flags.FLAGS.get_key_flags_for_module(own), *flags.FLAGS.get_key_flags_for_module(__name__)]
+    blocks = [(sys.modules[command].__doc__ or "").strip(), "flags:"]
+    width = shutil.get_terminal_size((120, 0)).columns
+    for flag in found:
+        name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
+        default = "" if flag.default in (None, False) else f" (default: {flag.default})"
+        text = f"{name}: {' '.join((flag.help or '').split())}{default}"
+        blocks.append(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="      "))
+    if CONFIG.name in {flag.name for flag in found}:
+        blocks.append("  --config.FIELD=VALUE: any field of the config; --help_config lists them")
+    return "\n".join([f"{blocks[0]}\n", *blocks[1:]])
+
+
+def _parse(command: str, argv: list[str], takes: Sequence[flags.FlagHolder] | None = None) -> list[str]:
     """absl's parser, for the module of a command. A flag or a config field that does not exist, and a config file that is not
     there or fails, cost one line; --help prints the command's text and its flags, and is no failure."""
     if {"-h", "-help", "--help", "--helpshort", "--helpfull"} & set(argv[1:]):
-        text = (sys.modules[command].__doc__ or "").strip()
-        own = flags.FLAGS.main_module_help() if command == "__main__" else flags.FLAGS.module_help(command)
-        parts = [text, own.strip(), flags.FLAGS.module_help(__name__).strip()]
-        print("\n\n".join(part for part in parts if part))
+        print(_help(command, takes))
         sys.exit(0)
     path = _given_config(argv)
     _find_modules(os.getcwd())

@@ -1,7 +1,8 @@
 """Trains several strategies on the same tasks, prints a table and writes pictures and a page.
 
-    jaxcl compare --config=digits --workdir=DIR --strategies=from_scratch,incremental,er
-        [--seeds=3] [--vmap] [--devices=8] [--config.epochs=5 ...]
+    jaxcl compare --config=digits --workdir=DIR --strategies=from_scratch,incremental,er --devices=8
+    jaxcl compare --config=digits --workdir=DIR --strategies=er,der,agem --seeds=3 --vmap
+    jaxcl compare --config=digits --workdir=DIR --config.epochs=5 --config.buffer.capacity=400
 
 Each run has its own folder, DIR/STRATEGY/SEED; those that are finished are not run again, an unfinished one is continued.
 Files of the report's names that are not of an earlier one are refused.
@@ -14,6 +15,7 @@ from absl import flags
 from jaxcl import cli, report
 from jaxcl.check import Rule, check
 from jaxcl.registry import short
+from jaxcl.runs.progress import Runs
 from jaxcl.search.seeds import check_folders, check_seeds, train_seeds
 from jaxcl.training.build import build
 
@@ -36,8 +38,9 @@ def main() -> None:
     for one, folders in runs:  # what data and folders tell also comes before the first run
         build(one)
         check_folders(one, folders, cli.OVERWRITE.value)
+    progress = Runs(len(names) * count)
     for one, folders in runs:
-        train_seeds(one, folders, together=cli.VMAP.value, **cli.run_options())
+        train_seeds(one, folders, together=cli.VMAP.value, progress=progress, **cli.run_options())
     if jax.process_index() > 0:
         return
     found = report.load_runs([folder for _, folders in runs for folder in folders.values()])
@@ -46,4 +49,4 @@ def main() -> None:
 
 
 def command() -> None:
-    cli.run(main)
+    cli.run(main, takes=(STRATEGIES, cli.SEEDS, cli.VMAP, *cli.RUN))

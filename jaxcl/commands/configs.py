@@ -47,4 +47,4 @@ def copy(name: str, folder: pathlib.Path) -> pathlib.Path:
 
 
 def command() -> None:
-    cli.run(main)
+    cli.run(main, takes=(COPY, TO))

@@ -1,7 +1,7 @@
 """Trains one contrastive run on pairs and prints what it retrieves.
 
-jaxcl pairs --config=memory_bank_emoji --config.data.source=emoji:FILE --workdir=DIR
-    [--config.negatives=momentum ...] [--devices=8]
+jaxcl pairs --config=memory_bank_emoji --config.data.source=emoji:FILE --workdir=DIR --devices=8
+jaxcl pairs --config=memory_bank_mnist --workdir=DIR --config.negatives=momentum
 jaxcl pairs --help_config
 
 An unfinished run in DIR is continued from its last checkpoint, on any number of devices; several processes as in
@@ -25,4 +25,4 @@ def main() -> None:
 
 
 def command() -> None:
-    cli.run(main, fields=contrastive.fields())
+    cli.run(main, takes=cli.RUN, fields=contrastive.fields())

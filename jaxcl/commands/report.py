@@ -1,6 +1,7 @@
 """Turns finished runs into pictures and one HTML page.
 
-jaxcl report DIR... [--out=DIR]
+jaxcl report runs/digits
+jaxcl report runs/er runs/der --out=runs/both
 
 Finds every run (a folder with result.json) below each DIR, prints the table, and writes report.html and its pictures
 into --out, by default the first DIR. Files of the same names that are not of an earlier report are refused.
@@ -20,4 +21,4 @@ def main(folders: list[str]) -> None:
 
 
 def command() -> None:
-    cli.run(main, positional=True)
+    cli.run(main, positional=True, takes=(cli.OUT,))

@@ -1,7 +1,7 @@
 """Draws scenarios: of what arrives over time, the share of every class.
 
-    jaxcl scenario --config=digits --out=FILE.png [--scenarios=class,blurry,si_blurry]
-        [--config.data.tasks=5 ...]
+    jaxcl scenario --config=digits --out=FILE.png
+    jaxcl scenario --config=digits --out=FILE.png --scenarios=class,blurry,si_blurry
 
 Draws the scenario of the config, or a panel for each of --scenarios, with the config's other fields.
 """
@@ -46,4 +46,4 @@ def rows_by_class(config: ConfigDict) -> np.ndarray:
 
 
 def command() -> None:
-    cli.run(main)
+    cli.run(main, takes=(cli.CONFIG, KINDS, cli.OUT, cli.HELP_CONFIG))

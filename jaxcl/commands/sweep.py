@@ -1,7 +1,7 @@
 """Searches hyper-parameters, chooses on validation data, and evaluates the choice on the test set.
 
-    jaxcl sweep --config=digits --workdir=DIR [--vmap] [--devices=8]
-        [--config.strategy=der ...]
+    jaxcl sweep --config=digits --workdir=DIR --devices=8
+    jaxcl sweep --config=digits --workdir=DIR --config.strategy=der --vmap
 
 What is searched is said by `get_sweep()` in the config file, called with the argument of `get_config` if it has one: see
 `jaxcl.search.sweep.Sweep`. The validation rows are held out of the training data; only the last row of the table has seen the
@@ -49,4 +49,4 @@ def load_sweep(path: str) -> Sweep:
 
 
 def command() -> None:
-    cli.run(main)
+    cli.run(main, takes=(cli.VMAP, *cli.RUN))

@@ -1,6 +1,7 @@
 """Trains one strategy over a sequence of tasks.
 
-jaxcl train --config=digits --workdir=DIR [--devices=8] [--config.buffer.capacity=400 ...]
+jaxcl train --config=digits --workdir=DIR --devices=8
+jaxcl train --config=digits --workdir=DIR --config.buffer.capacity=400 --config.writers="('csv',)"
 jaxcl train --help_config
 
 An unfinished run in DIR is continued from its last checkpoint, on any number of devices. Several processes, on one host or
@@ -19,7 +20,8 @@ def main() -> None:
     train_and_evaluate(config, workdir, **cli.run_options())
     if jax.process_index() == 0:
         print(report.table(report.load_runs([workdir])))
+        print(f"the run is in {workdir}; to look at it: jaxcl report {workdir}, or tensorboard --logdir {workdir}")
 
 
 def command() -> None:
-    cli.run(main)
+    cli.run(main, takes=cli.RUN)

@@ -21,6 +21,7 @@ from jaxcl.errors import Diverged
 from jaxcl.runs import checkpoint, control, workdir
 from jaxcl.runs.code import Code, code_of
 from jaxcl.runs.log import Log
+from jaxcl.runs.writers import flat
 
 T = TypeVar("T")
 _log = logging.getLogger("jaxcl")
@@ -142,7 +143,8 @@ class Session:
             folder / workdir.CHECKPOINTS, config.checkpoint.keep, workdir.resolved(config), {"code": code, **manifest}
         )
         stack.callback(self.checkpoints.close)
-        self.log = Log(folder, jax.process_index() == 0, self.progress.step if found else None)
+        step = self.progress.step if found else None
+        self.log = Log(folder, jax.process_index() == 0, step, config.writers, flat(workdir.resolved(config)))
         stack.callback(self.log.close)
         self._stack, self._store = stack, None  # type: tuple[contextlib.ExitStack, Store | None]
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from jaxcl.data.loader import Reading
 from jaxcl.errors import DataError, Diverged
 from jaxcl.runs import control
 from jaxcl.runs.lanes import Lanes, S
+from jaxcl.runs.progress import Bar
 from jaxcl.runs.session import diverged
 from jaxcl.types import PyTree
 
@@ -23,7 +23,7 @@ def reading(threads: int) -> Reading:
     return {"process_index": jax.process_index(), "process_count": jax.process_count(), "num_threads": threads}
 
 
-def take_steps(lanes: Lanes[S], step: Step, state: S, loaders: Sequence[Any], bar: tqdm) -> S:
+def take_steps(lanes: Lanes[S], step: Step, state: S, loaders: Sequence[Any], bar: Bar) -> S:
     """Takes the steps over these batches, one loader a lane, that are not taken yet.
 
     Returns:

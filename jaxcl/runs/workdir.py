@@ -22,10 +22,12 @@ import jaxcl
 from jaxcl.errors import UserError
 from jaxcl.runs import checkpoint, files, log
 from jaxcl.runs.code import Code, changed_modules, code_of
+from jaxcl.runs.writers import csv
+from jaxcl.runs.writers.tensorboard import EVENTS
 from jaxcl.sealed import Damaged, read_json, read_sealed
 
 # Fields that a run may change when it continues, because its result does not depend on them.
-FREE = ("config.checkpoint", "config.data.threads")
+FREE = ("config.checkpoint", "config.data.threads", "config.writers")
 MARK, CONFIG, RESULT, CHECKPOINTS = ".jaxcl", "config.json", "result.json", "checkpoints"
 WEIGHTS = "weights.safetensors"
 _REMEDY = "bring them back to continue, train from the start with --overwrite, or give another folder"
@@ -132,8 +134,11 @@ def clear(workdir: pathlib.Path) -> None:
     """Removes a run, and nothing else, from `workdir`."""
     for name in (CONFIG, RESULT, WEIGHTS, log.NAME, log.ASIDE):
         (workdir / name).unlink(missing_ok=True)
-    for events in workdir.glob(log.EVENTS):
+    for events in workdir.glob(EVENTS):
         events.unlink()
+    scalars = workdir / csv.NAME
+    if scalars.is_file() and csv.is_ours(scalars):
+        scalars.unlink()
     checkpoint.clear(workdir / CHECKPOINTS)
 
 

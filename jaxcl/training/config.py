@@ -29,6 +29,7 @@ from jaxcl.fields import Field, Fields, check_fields, default_of
 from jaxcl.metrics import METRICS
 from jaxcl.models import MODELS
 from jaxcl.registry import short
+from jaxcl.runs.writers import WRITERS
 from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
 
 REPLAYS = ("draw", "append", "append_part")  # see jaxcl/training/batches.py
@@ -60,6 +61,12 @@ OPTIMIZER = {
     "warmup_from": Field(0.0, "the share of the learning rate with which the warm-up begins", between(0, 1)),
     "decay_epochs": Field((), "of schedule = steps: from these epochs on, ascending", each(NOT_NEGATIVE)),
     "decay_factors": Field((), "one for each of decay_epochs: what the learning rate is multiplied by", each(POSITIVE)),
+}
+LOG = {
+    "log_every": Field(50, "steps between lines in metrics.jsonl", POSITIVE),
+    "writers": Field(
+        ("tensorboard",), "where scalars go beside metrics.jsonl: see docs/looking.md", each(found_in(WRITERS))
+    ),
 }
 CHECKPOINT = {
     "every_steps": Field(0, "checkpoints beside those at the end of every task; 0: not by steps", NOT_NEGATIVE),
@@ -154,7 +161,7 @@ def fields(outside: Fields | None = None) -> Fields:
         "strategies": {name: found for name, found in options.items() if found} | dict(outside or {}),
         "batch_size": Field(64, "new rows a step", POSITIVE),
         "epochs": Field(1, "passes over a task's data", POSITIVE),
-        "log_every": Field(50, "steps between lines in metrics.jsonl", POSITIVE),
+        **LOG,
         "data": DATA,
         "model": {
             "name": Field("mlp", "the network", found_in(MODELS)),
@@ -184,6 +191,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
       UserError: a field is unknown, missing or of another type, or a value is not allowed on `devices` devices.
     """
     check_fields(config, fields(_outside(config)))
+    check_writers(config)
     check_optimizer(config)
     sizes = ["batch_size", "eval.batch_size"]
     strategy = make_strategy(config.strategy, config.strategies.get(short(config.strategy), {}))
@@ -210,6 +218,16 @@ def _outside(config: ConfigDict) -> Fields:
         if option not in options:
             raise unknown_field(f"strategies.{short(name)}.{option}", list(options))
     return {short(name): {option: options[option] for option in groups[short(name)]}}
+
+
+def check_writers(config: ConfigDict) -> None:
+    """Whether every writer is there; whether it works is seen when it writes.
+
+    Raises:
+      UserError: one cannot be imported.
+    """
+    for name in config.writers:
+        WRITERS[name]
 
 
 def check_optimizer(config: ConfigDict) -> None:
