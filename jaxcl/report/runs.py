@@ -13,7 +13,8 @@ from jaxcl.errors import UserError
 from jaxcl.sealed import Damaged, read_sealed
 
 _ORDER = ("from_scratch", "incremental", "er")
-_FREE = ("checkpoint.", "data.threads")  # no result depends on them: a run may change them when it continues
+_FREE = ("checkpoint.", "data.threads", "writers")  # no result depends on them: a run may change them when it continues
+_DERIVED = {"rehearsal", "tasks"}  # facets that follow from others
 _PER_RUN = {"seed", "name", "workdir"}  # config fields that do not make a different experiment
 
 
@@ -59,11 +60,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Finished runs of one strategy and configuration, one a seed."""
+    """Finished runs of one strategy and configuration, one a seed.
+
+    Attributes:
+      label: the strategy, and what differs from other groups of it.
+      results, paths: of each run, the content of result.json and the folder.
+    """
 
     label: str
     strategy: str
     results: list[dict[str, Any]]
+    paths: list[Path]
 
     def values(self, *keys: str) -> np.ndarray:
         """The number under result[keys[0]][keys[1]]..., seed by seed."""
@@ -194,5 +201,20 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
         for facets, members in variants.items():
             differs = [f"{key.split('.')[-1]}={v}" for key, v in facets if seen[key, v] < len(variants)]
             label = ", ".join([strategy, *dict.fromkeys(differs[:3])]) + (", …" if len(differs) > 3 else "")
-            groups.append(Group(label, strategy, [run.result for run in members]))
+            groups.append(Group(label, strategy, [run.result for run in members], [run.path for run in members]))
     return groups
+
+
+def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """What tells the groups apart: config fields, and what a run found in its place, each with its value in every group; "-"
+    where it has none."""
+    facets = [_facets(group.results[0]) for group in groups]
+    found = {name: [one.get(name, "-") for one in facets] for name in dict.fromkeys(x for one in facets for x in one)}
+    return {name: values for name, values in found.items() if name not in _DERIVED and len(set(values)) > 1}
+
+
+def names_of(result: dict[str, Any]) -> list[str]:
+    """The names of the classes by their labels; their numbers where the data have no names."""
+    count = 1 + max(label for task in result["tasks"] for label in task)
+    named = result.get("class_names") or []
+    return [str(named[label]) if label < len(named) else str(label) for label in range(count)]

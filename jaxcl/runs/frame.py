@@ -1,6 +1,7 @@
 """The frame of a run: its sessions are opened, it is carried out, and result.json is left."""
 
 import contextlib
+import datetime
 import importlib.metadata
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 import jaxcl
 from jaxcl.check import NOT_NEGATIVE, check
 from jaxcl.runs import files, workdir
+from jaxcl.runs.origin import command, commit
 from jaxcl.runs.session import Session, open_session
 from jaxcl.runs.steps import STEPPING
 from jaxcl.sealed import sealed
@@ -67,9 +69,10 @@ def in_sessions(
 
 
 def times(images: int, session: Session) -> dict[str, Any]:
-    """What result.json says of a run's times."""
+    """What result.json says of a run's times; `finished` in UTC."""
     seconds, by_phase = session.seconds(), session.phases.seconds
     return {
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds"),
         "seconds": seconds,
         "images_per_second": images / max(sum(by_phase.get(name, 0.0) for name in STEPPING), 1e-9),
         "seconds_by_phase": {**by_phase, "other": seconds - sum(by_phase.values())},
@@ -83,8 +86,10 @@ def made_by(session: Session) -> dict[str, Any]:
 
 
 def conditions(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Under which a run was made, for result.json: devices, versions, the resolved config."""
+    """Under which a run was made, for result.json: command, commit, devices, versions, the resolved config."""
     return {
+        "command": command(),
+        "commit": commit(),
         "devices": {
             "count": mesh.size,
             "kind": mesh.devices.flat[0].device_kind,
