@@ -1,6 +1,7 @@
 """Pictures of single classes, after the last task."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -31,7 +32,7 @@ def per_class_accuracy(groups: Sequence[Group]) -> Figure | None:
     for i, group in enumerate(told):
         each = np.array([result["per_class_accuracy"] for result in group.results], np.float64)[:, order]
         marker, beside = _MARKERS[i % len(_MARKERS)], 0.5 * ((i + 0.5) / len(told) - 0.5)
-        style = {"color": color_of(group.strategy), "marker": marker, "ms": 5 if len(order) <= NAMED else 3}
+        style: Any = {"color": color_of(group.strategy), "marker": marker, "ms": 5 if len(order) <= NAMED else 3}
         axes.plot(x + beside, 100 * each.mean(0), ls="", alpha=0.85, clip_on=False, label=group.label, **style)
     for begin in np.cumsum([len(task) for task in told[0].results[0]["tasks"]])[:-1]:
         if begin < len(order):

@@ -55,7 +55,7 @@ def _task_axis(axes: Axes, tasks: int) -> None:
 
 def _measure_axes(panels: Sequence[Axes], measure: Measure) -> None:
     """One scale for all: from 0, or from a ten below accuracies that are all high, to what is perfect."""
-    least = min((line.get_ydata().min() for axes in panels for line in axes.lines), default=0.0)
+    least = min((float(np.min(np.asarray(line.get_ydata()))) for axes in panels for line in axes.lines), default=0.0)
     for axes in panels:
         axes.set_ylim(10 * max(0, (least - 5) // 10) if measure is ACCURACY else 0, measure.full)
         if measure is ACCURACY:
