@@ -73,7 +73,7 @@ class Group:
     paths: list[Path]
 
     def values(self, *keys: str) -> np.ndarray:
-        """The number under result[keys[0]][keys[1]]..., seed by seed."""
+        """The number under `result[keys[0]][keys[1]]...`, seed by seed."""
         values: list[Any] = self.results
         for key in keys:
             values = [value[key] for value in values]
