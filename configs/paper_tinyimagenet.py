@@ -7,17 +7,22 @@ number of devices; the stem is that for 32x32 images, and images are shifted by 
 `--config.buffer.share=0.1` gives the memory 10 % of the training rows instead of 30 %. Data: `tfds:tinyimagenet32`, a prepared
 folder of 100,000 / 10,000 JPEG images at 32x32 (`data_dir`). The full size needs a GPU and has not been run yet.
 
-`:cpu` is another, much smaller experiment, for 2 CPU cores: every tenth class (4 tasks of 5, 10,000 / 1,000 images), small
-nets, 12 epochs a task. In proportion it keeps the protocol: c = b / 4, r = b / 8, a memory of 30 % by class, warm-up in the
-first sixth of a task's epochs to 8 times the learning rate of one device, and its decay. Its accuracies are not the paper's.
+Smaller ones, for CPU cores, keep the protocol in proportion: c = b / 4, r = b / 8, a memory of 30 % by class, warm-up in the
+first sixth of a task's epochs to 8 times the learning rate of one device, and its decay. Their accuracies are not the paper's.
 
-    python -m experiments.studies.small_pack --from=tfds:tinyimagenet32 --from_dir=TFDS_DIR --train=500 --test=50 \
-        --every=10 --out=FILE
+    :full     all 200 classes, 4 x 50, all rows, 30 epochs a task: hours for a seed of everything
+    :medium   every other class, 4 x 25, 250 rows of each, 12 epochs a task: some 20 minutes for a seed of everything
+    :cpu      every tenth class, 4 x 5, 12 epochs a task, for the figures that need no accuracy: with five classes a task, top-5
+              counts the task and not the class
+
+    python -m experiments.studies.small_pack --from=tfds:tinyimagenet32 --from_dir=TFDS_DIR --train=250 --test=50 \
+        --every=2 --out=FILE                                       # of :cpu --train=500 --every=10
+    python -m experiments.studies.rehearsal --config=configs/paper_tinyimagenet.py:medium --devices=2 --workdir=DIR \
+        --config.data.source=npz:FILE --json=FILE
     python -m experiments.paper --config=configs/paper_tinyimagenet.py:cpu --devices=8 --workdir=DIR \
         --config.data.source=npz:FILE
 
-Figure 1 takes about 25 minutes on 2 quiet cores, with --seeds=3 (of the ResNet still one) 35; figure 2 about 20. Expected:
-docs/paper.md.
+Expected: docs/paper.md.
 """
 
 from typing import Any
@@ -29,27 +34,34 @@ from jaxcl.errors import UserError
 
 
 def get_config(size: str = "gpu") -> ConfigDict:
-    if size not in ("gpu", "cpu"):
-        raise UserError(f"--config=configs/paper_tinyimagenet.py:{size}: no such size, choose gpu or cpu")
+    if size not in ("gpu", "full", "medium", "cpu"):
+        raise UserError(f"--config=configs/paper_tinyimagenet.py:{size}: no such size, choose gpu, full, medium or cpu")
     config = shipped.load("paper_imagenet").protocol(devices=8)
     config.data.augment = ("crop", "flip")
+    config.name = "Tiny-ImageNet 32x32, 4 x 50 classes"
+    config.data.source = "tfds:tinyimagenet32"
     if size == "gpu":
-        config.name = "Tiny-ImageNet 32x32, 4 x 50 classes"
-        config.data.source = "tfds:tinyimagenet32"
         config.model.name = "resnet18"
         config.model.options = {"stem": "small", "norm": "local"}
+        return config
+    config.data.threads = 1
+    config.batch_size, config.buffer.representatives, config.buffer.candidates = 64, 8, 16
+    config.model.name = "convnet"
+    config.model.dtype = "float32"
+    config.model.options = {"width": 16, "norm": "sync", "fold": 2}
+    config.optimizer.learning_rate = 0.05
+    if size == "full":
+        return config
+    config.epochs = 12
+    config.optimizer.warmup_epochs = 2.0
+    config.optimizer.decay_epochs = (8, 10, 11)
+    if size == "medium":
+        config.name = "Tiny-ImageNet 32x32, every other class, 4 x 25 classes of 250 rows (medium size)"
+        config.data.source = "npz:tinyimagenet_medium.npz"
     else:
         config.name = "Tiny-ImageNet 32x32, every tenth class, 4 x 5 classes (cpu size)"
         config.data.source = "npz:tinyimagenet_small.npz"
-        config.data.threads = 1
-        config.batch_size, config.buffer.representatives, config.buffer.candidates = 64, 8, 16
-        config.epochs = 12
-        config.model.name = "convnet"
-        config.model.dtype = "float32"
         config.model.options = {"width": 16, "norm": "sync"}
-        config.optimizer.learning_rate = 0.05
-        config.optimizer.warmup_epochs = 2.0
-        config.optimizer.decay_epochs = (8, 10, 11)
     return config
 
 

@@ -50,7 +50,8 @@ class Rig:
             image = np.zeros((1, *SHAPE), np.uint8)
             outputs, _ = self.model.apply(**variables, images=image.astype(np.float32), train=False)
             record = jax.tree.map(lambda x: x[0], strategy.record(jnp.asarray(image), outputs))
-            self.buffer = make_buffer(record, capacity=capacity, representatives=DRAWN, mesh=mesh, **memory)
+            counted = {"num_classes": K, "count_classes": True} if options.get("prior", "none") != "none" else {}
+            self.buffer = make_buffer(record, capacity=capacity, representatives=DRAWN, mesh=mesh, **counted, **memory)
         optimizer = optimizer or optax.identity()
         self.new_weights = make_weights(mesh, self.model, optimizer, SHAPE)
         images = make_augment((), SHAPE), make_normalize(SHAPE)
@@ -63,7 +64,8 @@ class Rig:
     def state(self, stored: bool = True, **changes: Any) -> TrainState:
         """The first state with some fields changed; without the buffer unless `stored`, which compiles much faster."""
         buffer = self.buffer if stored else None
-        state = initial_state(self.mesh, self.new_weights(jax.random.key(0)), buffer, self.strategy)
+        counted = None if self.bound.prior == "none" else K
+        state = initial_state(self.mesh, self.new_weights(jax.random.key(0)), buffer, self.strategy, counted)
         changes = {name: mesh_lib.replicate(self.mesh, value) for name, value in changes.items()}
         return dataclasses.replace(state, **changes)
 

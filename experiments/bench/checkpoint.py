@@ -24,7 +24,6 @@ from experiments.bench.harness import Contender
 from experiments.pages.page import Json
 from jaxcl.runs.checkpoint import Checkpoints, abstract, name_of, newest
 from jaxcl.training.build import build
-from jaxcl.training.state import initial_state
 
 
 def measure(
@@ -38,7 +37,7 @@ def measure(
     config.buffer.capacity = int(gib * 2**30 / (64 + 8)) // 64 * 64  # a row: 8x8 bytes, label, id
     run = build(config)
     assert run.buffer is not None
-    state = initial_state(run.mesh, run.new_weights(jax.random.key(0)), run.buffer, run.strategy)
+    state = run.new_state(run.new_weights(jax.random.key(0)))
     batch = harness.made_up(run.mesh, config.batch_size, run.train.image_shape, classes=10)
     training = Contender(run.train_step.program.lower(state, batch).compile(), state, batch, blocking=True)
     training.run(20)

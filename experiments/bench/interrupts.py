@@ -1,16 +1,18 @@
-"""Interrupts a small run at random moments, again and again, and looks how it ends.
+"""Interrupts small runs at random moments, again and again, and looks how they end.
 
-    python -m experiments.bench.interrupts [--interrupts=200] [--kill] [--seed=1] [--json=FILE]
+    python -m experiments.bench.interrupts [--runs=40] [--most=6] [--kill] [--seed=1] [--json=FILE]
 
-One of SIGINT, SIGTERM and SIGHUP, or with --kill SIGKILL, at a moment between 0.1 s and the end of a small
-run. The next start continues the run; a finished one is compared with one that was left alone, and another begun. Each
-interrupt is a line: moment and signal, exit status, seconds from the signal to the end. A status is right if it is the signal's
-own; where Python had not run the command's first line, that of a process without handlers; 0 where the run had finished.
+One of SIGINT, SIGTERM and SIGHUP, or with --kill SIGKILL, at a moment between 0.1 s and the time that a whole run takes. The
+next start continues the run. When it has finished, or was interrupted `most` times and then left alone, it is compared with one
+that was never interrupted. Runs take turns between the tiers of the buffer. Each interrupt is a line: run, moment and signal,
+exit status, seconds from the signal to the end. A status is right if it is the signal's own; where Python had not run the
+command's first line, that of a process without handlers; 0 where the run had finished.
 """
 
 import json
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from typing import Annotated, Any
 from experiments.bench import harness
 from experiments.bench.harness import show
 from experiments.pages.page import Json
+from jaxcl.buffer import TIERS
 from jaxcl.signals import STATUS
 
 FLAGS = {
@@ -37,46 +40,51 @@ FLAGS = {
 }
 LIMIT = 10.0  # seconds from a signal to the end
 # Of a result, what differs between equal runs.
-TIMES = ("seconds", "seconds_by_phase", "images_per_second", "finished", "command", "checksum")
+TIMES = ("seconds", "seconds_by_phase", "background_seconds", "images_per_second", "finished", "command", "checksum")
 REPO = pathlib.Path(__file__).resolve().parents[2]
 
 
 def measure(
-    interrupts: Annotated[int, "how many"] = 200,
+    runs: Annotated[int, "how many"] = 40,
+    most: Annotated[int, "interrupts of a run"] = 6,
     kill: Annotated[bool, "whether by SIGKILL, which no process can answer"] = False,
     seed: Annotated[int, "of the moments, and of the signals"] = 1,
 ) -> Json:
     rng = random.Random(seed)
+    found: list[Json] = []
     with tempfile.TemporaryDirectory() as folder:
-        runs = pathlib.Path(folder)
-        begin = time.monotonic()
-        wanted, seconds = finish(runs / "whole"), time.monotonic() - begin
-        found: list[Json] = []
-        number = equal = 0
-        while len(found) < interrupts:
-            run = runs / str(number)
-            one = interrupt(run, rng.uniform(0.1, seconds), signal.SIGKILL if kill else rng.choice(list(STATUS)))
-            if one["signal"] is None:
-                seconds = min(seconds, one["moment"])
-            else:
-                found.append(one)
-                show(one)
-            if len(found) == interrupts or (run / "result.json").exists():
-                number += 1
-                equal += finish(run) == wanted
+        wanted, seconds = {}, {}
+        for tier in TIERS:  # the first run of each compiles
+            finish(pathlib.Path(folder, f"first-{tier}"), tier)
+            begin = time.monotonic()
+            wanted[tier] = finish(pathlib.Path(folder, f"whole-{tier}"), tier)
+            seconds[tier] = time.monotonic() - begin
+        equal = 0
+        for number in range(runs):
+            tier, run = TIERS[number % len(TIERS)], pathlib.Path(folder, str(number))
+            for _ in range(most):
+                number_of_signal = signal.SIGKILL if kill else rng.choice(list(STATUS))
+                one = interrupt(run, tier, rng.uniform(0.1, seconds[tier]), number_of_signal)
+                if one["signal"] is None:
+                    break
+                found.append({"run": number, "tier": tier, **one})
+                show(found[-1])
+            equal += finish(run, tier) == wanted[tier]
+            shutil.rmtree(run)
     return {
         "seconds_of_a_run": seconds,
-        "runs": number,
+        "runs": runs,
         "runs_equal": equal,
+        "interrupted": len(found),
         "wrong": sum(not one["right"] for one in found),
         "longest": max(one["seconds"] for one in found),
         "interrupts": found,
     }
 
 
-def start(workdir: pathlib.Path) -> subprocess.Popen:
+def start(workdir: pathlib.Path, tier: str) -> subprocess.Popen:
     """What it says goes to a file beside its folder: a pipe that is not read would hold it."""
-    changes = [f"--config.{name}={value}" for name, value in FLAGS.items()]
+    changes = [f"--config.{name}={value}" for name, value in {**FLAGS, "buffer.tier": tier}.items()]
     line = [sys.executable, "-m", "experiments.train", "--config=configs/digits.py", f"--workdir={workdir}", *changes]
     with said_by(workdir).open("w") as file:
         return subprocess.Popen([*line, "--devices=2"], cwd=REPO, stdout=subprocess.DEVNULL, stderr=file)
@@ -86,15 +94,15 @@ def said_by(workdir: pathlib.Path) -> pathlib.Path:
     return workdir.with_suffix(".said")
 
 
-def finish(workdir: pathlib.Path) -> Any:
+def finish(workdir: pathlib.Path, tier: str) -> Any:
     """Of the run, started again, its outcome."""
-    assert start(workdir).wait() == 0, said_by(workdir).read_text()
+    assert start(workdir, tier).wait() == 0, said_by(workdir).read_text()
     return outcome(workdir)
 
 
-def interrupt(workdir: pathlib.Path, moment: float, number: signal.Signals) -> Json:
+def interrupt(workdir: pathlib.Path, tier: str, moment: float, number: signal.Signals) -> Json:
     """Of a run that is started and gets a signal after `moment` seconds; None as its signal if it has finished before."""
-    begin, process = time.monotonic(), start(workdir)
+    begin, process = time.monotonic(), start(workdir, tier)
     while process.poll() is None and time.monotonic() < begin + moment:
         time.sleep(0.01)
     if process.returncode is not None:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from experiments.pages.page import Json, table
 from experiments.paper.draw import panels
 from experiments.paper.study import STRATEGIES, Study
+from experiments.studies.grid import Fields
 from jaxcl.errors import UserError
 from jaxcl.report import color_of, spread
 from jaxcl.runs.steps import STEPPING
@@ -19,6 +20,8 @@ from jaxcl.summaries import accuracy_so_far
 TITLE = "1. Accuracy after each task"
 PAPER = 0.8055 / 0.91  # top-5 accuracy with rehearsal over that from scratch, ResNet-50, 30 %
 SLACK = 1.02
+PLAIN: Fields = {"loss.prior": "none"}  # where the config has another one, rehearsal is shown without it too
+LINES = STRATEGIES | {"er_plain": "rehearsal, plain loss"}
 
 
 def measure(study: Study) -> Json:
@@ -40,7 +43,9 @@ def measure(study: Study) -> Json:
 def of_model(study: Study, model: str) -> Json:
     """Every strategy's figures, one entry a seed, and the ratios of their means."""
     found: Json = {strategy: summary(study.runs(model, strategy)) for strategy in STRATEGIES}
-    top5 = {name: np.mean([row[-1] for row in x["top5_so_far"]]) for name, x in found.items()}
+    if study.config.loss.prior != "none":
+        found["er_plain"] = summary(study.runs(model, "er", PLAIN))
+    top5 = {name: np.mean(last(x["top5_so_far"])) for name, x in found.items()}
     seconds = {name: np.mean(x["seconds_of_steps"]) for name, x in found.items()}
     return found | {
         "top5_over_from_scratch": float(top5["er"] / top5["from_scratch"]),
@@ -74,10 +79,11 @@ def picture(found: Json) -> Figure:
     figure, rows = panels(2, len(found["models"]), width=3.9, height=2.7)
     for row, (model, x) in zip(rows, found["models"].items(), strict=True):
         for axes, (key, title) in zip(row, (("top5_so_far", "top-5"), ("top1_so_far", "top-1")), strict=True):
-            for strategy, label in STRATEGIES.items():
+            for strategy, label in lines(x).items():
                 values = 100 * np.array(x[strategy][key])
-                tasks, color = range(1, found["tasks"] + 1), color_of(strategy)
-                axes.plot(tasks, values.mean(0), color=color, marker="o", ms=4, label=label)
+                tasks, color = range(1, found["tasks"] + 1), color_of(strategy.removesuffix("_plain"))
+                style = "--" if strategy.endswith("_plain") else "-"
+                axes.plot(tasks, values.mean(0), color=color, ls=style, marker="o", ms=4, label=label)
                 axes.fill_between(tasks, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
             axes.set_ylim(0, 102)
             axes.set_xticks(range(1, found["tasks"] + 1))
@@ -85,8 +91,13 @@ def picture(found: Json) -> Figure:
             axes.set_ylabel("%, mean of tasks so far")
     for axes in rows[-1]:
         axes.set_xlabel("tasks trained")
-    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
+
+
+def lines(of_model: Json) -> dict[str, str]:
+    """What was trained: name -> label."""
+    return {name: label for name, label in LINES.items() if name in of_model}
 
 
 def last(values: list[list[float]]) -> list[float]:
@@ -98,7 +109,18 @@ def mean(values: list[float], scale: float = 100) -> str:
     return spread(values, scale, digits=1)
 
 
-RATIOS = ("top-5 over from scratch", "run time over incremental", "run time over from scratch")
+def over_from_scratch(of_model: Json, key: str) -> float:
+    """The mean over seeds with rehearsal over that from scratch, after the last task."""
+    er, scratch = (np.mean(last(of_model[name][key])) for name in ("er", "from_scratch"))
+    return float(er / scratch)
+
+
+RATIOS = (
+    "top-5 over from scratch",
+    "top-1 over from scratch",
+    "run time over incremental",
+    "run time over from scratch",
+)
 
 
 def ratios(found: Json, digits: int) -> list[tuple[str, ...]]:
@@ -106,7 +128,7 @@ def ratios(found: Json, digits: int) -> list[tuple[str, ...]]:
     return [
         (
             model,
-            f"{100 * x['top5_over_from_scratch']:.{digits}f} %",
+            *(f"{100 * over_from_scratch(x, key):.{digits}f} %" for key in ("top5_so_far", "top1_so_far")),
             *(f"{x[name]:.2f}" for name in ("time_over_incremental", "time_over_from_scratch")),
         )
         for model, x in found["models"].items()
@@ -122,9 +144,9 @@ def markdown(found: Json) -> str:
             mean(x[strategy]["seconds_of_steps"], 1),
         )
         for model, x in found["models"].items()
-        for strategy, label in STRATEGIES.items()
+        for strategy, label in lines(x).items()
     ]
-    paper = ("the paper, ResNet-50", f"{100 * PAPER:.1f} %", "", "", "")
+    paper = ("the paper, ResNet-50", f"{100 * PAPER:.1f} %", "", "", "", "")
     return "\n\n".join(
         [
             f"{found['name']}: {found['tasks']} tasks, {found['classes']} classes, {s['epochs']} epochs a task;"
@@ -140,12 +162,12 @@ def front(found: Json, swept: Json | None = None) -> str:
     """For the README: the ratios, and the accuracy with the most representatives that figure 2 replayed."""
     b, r, devices = found["sizes"]["batch_size"], found["sizes"]["representatives"], found["devices"]
     rows = [(model, f"{b} + {r}", *row) for model, *row in ratios(found, 0)]
-    if swept is not None:
+    if swept is not None and swept["name"] == found["name"]:
         most = max(swept["swept"]["buffer.representatives"], key=lambda x: x["value"])
         scratch = np.mean(last(swept["bounds"]["from_scratch"]["top5_so_far"]))
         share = f"{100 * np.mean(last(most['top5_so_far'])) / scratch:.0f} %"
-        rows.append((swept["model"], f"{b} + {most['value']}", share, "", ""))
-    rows.append(("the paper: ResNet-50, ImageNet-1k", "56 + 7 a device", f"{100 * PAPER:.1f} %", "", ""))
+        rows.append((swept["model"], f"{b} + {most['value']}", share, "", "", ""))
+    rows.append(("the paper: ResNet-50, ImageNet-1k", "56 + 7 a device", f"{100 * PAPER:.1f} %", "", "", ""))
     kind = "fake CPU" if devices["platform"] == "cpu" else devices["kind"]
     return (
         f"{table(('', 'new + replayed rows a step', *RATIOS), rows)}\n\n{found['name']}; {devices['count']} {kind} devices"

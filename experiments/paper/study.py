@@ -16,7 +16,7 @@ from jaxcl.search.sweep import folder_name
 from jaxcl.training.batches import train_batches
 from jaxcl.training.build import Parts, build
 from jaxcl.training.config import check_config
-from jaxcl.training.state import TrainState, initial_state
+from jaxcl.training.state import TrainState
 from jaxcl.types import Batch
 
 STRATEGIES = {"from_scratch": "from scratch", "incremental": "incremental", "er": "rehearsal"}
@@ -125,5 +125,5 @@ def begun(config: ConfigDict, devices: Sequence[jax.Device]) -> tuple[Parts, Tra
     run = build(config, devices)
     loader = train_batches(config, run, 0)
     assert loader is not None
-    state = initial_state(run.mesh, run.new_weights(jax.random.key(0)), run.buffer, run.strategy)
+    state = run.new_state(run.new_weights(jax.random.key(0)))
     return run, state, mesh_lib.shard_rows(run.mesh, loader[0])

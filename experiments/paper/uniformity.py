@@ -20,7 +20,6 @@ from experiments.studies.grid import changed
 from jaxcl import mesh as mesh_lib
 from jaxcl.training.batches import train_batches
 from jaxcl.training.build import build
-from jaxcl.training.state import initial_state
 
 TITLE = "6. Uniformity of the draw"
 RATIOS = ("drawn_over_expected", "reference_over_expected")
@@ -69,7 +68,7 @@ def measure(study: Study) -> Json:
     assert run.buffer is not None
     shards, classes = run.mesh.size, run.train.num_classes
     tally, draws = Tally(shards, classes), 0
-    state = initial_state(run.mesh, run.new_weights(jax.random.key(config.seed)), run.buffer, run.strategy)
+    state = run.new_state(run.new_weights(jax.random.key(config.seed)))
     for task in range(len(run.scenario.tasks)):
         loader = train_batches(config, run, task)
         assert loader is not None

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 
 from jaxcl import mesh as mesh_lib
-from jaxcl.buffer import bits, repeats, shard, weights, windows
+from jaxcl.buffer import bits, class_rows, repeats, shard, weights, windows
 from jaxcl.buffer import draw as draw_lib
 from jaxcl.buffer import rows as rows_lib
 from jaxcl.buffer import threefry as random
@@ -28,6 +28,7 @@ from jaxcl.buffer.policy import Policy
 from jaxcl.buffer.policy.base import INT32_MAX, share
 from jaxcl.buffer.shard import Drawn, Rows, Shard
 from jaxcl.buffer.windows import Window
+from jaxcl.check import refused
 from jaxcl.errors import UserError
 from jaxcl.types import PyTree
 
@@ -50,6 +51,7 @@ class Sizes:
       alone: whether every device draws from the rows it holds, without knowing of the others.
       num_ids: None unless copies are refused.
       window: what a draw gives in place of one row; None: one row.
+      counts_classes: whether shards count their rows of each class.
     """
 
     record: PyTree
@@ -65,6 +67,7 @@ class Sizes:
     num_classes: int | None
     num_ids: int | None
     window: Window | None = None
+    counts_classes: bool = False
 
     @property
     def weighted(self) -> bool:
@@ -118,9 +121,9 @@ def init(sizes: Sizes) -> Shard:
     slot_of = None if sizes.num_ids is None else jnp.zeros((sizes.num_ids,), jnp.int32)
     tree = weights.empty(sizes.policy.slots) if sizes.weighted else None
     none = jnp.zeros((1,), jnp.int32)
-    return mesh_lib.varying(
-        sizes.axis, dataclasses.replace(state, came=none, refused=none, slot_of=slot_of, weights=tree)
-    )
+    counts = jnp.zeros((1, sizes.num_classes or 0), jnp.int32) if sizes.counts_classes else None
+    more: dict[str, Any] = {"came": none, "refused": none, "slot_of": slot_of, "weights": tree, "class_rows": counts}
+    return mesh_lib.varying(sizes.axis, dataclasses.replace(state, **more))
 
 
 # Insert.
@@ -177,6 +180,8 @@ def choose(sizes: Sizes, state: Shard, rows: Rows, key: jax.Array) -> tuple[jax.
 
 def write(sizes: Sizes, state: Shard, rows: Rows, slot: jax.Array) -> Shard:
     """Stores the rows at these slots."""
+    if state.class_rows is not None:
+        state = dataclasses.replace(state, class_rows=class_rows.counted(state, rows, slot))
     state = shard.write(state, rows, slot)
     if state.weights is not None:
         state = dataclasses.replace(state, weights=weights.put(state.weights, slot, rows.weight))
@@ -271,6 +276,23 @@ def stage(sizes: Sizes, state: Shard, keys: Sequence[jax.Array]) -> tuple[Drawn,
     return tuple(draw(sizes, state, key) for key in keys)
 
 
+def expected(sizes: Sizes, state: Shard) -> jax.Array:
+    """Rows of each class that a draw from this state is expected to hold over all devices: float32 `[K]`, alike on all.
+
+    Exact for the samplings "uniform" and "class_balanced", every memory and exchange, unless rows were removed.
+
+    Raises:
+      UserError: the buffer does not count classes.
+    """
+    if state.class_rows is None:
+        raise refused("buffer.count_classes", False, "True, so that expected rows of each class are known")
+    held, drawn = state.class_rows[0], sizes.per_device if sizes.alone else sizes.representatives
+    if sizes.routes:
+        held = lax.psum(held, sizes.axis)
+    rows = class_rows.drawn_of(held, drawn, sizes.sampling)
+    return lax.psum(rows, sizes.axis) if sizes.alone and sizes.axis is not None else rows
+
+
 def no_rows(sizes: Sizes) -> Drawn:
     """A draw without a valid row."""
     r = sizes.per_device
@@ -299,6 +321,7 @@ class Local:
     draw: Callable[[Shard, jax.Array], Drawn]
     stage: Callable[[Shard, Sequence[jax.Array]], Staged]
     no_rows: Callable[[], Any]
+    expected: Callable[[Shard], jax.Array]
     update_weights: Any = None
     turn: Any = None
     receive: Any = None
@@ -306,7 +329,7 @@ class Local:
 
 def bind(sizes: Sizes) -> Local:
     """The functions of the device tier."""
-    functions: tuple[Callable, ...] = (init, insert, keep, draw, stage, no_rows)
+    functions: tuple[Callable, ...] = (init, insert, keep, draw, stage, no_rows, expected)
     bound: dict[str, Any] = {f.__name__: functools.partial(f, sizes) for f in functions}
     return Local(**bound)
 

@@ -169,6 +169,20 @@ def fair_shares(words: jax.Array, sizes: jax.Array, count: jax.Array | int) -> j
     Water-filling: every class gets min(size, level), and of the classes that have more, random ones get one row extra, by
     `words`, uint32 `[K]`.
     """
+    share, more, spare = _even_shares(sizes, count)
+    # A stable order of the classes that can take one more, random among themselves.
+    order = jnp.argsort(jnp.where(more, words >> 1, jnp.uint32(2**31)))
+    return share.at[order].add((jnp.arange(len(sizes)) < spare).astype(share.dtype))
+
+
+def expected_shares(sizes: jax.Array, count: jax.Array | int) -> jax.Array:
+    """What `fair_shares` gives each class on average over its random words: float32 `[K]`."""
+    share, more, spare = _even_shares(sizes, count)
+    return share + jnp.where(more, spare / jnp.maximum(jnp.sum(more), 1), 0.0)
+
+
+def _even_shares(sizes: jax.Array, count: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What every class certainly gets, int32 `[K]`; which ones could get one row more, bool `[K]`; and how many of them do."""
     ascending = jnp.sort(sizes)
     k = sizes.shape[0]
     before = jnp.cumsum(ascending, dtype=jnp.int32) - ascending
@@ -177,10 +191,7 @@ def fair_shares(words: jax.Array, sizes: jax.Array, count: jax.Array | int) -> j
     stops = level < ascending
     level = jnp.where(jnp.any(stops), level[jnp.argmax(stops)], NONE)
     share = jnp.minimum(sizes, level)
-    spare = jnp.where(level == NONE, 0, count - jnp.sum(share))
-    # A stable order of the classes that can take one more, random among themselves.
-    order = jnp.argsort(jnp.where(sizes > level, words >> 1, jnp.uint32(2**31)))
-    return share.at[order].add((jnp.arange(k) < spare).astype(share.dtype))
+    return share, sizes > level, jnp.where(level == NONE, 0, count - jnp.sum(share))
 
 
 def _subset_of_each(

@@ -69,6 +69,8 @@ class Buffer:
         host tier rows are stored and gathered in `collect`, while what was dispatched before it runs.
       size: `(state) -> int32 scalar`, rows stored over all devices, copies included.
       can_draw: `(state) -> bool scalar`, whether every row of a draw would be valid.
+      expected: `(state) -> float32 [K]`, rows of each class that a draw from this state is expected to hold, of a buffer that
+        counts classes.
       stats: `(state) -> dict` of plain numbers, see `buffer.stats`.
       select: `(state, predicate) -> Rows`, the stored rows for which `predicate(record, label, id)` holds, on the host.
       remove: `(state, ids) -> state` without the rows of these ids, see `remove`; donated.
@@ -91,6 +93,7 @@ class Buffer:
     stage: Callable[[Shard, Sequence[jax.Array]], Staged]
     size: Callable[[Shard], jax.Array]
     can_draw: Callable[[Shard], jax.Array]
+    expected: Callable[[Shard], jax.Array]
     stats: Callable[[Shard], dict[str, Any]]
     select: Callable[[Shard, remove.Predicate], Rows]
     remove: Callable[[Shard, Any], Shard]
@@ -127,6 +130,7 @@ def make_buffer(
     path: str | None = None,
     handover: str = "outputs",
     queue: int = 4,
+    count_classes: bool = False,
 ) -> Buffer:
     """A rehearsal buffer.
 
@@ -167,6 +171,8 @@ def make_buffer(
       path: of the host tier, a folder for memory-mapped files, so that the memory may be larger than RAM.
       handover: of the host tier, how rows leave the step: as its "outputs" or by "callback".
       queue: of the host tier, how many steps' rows may wait to be stored.
+      count_classes: whether the state counts its rows of each class, so that `expected` tells how many rows of each
+        class a draw is expected to hold; needs `num_classes`.
 
     Raises:
       UserError: a size, name or record that is not allowed, or rows that cannot fit into memory.
@@ -197,6 +203,8 @@ def make_buffer(
         check("buffer.num_ids", num_ids, bound)
     if tier == "host" and sampling.startswith("weighted"):
         raise refused("buffer.sampling", sampling, "another one in the host tier, or tier=device")
+    if count_classes:
+        check("buffer.num_classes", num_classes, Rule(_is_size, "a positive integer, which count_classes needs"))
     if window is not None:
         check("buffer.window", window, Rule(_is_size, "a positive integer"))
         if policy != "fifo" or tier == "host":
@@ -217,6 +225,7 @@ def make_buffer(
         num_classes=num_classes,
         num_ids=num_ids if repeats == "distinct" else None,
         window=None if window is None else make_window(record, window, time),
+        counts_classes=count_classes,
     )
     devices = jax.devices()[:1] if mesh is None else mesh.local_devices
     local = dataclasses.replace(device_tier.bind(sizes), update_weights=functools.partial(update_weights, sizes))
@@ -287,6 +296,7 @@ def _over_mesh(sizes: Sizes, mesh: Mesh | None, local: Local, store: Store | Non
         stage=split(local.stage, rows_spec, WHOLE),
         size=lambda state: size(sizes, held(state)),
         can_draw=lambda state: can_draw(sizes, drawable(state)),
+        expected=jax.jit(split(local.expected, rows_spec, out=WHOLE)),
         stats=functools.partial(stats, sizes),
         select=functools.partial(remove.select, memory),
         remove=functools.partial(remove.remove, memory, erase),

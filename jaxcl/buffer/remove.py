@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl import mesh as mesh_lib
-from jaxcl.buffer import bits, weights
+from jaxcl.buffer import bits, class_rows, weights
 from jaxcl.buffer.buffer import Sizes
 from jaxcl.buffer.held import Memory, decoded, pieces, rows_at_once
 from jaxcl.buffer.host.messages import Asked, Pending
@@ -108,6 +108,7 @@ def erase(sizes: Sizes, state: Shard, ids: jax.Array) -> Shard:
         id=jnp.where(gone, -1, state.id),
         slot_of=None if slot_of is None else slot_of.at[jnp.where(ids < 0, INT32_MAX, ids)].set(0, mode="drop"),
         weights=tree,
+        class_rows=None if state.class_rows is None else class_rows.without(state, gone),
     )
 
 

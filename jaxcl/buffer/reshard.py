@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcl.buffer import weights
+from jaxcl.buffer import class_rows, weights
 from jaxcl.buffer.policy import make_policy
 from jaxcl.buffer.policy.base import INT32_MAX
 from jaxcl.buffer.shard import Shard
@@ -62,4 +62,7 @@ def reshard(
     tree = state.weights
     if tree is not None:
         tree = weights.build(move(tree.levels[0]).reshape(new, -1), float(np.max(tree.greatest)))
-    return Shard(record, move(state.label), move(state.id, empty=-1), moves.meta, came, lost, slot_of, tree)
+    label, ident, counts = move(state.label), move(state.id, empty=-1), state.class_rows
+    if counts is not None:
+        counts = class_rows.count(label, ident, new, counts.shape[1])
+    return Shard(record, label, ident, moves.meta, came, lost, slot_of, tree, counts)

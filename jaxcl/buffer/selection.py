@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxcl.check import check, one_of
+from jaxcl.nearest_mean import class_sums, unit
 
 SELECTIONS = ("random", "closest", "furthest", "icarl")
 FEATURES = ("clean", "augmented")  # of what images
@@ -31,9 +32,7 @@ def class_means(
 
     Arguments as of `rank_rows`; float32 `[K, D]`, the same on every device.
     """
-    member = jax.nn.one_hot(label, num_classes, dtype=jnp.float32) * valid[:, None]
-    total = jnp.einsum("nk,nd->kd", member, features.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-    count = jnp.sum(member, axis=0)
+    total, count = class_sums(features, label, valid, num_classes)
     if axis is not None:
         total, count = lax.psum((total, count), axis)
     return total / jnp.maximum(count, 1.0)[:, None]
@@ -81,11 +80,6 @@ def rank_rows(
         return herd(means, features, label, valid, order, quota, axis)
     distance = jnp.sum((features - means[label]) ** 2, axis=1)
     return _rank_by(distance if selection == "closest" else -distance, label, valid, order, quota, axis)
-
-
-def unit(vectors: jax.Array) -> jax.Array:
-    """`[n, D]` scaled to length 1; a zero vector stays zero."""
-    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def _rank_by(

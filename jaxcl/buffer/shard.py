@@ -73,6 +73,7 @@ class Shard:
       refused: int32 `[1]`, valid rows that could not be stored because of their id, label or weight; saturates. None likewise.
       slot_of: int32 `[num_ids]`, the slot at which each id was last stored here, 0 before; None unless copies are refused.
       weights: of weighted sampling; else None.
+      class_rows: int32 `[1, K]`, rows of each class; None unless they are counted.
     """
 
     record: PyTree
@@ -83,6 +84,7 @@ class Shard:
     refused: Any = None
     slot_of: jax.Array | None = None
     weights: Weights | None = None
+    class_rows: Any = None
 
 
 def empty(record: PyTree, slots: int, meta: PyTree) -> Shard:

@@ -24,7 +24,7 @@ def agem() -> Strategy:
             project(now.grads, reference.grads), now.loss, reference.batch_stats, now.parts + reference.parts
         )
 
-    return Strategy(draws=1, gradients=gradients)
+    return Strategy(draws=1, gradients=gradients, weights=(1.0, 1.0))
 
 
 def project(grads: PyTree, reference: PyTree) -> PyTree:

@@ -40,6 +40,11 @@ class Part:
       outputs: of the model: {"logits": float32 `[b, K]`, "features": float32 `[b, D]`}, or the tensors of `target` as the
         model reconstructs them; {} before the forward pass.
       target: float32 `[b, ...]` by name, what the model is to reconstruct of each row; {} where it is to classify.
+      weight: of each of these rows in a mean over all rows, see `pooled_mean`; or of their part in a sum of means over parts,
+        see `Strategy.weights`.
+      share: float32 `[K]`, the share of each class among the rows of this origin; None unless the prior is corrected.
+      log_prior: float32 `[K]`, the logarithm of the expected rows of each class in a pass over several parts, but for a
+        constant, see `jaxcl.training.prior`; None likewise.
     """
 
     image: jax.Array
@@ -50,6 +55,9 @@ class Part:
     allowed: jax.Array | None = None
     outputs: Outputs = dataclasses.field(default_factory=dict)
     target: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    weight: float | jax.Array = 1.0
+    share: jax.Array | None = None
+    log_prior: jax.Array | None = None
 
     @property
     def logits(self) -> jax.Array:
@@ -121,8 +129,9 @@ def whole(value: jax.Array) -> jax.Array:
 
 
 def cross_entropy(part: Part) -> jax.Array:
-    """Each row's cross-entropy `[b]` among the classes allowed."""
-    return losses.cross_entropy(part.logits, part.label, part.allowed)
+    """Each row's cross-entropy `[b]` among the classes allowed, of logits + log prior where the prior is corrected."""
+    logits = part.logits if part.log_prior is None else part.logits + part.log_prior
+    return losses.cross_entropy(logits, part.label, part.allowed)
 
 
 def row_loss(part: Part) -> jax.Array:
@@ -131,9 +140,9 @@ def row_loss(part: Part) -> jax.Array:
 
 
 def pooled_mean(row_loss: Callable[[Part], jax.Array], parts: Sequence[Part]) -> Share:
-    """The mean of `row_loss(part)` `[b]` over all valid rows, new and replayed alike."""
-    value = [jnp.sum(jnp.where(part.valid, row_loss(part), 0.0)) for part in parts]
-    weight = [jnp.sum(part.valid, dtype=jnp.float32) for part in parts]
+    """The mean of `row_loss(part)` `[b]` over all valid rows, new and replayed alike but for their parts' weights."""
+    value = [part.weight * jnp.sum(jnp.where(part.valid, row_loss(part), 0.0)) for part in parts]
+    weight = [part.weight * jnp.sum(part.valid, dtype=jnp.float32) for part in parts]
     return Share(sum(value[1:], value[0]), sum(weight[1:], weight[0]))
 
 
@@ -222,6 +231,13 @@ class Strategy(NamedTuple):
         "image" among them. `outputs` are the model's in this step if it `stores_outputs`, else {}.
       stores_outputs: whether `record` reads `outputs`; an insert then has to wait for the forward pass.
       loss: see `Loss`.
+      weights: of a loss that adds up a mean over each part, the weight of each part's cross-entropy in it; None where all rows
+        are pooled, or only new ones classified.
+      own_bias: how it treats the classifier's bias itself, where `config.loss.prior` would not do what it is meant to; "": it
+        classifies by `cross_entropy`, which knows the prior.
+      last_weights: how the end of a task ties evaluation to the weights that the last step left, where
+        `config.optimizer.average` would judge others; "": it does not.
+      head: whether it reads the weights of the model's linear head, params["head"]["kernel"] `[D, K]`.
       gradients: see `Gradients`.
       init: `(params, batch_stats) -> state`, the strategy's own state at the start of a run.
       visit: `(params, batch_stats, part, context) -> pytree`: what a pass over rows at the end of a task gathers from a
@@ -248,6 +264,10 @@ class Strategy(NamedTuple):
     record: Callable[[jax.Array, Outputs], PyTree] = image_only
     stores_outputs: bool = False
     loss: Loss = pooled
+    weights: tuple[float, ...] | None = None
+    own_bias: str = ""
+    last_weights: str = ""
+    head: bool = False
     gradients: Gradients = one_pass
     init: Callable[[PyTree, PyTree], PyTree] = lambda params, batch_stats: {}
     visit: Callable[[PyTree, PyTree, Part, Context], PyTree] | None = None

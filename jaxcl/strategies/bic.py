@@ -56,7 +56,9 @@ def bic(temperature: float = 2.0, held_out: float = 0.1) -> Strategy:
         return derivatives(context, context.predict(params, batch_stats, part.image), part.label, counted)
 
     return Strategy(
-        draws=1, loss=loss, gradients=gradients, init=init, visit=visit, visits="buffer", end_task=end_task,
+        draws=1, loss=loss, own_bias="fits the bias itself, on rows held out",
+        last_weights="fits its correction to the last weights at a task's end", head=True,
+        gradients=gradients, init=init, visit=visit, visits="buffer", end_task=end_task,
         rounds=ROUNDS, scores=scores,
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ def der(alpha: float = 0.3) -> Strategy:
         new, replay = parts
         return Share(mean(cross_entropy(new), new.valid) + alpha * mean(logit_distance(replay), replay.valid))
 
-    return Strategy(draws=1, record=with_logits, stores_outputs=True, loss=loss)
+    return Strategy(draws=1, record=with_logits, stores_outputs=True, loss=loss, weights=(1.0, 0.0))
 
 
 def with_logits(image: jax.Array, outputs: Outputs) -> PyTree:

@@ -20,4 +20,4 @@ def der_pp(alpha: float = 0.1, beta: float = 0.5) -> Strategy:
         value += beta * mean(cross_entropy(second), second.valid)
         return Share(value)
 
-    return Strategy(draws=2, record=with_logits, stores_outputs=True, loss=loss)
+    return Strategy(draws=2, record=with_logits, stores_outputs=True, loss=loss, weights=(1.0, 0.0, beta))

@@ -25,7 +25,8 @@ def er_ace() -> Strategy:
         value = mean(_entropy(new, in_batch(new)), new.valid) + mean(_entropy(replay, context.seen), replay.valid)
         return Share(value)
 
-    return Strategy(draws=1, loss=loss)
+    own = "classifies new rows among the classes of their batch"
+    return Strategy(draws=1, loss=loss, weights=(1.0, 1.0), own_bias=own)
 
 
 def in_batch(part: Part) -> jax.Array:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcl.buffer.selection import unit
+from jaxcl.nearest_mean import Means, class_sums, means_of, nearness, unit
 from jaxcl.strategies.base import Context, End, Outputs, Part, Share, Strategy, pooled_mean
 from jaxcl.strategies.lwf import answers, snapshot
 from jaxcl.types import PyTree
@@ -35,31 +35,33 @@ def icarl() -> Strategy:
 
     def init(params: PyTree, batch_stats: PyTree) -> PyTree:
         features, classes = params["head"]["kernel"].shape
-        means = {"mean": jnp.zeros((classes, features)), "known": jnp.zeros(classes, bool)}
-        return {"model": snapshot(params, batch_stats), **means}
-
-    def visit(params: PyTree, batch_stats: PyTree, part: Part, context: Context) -> PyTree:
-        features = unit(context.predict(params, batch_stats, part.image)["features"])
-        member = jax.nn.one_hot(part.label, context.classes.shape[1]) * part.valid[:, None]
-        return member.T @ features, member.sum(0)
+        none = Means(jnp.zeros((classes, features)), jnp.zeros(classes, bool))
+        return {"model": snapshot(params, batch_stats), **none._asdict()}
 
     def end_task(end: End) -> tuple[PyTree, PyTree]:
-        sums, count = end.visited
         model = snapshot(end.params, end.batch_stats)
-        return end.params, {"model": model, "mean": unit(sums), "known": count > 0}
+        return end.params, {"model": model, **means_of(*end.visited)._asdict()}
 
     def scores(outputs: Outputs, state: PyTree) -> jax.Array:
-        """Of unit vectors, the nearest is the one of the largest inner product."""
-        return jnp.where(state["known"], unit(outputs["features"]) @ state["mean"].T, -2.0)
+        return nearness(Means(state["mean"], state["known"]), outputs["features"])
 
     return Strategy(
         draws=1,
         selection="icarl",
         alike=True,
         loss=loss,
+        own_bias="learns each class apart, by binary cross-entropy",
+        last_weights="takes its class means from the last weights at a task's end",
+        head=True,
         init=init,
         visit=visit,
         visits="buffer",
         end_task=end_task,
         scores=scores,
     )
+
+
+def visit(params: PyTree, batch_stats: PyTree, part: Part, context: Context) -> tuple[jax.Array, jax.Array]:
+    """Sums of the rows' unit features by class, and their number, see `class_sums`."""
+    features = unit(context.predict(params, batch_stats, part.image)["features"])
+    return class_sums(features, part.label, part.valid, context.classes.shape[1])

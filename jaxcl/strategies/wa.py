@@ -23,7 +23,8 @@ def wa() -> Strategy:
         kernel = align(end.params["head"]["kernel"], old, end.context.present & ~old)
         return {**end.params, "head": {**end.params["head"], "kernel": kernel}}, end.context.state
 
-    return Strategy(draws=1, alike=True, end_task=end_task)
+    aligned = "aligns the head of the last weights at a task's end"
+    return Strategy(draws=1, alike=True, head=True, last_weights=aligned, end_task=end_task)
 
 
 def align(kernel: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,15 +22,18 @@ from jaxcl.models import Model, make_model
 from jaxcl.optimizer import make_optimizer, make_schedule
 from jaxcl.registry import short
 from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
-from jaxcl.training.config import check_config
+from jaxcl.training.class_means import make_class_means
+from jaxcl.training.config import check_config, means_asked, prior_of
 from jaxcl.training.end_task import make_end_task
 from jaxcl.training.evaluate import make_evaluate
 from jaxcl.training.exemplars import Selection, make_store_exemplars
 from jaxcl.training.learn import Bound
 from jaxcl.training.sizes import check_sizes, check_steps, check_tasks
-from jaxcl.training.state import make_weights
+from jaxcl.training.state import TrainState, initial_state, make_weights
 from jaxcl.training.step import TrainStep, make_train_step
 from jaxcl.types import PyTree
+
+_log = logging.getLogger("jaxcl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +58,13 @@ class Parts:
       strategy: with the selection that the config asks for.
       train, test, scenario: the rows, and the tasks that number them.
       buffer: None for a strategy without one.
+      prior: `loss.prior` as it applies.
+      new_state: `(weights) -> state` before the first step, see `initial_state`.
       new_weights, train_step, evaluate: made by the functions called `make_` and that name.
       review: None for a task of one phase.
       store_exemplars: made likewise; None where rows enter the memory as they arrive.
       end_task: made likewise; None where the strategy does nothing then.
+      class_means: made likewise; None where no metric asks for them.
     """
 
     mesh: jax.sharding.Mesh
@@ -66,12 +73,15 @@ class Parts:
     test: data.Source
     scenario: data.Scenario
     buffer: Buffer | None
+    prior: str
     new_weights: Callable[[jax.Array], tuple[PyTree, PyTree, PyTree]]
+    new_state: Callable[[tuple[PyTree, PyTree, PyTree]], TrainState]
     train_step: TrainStep
     review: Review | None
     store_exemplars: Callable | None
     end_task: Callable | None
     evaluate: Callable
+    class_means: Callable | None = None
 
     @property
     def host(self) -> Store | None:
@@ -110,19 +120,38 @@ def build(
     new_weights = make_weights(mesh, model, optimizer, train.image_shape)
     row = _stored_row(model, strategy, train) if strategy.draws else None
     capacity = capacity_of(config.buffer, scenario)
+    averaged = config.optimizer.average > 0
     sizes: Any = {"record": row, "capacity": capacity, "draws": strategy.draws, "seeds": len(seeds or [0])}
+    sizes |= {"averaged": averaged}
     check_sizes(config, mesh, new_weights, train.image_shape, **sizes)
     buffer = _make_buffer(config, mesh, strategy, row, capacity, train) if strategy.draws else None
+    prior = prior_of(config, strategy)
+    if prior != config.loss.prior and strategy.own_bias:
+        _log.info("loss.prior = %s leaves %s as it is: it %s", config.loss.prior, config.strategy, strategy.own_bias)
     if buffer is not None and config.buffer.replay != "draw":  # the memory's rows come among the task's own
         strategy = strategy._replace(draws=0)
     schedule = make_schedule(config.optimizer, strategy.rehearse or config.epochs)
     bound = Bound(
-        mesh, model, strategy, buffer, optimizer, schedule, augment, normalize, classes, loss_classes=d.loss_classes
+        mesh,
+        model,
+        strategy,
+        buffer,
+        optimizer,
+        schedule,
+        augment,
+        normalize,
+        classes,
+        loss_classes=d.loss_classes,
+        prior=prior,
+        replay_weight=config.loss.replay_weight,
+        later_tasks=config.optimizer.later_tasks,
+        average=config.optimizer.average,
     )
     store_exemplars = None
     if buffer is not None and strategy.selection:
         selection = selection_of(config, strategy, buffer)
         store_exemplars = make_store_exemplars(bound, train, selection, batch_size=config.eval.batch_size)
+    counted = None if prior == "none" else train.num_classes
     stepping = dataclasses.replace(bound, buffer=buffer if strategy.draws else None)
     seed = config.seed if seeds is None else tuple(seeds)
     return Parts(
@@ -132,7 +161,16 @@ def build(
         test=test,
         scenario=scenario,
         buffer=buffer,
+        prior=prior,
         new_weights=new_weights,
+        new_state=functools.partial(
+            initial_state,
+            mesh,
+            buffer=buffer,
+            strategy=strategy,
+            counted_classes=counted,
+            averaged=averaged,
+        ),
         train_step=make_train_step(dataclasses.replace(stepping, learn=not strategy.rehearse), seed),
         review=None if buffer is None else _make_review(config, stepping, seed, new_weights),
         store_exemplars=store_exemplars,
@@ -144,6 +182,7 @@ def build(
             reconstructs=bool(train.targets),
             metrics=tuple(config.eval.metrics),
         ),
+        class_means=make_class_means(bound, seeds=seeds is not None) if means_asked(config) else None,
     )
 
 
@@ -221,6 +260,7 @@ def _make_buffer(
         accept=b.candidates / config.batch_size,
         mesh=mesh,
         num_ids=len(train.labels),
+        count_classes=prior_of(config, strategy) != "none",
         **{name: b[name] for name in as_named},
     )
 
@@ -264,7 +304,7 @@ def _outputs(model: Model, image: jax.Array) -> dict[str, jax.Array]:
 
 
 def _check_objective(config: ConfigDict, strategy: Strategy, model: Model, source: data.Source) -> None:
-    """Whether data, model and strategy are all for classification or all for reconstruction.
+    """Whether data, model and strategy are all for classification or all for reconstruction, and there is what they read.
 
     Raises:
       UserError: they are not.
@@ -286,3 +326,14 @@ def _check_objective(config: ConfigDict, strategy: Strategy, model: Model, sourc
         raise UserError(
             f"data.augment: {tuple(config.data.augment)} is not allowed where images are to be reconstructed, give ()"
         )
+    asked = means_asked(config)
+    if asked and (wanted or "features" not in made):
+        raise refused("eval.metrics", asked[0], f"one that needs no features: there are {', '.join(made)}")
+    if strategy.head:
+        params = jax.eval_shape(lambda key: model.init(key, source.image_shape)["params"], jax.random.key(0))
+        kernel = params["head"].get("kernel") if isinstance(params.get("head"), Mapping) else None
+        if kernel is None or kernel.shape != (*made.get("features", ()), source.num_classes):
+            raise UserError(
+                f"strategy: {config.strategy} reads the weights of a linear head on the features, which the model "
+                f"{config.model.name} has not; choose another model.name"
+            )

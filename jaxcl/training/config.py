@@ -26,11 +26,12 @@ from jaxcl.check import (
 from jaxcl.data import AUGMENTATIONS, SCENARIOS
 from jaxcl.errors import UserError
 from jaxcl.fields import Field, Fields, check_fields, default_of
-from jaxcl.metrics import METRICS
+from jaxcl.metrics import METRICS, asks_means
 from jaxcl.models import MODELS
 from jaxcl.registry import short
 from jaxcl.runs.writers import WRITERS
 from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
+from jaxcl.training.prior import PRIORS
 
 REPLAYS = ("draw", "append", "append_part")  # see jaxcl/training/batches.py
 ORDERS = ("shuffled", "sequential")
@@ -68,6 +69,9 @@ LOG = {
         ("tensorboard",), "where scalars go beside metrics.jsonl: see docs/looking.md", each(found_in(WRITERS))
     ),
 }
+AVERAGE = Field(
+    0.0, "of the weights, for evaluation: its decay, see jaxcl/training/average.py; 0: the last weights", FRACTION
+)
 CHECKPOINT = {
     "every_steps": Field(0, "checkpoints beside those at the end of every task; 0: not by steps", NOT_NEGATIVE),
     "every_seconds": Field(600.0, "the same by the clock; 0: not by the clock", NOT_NEGATIVE),
@@ -106,6 +110,12 @@ DATA = {
         (), "of new and replayed images: on device, afresh at every replay", each(found_in(AUGMENTATIONS))
     ),
     **IMAGES,
+}
+LOSS = {
+    "prior": Field(
+        "none", "balanced: the loss corrects how often classes come, see jaxcl/training/prior.py", one_of(PRIORS)
+    ),
+    "replay_weight": Field(1.0, "of a replayed row in the mean over all rows, where a new one weighs 1", POSITIVE),
 }
 SELECTION = {
     "by": Field(
@@ -168,7 +178,12 @@ def fields(outside: Fields | None = None) -> Fields:
             "dtype": Field("float32", "of the computation", one_of(("float32", "bfloat16"))),
             "options": Field({}, "of the network: see its file in jaxcl/models"),
         },
-        "optimizer": OPTIMIZER,
+        "loss": LOSS,
+        "optimizer": {
+            **OPTIMIZER,
+            "later_tasks": Field(1.0, "the share of it in every task but the first", SHARE),
+            "average": AVERAGE,
+        },
         "buffer": BUFFER,
         "finetune": FINETUNE,
         "eval": {
@@ -177,6 +192,11 @@ def fields(outside: Fields | None = None) -> Fields:
         },
         "checkpoint": CHECKPOINT,
     }
+
+
+def prior_of(config: ConfigDict, strategy: Strategy) -> str:
+    """`loss.prior` as it applies to this strategy: without a memory, or with a way of its own with the bias, it is "none"."""
+    return config.loss.prior if strategy.draws and not strategy.own_bias else "none"
 
 
 def default_config() -> ConfigDict:
@@ -199,6 +219,8 @@ def check_config(config: ConfigDict, devices: int) -> None:
         sizes.append("buffer.representatives")
         _check_buffer(config, strategy)
         _check_replay(config, strategy, devices)
+    _check_loss(config, strategy)
+    _check_evaluation(config, strategy)
     check_evenly(config, sizes, devices)
     if strategy.check is not None:
         strategy.check(config)
@@ -303,6 +325,41 @@ def _check_replay(config: ConfigDict, strategy: Strategy, devices: int) -> None:
     ranks = devices if finetune.ranks is None else finetune.ranks
     if finetune.epochs and finetune.order == "sequential" and config.batch_size % ranks:
         raise refused("finetune.ranks", ranks, f"a divisor of batch_size = {config.batch_size}")
+
+
+def _check_loss(config: ConfigDict, strategy: Strategy) -> None:
+    """Whether the strategy's loss is one that the fields of `loss` can change."""
+    loss, finetune = config.loss, config.finetune
+    if prior_of(config, strategy) != "none" and finetune.epochs and finetune.order == "sequential":
+        raise refused(
+            "finetune.order", finetune.order, f"shuffled, as loss.prior = {loss.prior} needs rows of all classes"
+        )
+    if loss.replay_weight == 1:
+        return
+    if not strategy.draws or strategy.weights or strategy.rehearse or config.buffer.replay != "draw":
+        why = (
+            "has no mean over new and replayed rows"
+            if config.buffer.replay == "draw"
+            else "is given with buffer.replay"
+        )
+        raise refused("loss.replay_weight", loss.replay_weight, f"1: {config.strategy} {why}")
+
+
+def means_asked(config: ConfigDict) -> list[str]:
+    """The metrics that classify by the class means of the memory."""
+    return [name for name in config.eval.metrics if asks_means(METRICS[name])]
+
+
+def _check_evaluation(config: ConfigDict, strategy: Strategy) -> None:
+    """Whether there is what the evaluation uses."""
+    average = config.optimizer.average
+    if average and strategy.last_weights:
+        raise refused("optimizer.average", average, f"0: {config.strategy} {strategy.last_weights}")
+    for name in means_asked(config):
+        if not strategy.draws:
+            raise refused("eval.metrics", name, f"one that needs no memory: {config.strategy} has none")
+        if config.buffer.tier == "host":
+            raise refused("eval.metrics", name, "one that needs no memory on the devices, or buffer.tier = device")
 
 
 def _get(config: ConfigDict, path: str) -> Any:

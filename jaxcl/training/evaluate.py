@@ -12,7 +12,8 @@ from jax import lax
 from jaxcl import mesh as mesh_lib
 from jaxcl.check import refused
 from jaxcl.mesh import AXIS, ROWS, WHOLE, on_mesh, over_mesh
-from jaxcl.metrics import METRICS, EvalRows
+from jaxcl.metrics import METRICS, EvalRows, asks_means
+from jaxcl.nearest_mean import Means
 from jaxcl.registry import short
 from jaxcl.training.learn import Bound
 from jaxcl.training.state import Weights
@@ -22,8 +23,8 @@ CLASSIFICATION = ("accuracy", "top5", "accuracy_in_task")
 RECONSTRUCTION = ("error",)
 
 Counts = dict[str, Any]
-Metric = Callable[[EvalRows], jax.Array]
-Evaluate = Callable[[Weights, Iterable[Batch]], dict[str, np.ndarray]]
+Metric = Callable[..., jax.Array]
+Evaluate = Callable[..., dict[str, np.ndarray]]
 
 
 def make_evaluate(
@@ -34,11 +35,13 @@ def make_evaluate(
     reconstructs: bool = False,
     metrics: Sequence[str] = (),
 ) -> Evaluate:
-    """`evaluate(weights, batches) -> scores`, each task's test rows apart:
+    """`evaluate(weights, batches, means=None) -> scores`, each task's test rows apart:
 
     of classification the means accuracy, top5 and accuracy_in_task, float64 `[T]`, and confusion: int32 `[K, K]`, test rows by
     label and by the class ranked first; of reconstruction the mean error, float64 [T]; the mean of every other metric, float64
     `[T]`, by the name behind its colon.
+
+    `means` are the class means of the memory, for metrics that ask for them, see `jaxcl.training.class_means`.
 
     Args:
       task_of_row: int32 `[n]`, the task of each test row.
@@ -52,25 +55,25 @@ def make_evaluate(
     found = named_metrics((*(RECONSTRUCTION if reconstructs else CLASSIFICATION), *metrics))
     count: Callable[..., Counts] = functools.partial(count_rows, bound, found)
     if seeds:
-        count = jax.vmap(count, (0, None))
+        count = jax.vmap(count, (0, 0, None))
 
-    def add(counts: Counts, weights: Weights, batch: Batch) -> Counts:
-        return jax.tree.map(jnp.add, counts, count(weights, batch))
+    def add(counts: Counts, weights: Weights, means: Means | None, batch: Batch) -> Counts:
+        return jax.tree.map(jnp.add, counts, count(weights, means, batch))
 
     mesh = bound.mesh
-    counts_of = over_mesh(mesh, count, (WHOLE, ROWS), WHOLE)
-    added = on_mesh(mesh, add, (WHOLE, WHOLE, ROWS), WHOLE, donate=0)
+    counts_of = over_mesh(mesh, count, (WHOLE, WHOLE, ROWS), WHOLE)
+    added = on_mesh(mesh, add, (WHOLE, WHOLE, WHOLE, ROWS), WHOLE, donate=0)
 
-    def evaluate(weights: Weights, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
+    def evaluate(weights: Weights, batches: Iterable[Batch], means: Means | None = None) -> dict[str, np.ndarray]:
         counts = None
         for batch in batches:
             inputs: Batch = {name: batch[name] for name in ("image", "label", "valid", "target") if name in batch}
             inputs["task"] = task_of_row[batch["id"]]  # that of padding, whose id is -1, does not count
             inputs = mesh_lib.shard_rows(mesh, inputs)
             if counts is None:
-                shapes = jax.eval_shape(counts_of, weights, inputs)
+                shapes = jax.eval_shape(counts_of, weights, means, inputs)
                 counts = mesh_lib.replicate(mesh, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
-            counts = added(counts, weights, inputs)
+            counts = added(counts, weights, means, inputs)
         assert counts is not None, "there are no rows to evaluate on"
         found = jax.device_get(counts)
         confusion = {"confusion": found["confusion"]} if "confusion" in found else {}
@@ -93,7 +96,7 @@ def named_metrics(names: Sequence[str]) -> dict[str, Metric]:
     return found
 
 
-def count_rows(bound: Bound, metrics: dict[str, Metric], weights: Weights, batch: Batch) -> Counts:
+def count_rows(bound: Bound, metrics: dict[str, Metric], weights: Weights, means: Means | None, batch: Batch) -> Counts:
     """Of a batch, over all devices: "rows" int32 `[T]`; "scores", the sum `[T]` of each metric; "confusion"."""
     outputs = bound.predict(weights.params, weights.batch_stats, bound.normalize(batch["image"]))
     ranking = None if "target" in batch else bound.strategy.scores(outputs, weights.strategy_state)
@@ -104,10 +107,8 @@ def count_rows(bound: Bound, metrics: dict[str, Metric], weights: Weights, batch
     def by_task(x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(in_task, x[:, None], 0), axis=0)
 
-    found: Counts = {
-        "rows": by_task(valid),
-        "scores": {name: by_task(metric(rows)) for name, metric in metrics.items()},
-    }
+    scores = {name: metric(rows, means) if asks_means(metric) else metric(rows) for name, metric in metrics.items()}
+    found: Counts = {"rows": by_task(valid), "scores": {name: by_task(x) for name, x in scores.items()}}
     if ranking is not None:
         nothing = jnp.zeros((classes.shape[1],) * 2, jnp.int32)
         found["confusion"] = nothing.at[label, jnp.argmax(ranking, axis=1)].add(valid.astype(jnp.int32))

@@ -12,13 +12,15 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxcl import losses
-from jaxcl.buffer import Buffer, Rows, Staged
+from jaxcl.buffer import Buffer, Rows, Shard, Staged
 from jaxcl.buffer import threefry as random
 from jaxcl.data.augment import Augment, Normalize
 from jaxcl.mesh import AXIS
 from jaxcl.models import Model
 from jaxcl.strategies import Context, Descent, Part, Strategy
 from jaxcl.strategies.base import Outputs
+from jaxcl.training import prior
+from jaxcl.training.average import averaged
 from jaxcl.training.state import Clock, TrainState
 from jaxcl.types import Batch, PyTree
 
@@ -34,6 +36,8 @@ class Bound:
       buffer: into which a step inserts and from which it draws; None without.
       optimizer: gradients to the direction of descent, before the learning rate is applied.
       schedule: the learning rate as a function of the epoch within a task.
+      later_tasks: what every task but the first multiplies it by. Mirzadeh et al. 2020, Understanding the role of training
+        regimes in continual learning: smaller steps leave more of what was learnt.
       augment: `(key, positions, images uint8) -> images float32`, see `jaxcl.data.make_augment`.
       normalize: `(images uint8) -> images float32`, as the model reads them where nothing is augmented.
       classes: bool `[T, K]`, the classes of each task.
@@ -42,6 +46,9 @@ class Bound:
       learn: False leaves the weights alone: a step then only fills the buffer and draws from it.
       frozen: names of the model's parts, as its parameters are named, whose weights and statistics stay as they are.
       tuning: see `Context.tuning`.
+      prior: one of `prior.PRIORS`.
+      replay_weight: of a replayed row in a mean over all rows, where a new one weighs 1.
+      average: the decay of the average of the weights, where the state has one.
     """
 
     mesh: Mesh
@@ -57,6 +64,10 @@ class Bound:
     learn: bool = True
     frozen: Sequence[str] = ()
     tuning: bool = False
+    prior: str = "none"
+    replay_weight: float = 1.0
+    later_tasks: float = 1.0
+    average: float = 0.0
 
     def predict(self, params: PyTree, batch_stats: PyTree, images: jax.Array) -> Outputs:
         """The model's outputs as in evaluation, by running statistics."""
@@ -70,16 +81,22 @@ class Bound:
         return Context(self.predict, state, task, self.classes, rate, key, self.tuning)
 
 
-def learn(bound: Bound, key: jax.Array, state: TrainState, batch: Batch) -> tuple[TrainState, Outputs, Metrics]:
+def learn(
+    bound: Bound, key: jax.Array, state: TrainState, batch: Batch, drawn: jax.Array | None = None
+) -> tuple[TrainState, Outputs, Metrics]:
     """Trains on this device's new rows and on the draws in `state.staged`; inside `shard_map`.
 
-    `key` is for the augmentation of this step, see `step_keys`.
+    Args:
+      key: for the augmentation of this step, see `step_keys`.
+      drawn: see `drawn_classes`.
 
     Returns:
       The state after the step but for the buffer and the draws; the model's outputs of the new rows, {} where nothing is
       learnt; the metrics, see `make_train_step`.
     """
     learning_rate = jnp.asarray(bound.schedule(state.task_step / state.steps_per_epoch), jnp.float32)
+    if bound.later_tasks != 1:
+        learning_rate *= jnp.where(state.task > 0, bound.later_tasks, 1.0)
     metrics = {"learning_rate": learning_rate}
     after = dataclasses.replace(state, step=state.step + 1, task_step=state.task_step + 1)
     if not bound.learn:
@@ -87,13 +104,20 @@ def learn(bound: Bound, key: jax.Array, state: TrainState, batch: Batch) -> tupl
     own_key = jax.random.fold_in(key, np.uint32(2**32 - 1))  # no row has this number
     context = bound.context(state.strategy_state, state.task, learning_rate, own_key)
 
-    parts = augmented(bound, key, parts_of(bound, batch, state.staged if bound.buffer is not None else (), context))
+    parts: Sequence[Part] = parts_of(bound, batch, state.staged if bound.buffer is not None else (), context)
+    if state.arrived is not None:  # the prior is corrected
+        after = dataclasses.replace(after, arrived=prior.arrived_with(state.arrived, state.task_step, batch))
+        parts = prior.with_shares(parts, after.arrived, drawn)
     one_pass = functools.partial(descend, bound, context)
-    found = bound.strategy.gradients(one_pass, state.params, state.batch_stats, parts, context)
+    found = bound.strategy.gradients(one_pass, state.params, state.batch_stats, augmented(bound, key, parts), context)
     params, opt_state = optimise(bound, state, found.grads, context)
 
     kept = {name: x for name, x in state.batch_stats.items() if name in bound.frozen}
-    after = dataclasses.replace(after, params=params, batch_stats=found.batch_stats | kept, opt_state=opt_state)
+    batch_stats = found.batch_stats | kept
+    after = dataclasses.replace(after, params=params, batch_stats=batch_stats, opt_state=opt_state)
+    if state.average is not None:
+        average = averaged(state.average, bound.average, state.task_step, params, batch_stats)
+        after = dataclasses.replace(after, average=average)
     return after, found.parts[0].outputs, metrics | {"loss": found.loss, **scores(found.parts)}
 
 
@@ -103,7 +127,18 @@ def parts_of(bound: Bound, batch: Batch, draws: Staged, context: Context) -> lis
     drawn = [
         Part(d.record["image"], d.label, d.valid, d.id, d.record, target=d.record.get("target", {})) for d in draws
     ]
-    return [dataclasses.replace(x, allowed=allowed_classes(bound, x.label, context)) for x in (new, *drawn)]
+    weights = bound.strategy.weights or (1.0, *[bound.replay_weight] * len(drawn))
+    return [
+        dataclasses.replace(x, allowed=allowed_classes(bound, x.label, context), weight=weight)
+        for x, weight in zip((new, *drawn), weights, strict=True)
+    ]
+
+
+def drawn_classes(bound: Bound, shard: Shard | None) -> jax.Array | None:
+    """Rows of each class that each draw from this state of the buffer is expected to hold, `[K]`; None where nobody asks."""
+    return (
+        None if bound.prior == "none" or bound.buffer is None or shard is None else bound.buffer.local.expected(shard)
+    )
 
 
 def allowed_classes(bound: Bound, label: jax.Array, context: Context) -> jax.Array | None:
@@ -135,6 +170,7 @@ def positions(sizes: Sequence[int]) -> jax.Array:
 def descend(bound: Bound, context: Context, params: PyTree, batch_stats: PyTree, parts: tuple[Part, ...]) -> Descent:
     """A forward and a backward pass over the rows of all devices."""
     images, valid = (jnp.concatenate(x) for x in ([p.image for p in parts], [p.valid for p in parts]))
+    parts = prior.with_priors(parts, pooled=bound.strategy.weights is None)
     borders = np.cumsum([len(part.label) for part in parts])[:-1]
 
     def objective(params: PyTree) -> tuple[jax.Array, tuple]:

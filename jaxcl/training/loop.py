@@ -1,5 +1,6 @@
 """A run from its config to its result: the tasks one after the other, of one seed, or of several as one program."""
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from jaxcl.training import weights as weights_lib
 from jaxcl.training.build import Parts, build
 from jaxcl.training.result import MEASURES, summarize
 from jaxcl.training.resume import start
-from jaxcl.training.state import TrainState, Weights
+from jaxcl.training.state import TrainState
 from jaxcl.training.task import Course, Loaders, Scores, new_weights, own_batches, run_task, scores_of
 
 
@@ -143,10 +144,12 @@ def results(lanes: Lanes[TrainState], parts: Parts, state: TrainState, scores: l
     """What result.json holds of each lane but for its times; `scores` of the last task, [] if it was done before."""
     with lanes.phases("evaluate"):
         if not scores:
-            scores = scores_of(lanes, parts, state.weights)
+            scores = scores_of(lanes, parts, state)
         params, batch_stats, _ = new_weights(lanes, parts, 0)  # against which forward transfer is measured
         init = jax.jit(lanes.each(parts.strategy.init), out_shardings=mesh_lib.replicated(parts.mesh))
-        untrained = scores_of(lanes, parts, Weights(params, batch_stats, init(params, batch_stats), state.task))
+        own = init(params, batch_stats)
+        new = dataclasses.replace(state, params=params, batch_stats=batch_stats, strategy_state=own, average=None)
+        untrained = scores_of(lanes, parts, new)
     measure = MEASURES[bool(parts.train.targets)]
     more: dict[str, Any] = {"seeds_together": len(lanes)} if len(lanes) > 1 else {}
     more |= (

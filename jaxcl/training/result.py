@@ -55,10 +55,11 @@ def summarize(
         "tasks": [list(task.classes) for task in parts.scenario.tasks],
         "evaluated_on": "validation" if config.data.validation else "test",
         **(_errors(at, untrained) if parts.train.targets else _accuracies(parts, at, scores, untrained)),
-        **{f"{name}_matrix": rows for name, rows in at.scores.items() if name not in NAMED},
+        **_further(at),
         "steps": at.step,
         "images": at.counts["images"],
         "buffer": _buffer_report(parts.buffer, state),
+        "prior": parts.prior,
         "replay": None if parts.buffer is None else _replay_report(config, at),
         **conditions(config, parts.mesh),
     }
@@ -76,6 +77,13 @@ def _accuracies(parts: Parts, at: Progress, scores: dict[str, np.ndarray], untra
     found |= {"accuracy_in_task": scores["accuracy_in_task"].tolist()}
     found |= {"per_class_accuracy": summaries.per_class_accuracy(confusion)}
     return found | ({"confusion": confusion.tolist()} if len(confusion) <= 100 else {})  # where it stays readable
+
+
+def _further(at: Progress) -> dict[str, Any]:
+    """Of every further metric the matrix, and the mean over tasks after the last."""
+    more = {name: rows for name, rows in at.scores.items() if name not in NAMED}
+    matrices = {f"{name}_matrix": rows for name, rows in more.items()}
+    return matrices | {f"average_{name}": summaries.average_accuracy(rows) for name, rows in more.items()}
 
 
 def _errors(at: Progress, untrained: Any) -> dict[str, Any]:

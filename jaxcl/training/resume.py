@@ -14,7 +14,7 @@ from jaxcl.runs.lanes import Lanes
 from jaxcl.runs.session import Session
 from jaxcl.training.build import Parts, capacity_of, policy_of
 from jaxcl.training.learn import step_keys
-from jaxcl.training.state import TrainState, initial_state
+from jaxcl.training.state import TrainState
 from jaxcl.training.task import weights_of
 
 
@@ -22,7 +22,7 @@ def start(lanes: Lanes[TrainState], parts: Parts) -> TrainState:
     """The state of all lanes in which the run begins or goes on."""
     with lanes.phases("compile"):
         weights = [weights_of(config, parts, 0) for config in lanes.configs]
-        states = [initial_state(parts.mesh, one, parts.buffer, parts.strategy) for one in weights]
+        states = [parts.new_state(one) for one in weights]
     if lanes.sessions[0].found is not None:
         with lanes.phases("restore"):
             each = zip(lanes.configs, lanes.sessions, states, strict=True)

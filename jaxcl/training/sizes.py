@@ -58,6 +58,7 @@ def check_sizes(
     capacity: int = 0,
     draws: int = 0,
     seeds: int = 1,
+    averaged: bool = False,
 ) -> None:
     """Whether the devices can hold the weights, the batches and the buffer of a run.
 
@@ -67,14 +68,16 @@ def check_sizes(
       capacity: rows of the buffer, as `config.buffer` counts them.
       draws: of a step.
       seeds: runs that are trained together.
+      averaged: whether an average of the weights is kept beside them.
 
     Raises:
       UserError: they cannot; names the field that asks for most.
     """
+    weights = jax.eval_shape(new_weights, jax.random.key(0))
     buffer, devices = config.buffer, mesh.size
     row, stored = PIXEL * math.prod(image_shape), bytes_of(record)
     each = {
-        "model.options": (config.model.options.to_dict(), bytes_of(jax.eval_shape(new_weights, jax.random.key(0)))),
+        "model.options": (config.model.options.to_dict(), bytes_of((weights, weights[:2] if averaged else None))),
         "batch_size": (config.batch_size, config.batch_size // devices * row),
         "eval.batch_size": (config.eval.batch_size, config.eval.batch_size // devices * row),
         "buffer.representatives": (buffer.representatives, draws * buffer.representatives // devices * (stored + row)),

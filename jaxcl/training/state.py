@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -14,6 +15,7 @@ from jaxcl.buffer import Buffer, Shard, Staged
 from jaxcl.mesh import AXIS, ROWS, WHOLE
 from jaxcl.models import Model
 from jaxcl.strategies import Strategy
+from jaxcl.training.average import Average
 from jaxcl.types import PyTree
 
 ROWS_OF_SEEDS = PartitionSpec(None, AXIS)  # as ROWS, behind a leading axis of seeds
@@ -52,6 +54,8 @@ class TrainState:
       buffer: the rehearsal buffer, split over the devices; None without rehearsal.
       staged: the draws made during the last step, which the next one replays; () without rehearsal.
       strategy_state: what the strategy keeps for itself, {} for most; whole on every device.
+      arrived: int32 `[K]`, valid new rows of each class that the task has had; None unless the prior is corrected.
+      average: of the weights, which evaluation then uses, see `jaxcl.training.average`; whole on every device. None without.
     """
 
     step: jax.Array
@@ -64,6 +68,8 @@ class TrainState:
     buffer: Shard | None
     staged: Staged
     strategy_state: PyTree
+    arrived: jax.Array | None = None
+    average: Average | None = None
 
     @property
     def clock(self) -> Clock:
@@ -71,7 +77,13 @@ class TrainState:
 
     @property
     def weights(self) -> Weights:
+        """As the last step left them."""
         return Weights(self.params, self.batch_stats, self.strategy_state, self.task)
+
+    @property
+    def evaluated(self) -> Weights:
+        """Those by which test rows are judged: the average where there is one."""
+        return self.weights if self.average is None else self.weights._replace(**self.average._asdict())
 
 
 def specs(seeds: bool = False) -> TrainState:
@@ -94,9 +106,19 @@ def make_weights(
 
 
 def initial_state(
-    mesh: Mesh, weights: tuple[PyTree, PyTree, PyTree], buffer: Buffer | None, strategy: Strategy
+    mesh: Mesh,
+    weights: tuple[PyTree, PyTree, PyTree],
+    buffer: Buffer | None,
+    strategy: Strategy,
+    counted_classes: int | None = None,
+    averaged: bool = False,
 ) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step.
+
+    Args:
+      counted_classes: K where the new rows of each class are counted.
+      averaged: whether an average of the weights is kept.
+    """
 
     def number(value: int) -> jax.Array:  # donated leaf by leaf: no two may share a buffer
         return jnp.copy(mesh_lib.replicate(mesh, jnp.int32(value)))
@@ -115,4 +137,6 @@ def initial_state(
         strategy_state=jax.jit(
             lambda *args: jax.tree.map(jnp.copy, strategy.init(*args)), out_shardings=mesh_lib.replicated(mesh)
         )(params, batch_stats),
+        average=Average(*jax.tree.map(jnp.copy, (params, batch_stats))) if averaged else None,
+        arrived=None if counted_classes is None else mesh_lib.replicate(mesh, np.zeros(counted_classes, np.int32)),
     )

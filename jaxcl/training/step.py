@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.mesh import ROWS, WHOLE, on_mesh
-from jaxcl.training.learn import Bound, Metrics, candidates, learn, step_keys
+from jaxcl.training.learn import Bound, Metrics, candidates, drawn_classes, learn, step_keys
 from jaxcl.training.state import ROWS_OF_SEEDS, TrainState, specs
 from jaxcl.training.step_host import HostStep, Phase, make_host_step
 from jaxcl.types import Batch
@@ -29,7 +29,7 @@ from jaxcl.types import Batch
 def train_step(bound: Bound, key: jax.Array, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """The step of the device tier, on this device's part of state and batch; `key` is the run's."""
     augment_key, insert_key, *draw_keys = step_keys(key, state.step, bound.strategy.draws)
-    after, outputs, metrics = learn(bound, augment_key, state, batch)
+    after, outputs, metrics = learn(bound, augment_key, state, batch, drawn_classes(bound, state.buffer))
     if bound.buffer is not None and state.buffer is not None:
         rows = candidates(bound, state.clock, batch, outputs)
         shard = bound.buffer.local.insert(state.buffer, rows, insert_key)

@@ -14,17 +14,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxcl.buffer import Shard, Staged
 from jaxcl.buffer.host import Handover, Store
 from jaxcl.mesh import ROWS, WHOLE, on_mesh
 from jaxcl.strategies.base import Outputs
-from jaxcl.training.learn import Bound, Metrics, candidates, learn, step_keys
+from jaxcl.training.learn import Bound, Metrics, candidates, drawn_classes, learn, step_keys
 from jaxcl.training.state import Clock, TrainState, specs
 from jaxcl.types import Batch, PyTree
 
 Phase = Callable[[str], contextlib.AbstractContextManager]
 Handed = tuple[Handover, ...]  # one, or none where rows are handed over by callback
+Told = tuple[Clock, jax.Array | None]  # and what `drawn_classes` says
 
 
 def make_host_step(bound: Bound, seed: int) -> "HostStep":
@@ -56,13 +58,13 @@ def turn(
 
 
 def train_on(
-    bound: Bound, seed: int, state: TrainState, batch: Batch, arrived: jax.Array | None
+    bound: Bound, seed: int, state: TrainState, batch: Batch, arrived: jax.Array | None, drawn: jax.Array | None
 ) -> tuple[TrainState, Outputs, Metrics]:
     """`learn` on the new rows and on the draws, whose rows have `arrived` from the host: exchange, then training."""
     assert bound.buffer is not None
     staged = bound.buffer.local.receive(state.staged, arrived)
     augment_key = step_keys(jax.random.key(seed), state.step, bound.strategy.draws)[0]
-    return learn(bound, augment_key, dataclasses.replace(state, staged=staged), batch)
+    return learn(bound, augment_key, dataclasses.replace(state, staged=staged), batch, drawn)
 
 
 def train_and_turn(
@@ -70,23 +72,25 @@ def train_and_turn(
 ) -> tuple[TrainState, Metrics, Handed]:
     """A whole step as one program."""
     assert state.buffer is not None
-    after, outputs, metrics = train_on(bound, seed, state, batch, arrived)
+    after, outputs, metrics = train_on(bound, seed, state, batch, arrived, drawn_classes(bound, state.buffer))
     shard, staged, handed = turn(bound, seed, state.buffer, state.clock, batch, outputs)
     return dataclasses.replace(after, buffer=shard, staged=staged), metrics, handed
 
 
-def ahead(bound: Bound, seed: int, shard: Shard, clock: Clock, batch: Batch) -> tuple[Shard, Clock, Staged, Handed]:
+def ahead(bound: Bound, seed: int, shard: Shard, clock: Clock, batch: Batch) -> tuple[Shard, Told, Staged, Handed]:
     """The first of two programs. It hands the clock on, so that on every device the second one starts behind it."""
+    told = clock, drawn_classes(bound, shard)
     shard, staged, handed = turn(bound, seed, shard, clock, batch, {})
-    return shard, clock, staged, handed
+    return shard, told, staged, handed
 
 
 def train(
-    bound: Bound, seed: int, rest: TrainState, clock: Clock, staged: Staged, batch: Batch, arrived: jax.Array | None
+    bound: Bound, seed: int, rest: TrainState, told: Told, staged: Staged, batch: Batch, arrived: jax.Array | None
 ) -> tuple[TrainState, Metrics]:
-    """The second of two programs, which needs nothing of the first; `rest`: see `rest_of`."""
+    """The second of two programs, which needs nothing of the first but what it is told; `rest`: see `rest_of`."""
+    clock, drawn = told
     state = dataclasses.replace(rest, **clock._asdict(), staged=staged)
-    after, _, metrics = train_on(bound, seed, state, batch, arrived)
+    after, _, metrics = train_on(bound, seed, state, batch, arrived, drawn)
     return dataclasses.replace(after, staged=()), metrics
 
 
@@ -99,9 +103,9 @@ class HostStep:
 
     Attributes:
       store: of the rows.
-      program: jitted `(state, batch, arrived) -> (state, metrics, handed)`; of two the second, `(rest, clock, staged, batch,
+      program: jitted `(state, batch, arrived) -> (state, metrics, handed)`; of two the second, `(rest, told, staged, batch,
         arrived) -> (rest, metrics)` with `staged` of the step before. Donates the first argument.
-      ahead: of two the first, jitted `(shard, clock, batch) -> (shard, clock, staged, handed)`, donating the shard.
+      ahead: of two the first, jitted `(shard, clock, batch) -> (shard, told, staged, handed)`, donating the shard.
     """
 
     store: Store
@@ -121,7 +125,7 @@ class HostStep:
             return [(self.program, (state, batch, arrived))]
         return [
             (self.ahead, (state.buffer, state.clock, batch)),
-            (self.program, (rest_of(state), state.clock, state.staged, batch, arrived)),
+            (self.program, (rest_of(state), (state.clock, _classes_like(state)), state.staged, batch, arrived)),
         ]
 
 
@@ -149,10 +153,10 @@ class Fed:
                 store.passed(handed)
             return state, self._metrics
         with self._phase("accumulate"):
-            shard, clock, drawn, handed = self._run(step.ahead, state.buffer, state.clock, batch)
+            shard, told, drawn, handed = self._run(step.ahead, state.buffer, state.clock, batch)
             store.passed(handed)
         with self._phase("train"):
-            rest, self._metrics = self._run(step.program, rest_of(state), clock, state.staged, batch, arrived)
+            rest, self._metrics = self._run(step.program, rest_of(state), told, state.staged, batch, arrived)
         return dataclasses.replace(rest, buffer=shard, staged=drawn), self._metrics
 
     def _run(self, program: Any, *args: PyTree) -> Any:
@@ -171,6 +175,12 @@ class Fed:
             return False
         jax.block_until_ready(self._metrics)  # raises what the step itself met with
         return True
+
+
+def _classes_like(state: TrainState) -> Any:
+    """The shape of what `drawn_classes` gives."""
+    x = state.arrived
+    return None if x is None else jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
 
 
 def rest_of(state: TrainState) -> TrainState:

@@ -29,7 +29,7 @@ from jaxcl.training.build import Parts
 from jaxcl.training.end_task import Batches
 from jaxcl.training.result import add_scores, count_review, count_rows
 from jaxcl.training.shown import buffer_scalars, evaluation_scalars, means_so_far, seconds_scalars
-from jaxcl.training.state import TrainState, Weights
+from jaxcl.training.state import TrainState
 from jaxcl.types import PyTree
 
 Scores = dict[str, np.ndarray]
@@ -139,7 +139,7 @@ def evaluate(course: Course, state: TrainState, task: int) -> list[Scores]:
     """The scores of every lane on the test rows of all tasks; into the progress, the log and the bar."""
     lanes = course.lanes
     with lanes.phases("evaluate"):
-        scores = scores_of(lanes, course.parts, state.weights)
+        scores = scores_of(lanes, course.parts, state)
         for session, mine in zip(lanes.sessions, scores, strict=True):
             rows = add_scores(session.progress, mine)
             session.log.write("evaluation", lanes.at.step, {"task": task, **rows})
@@ -207,11 +207,12 @@ def begin(lanes: Lanes[TrainState], state: TrainState, task: int, loaders: Loade
     return dataclasses.replace(state, task_step=start, steps_per_epoch=per_epoch, task=number)
 
 
-def scores_of(lanes: Lanes[TrainState], parts: Parts, weights: Weights) -> list[Scores]:
-    """The scores of every lane with these weights."""
+def scores_of(lanes: Lanes[TrainState], parts: Parts, state: TrainState) -> list[Scores]:
+    """The scores of every lane with the weights and the memory of this state."""
     batches = evaluation_batches(lanes.configs[0], parts)
     rows = lanes.sessions[0].watched(batches, "a batch of the evaluation")
-    return lanes.split(parts.evaluate(weights, rows))
+    means = None if parts.class_means is None else parts.class_means(state.evaluated, state.buffer)
+    return lanes.split(parts.evaluate(state.evaluated, rows, means))
 
 
 def _loaders(lanes: Lanes[TrainState], make: Callable[..., data.Loader | None], state: TrainState | None) -> Loaders:

@@ -80,10 +80,16 @@ def test_several_seeds_have_a_deviation(tmp_path):
     text = drawn("accuracy", found, tmp_path)
     assert "| net | rehearsal | 2 | 65.0 ± 7.1 | 25.0 ± 0.0 | 3.5 ± 0.7 |" in text
     front = accuracy.front(found | ENVIRONMENT)
-    assert "a; 8 fake CPU devices of 2 cores" in front and "| net | 8 + 1 | 76 % | 1.10 | 0.50 |" in front
+    assert "a; 8 fake CPU devices of 2 cores" in front and "| net | 8 + 1 | 76 % | 100 % | 1.10 | 0.50 |" in front
     point = {"value": 64, "top5_so_far": [[1.0, 0.68]]}
-    swept = {"model": "net", "bounds": model, "swept": {"buffer.representatives": [{**point, "value": 8}, point]}}
+    swept = {
+        "name": "a",
+        "model": "net",
+        "bounds": model,
+        "swept": {"buffer.representatives": [{**point, "value": 8}, point]},
+    }
     assert "| net | 8 + 64 | 80 % |" in accuracy.front(found | ENVIRONMENT, swept)
+    assert "8 + 64" not in accuracy.front(found | ENVIRONMENT, swept | {"name": "b"})  # figure 2 is of another size
 
 
 def test_an_expensive_model_may_have_fewer_seeds(study, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 import experiments.paper
 import experiments.studies
-from experiments.studies import exchange_accuracy, grid
+from experiments.studies import choice, exchange_accuracy, grid, rehearsal
 from experiments.studies.grid import Grid, Setting
 from jaxcl.errors import UserError
 from jaxcl.training.config import check_config
@@ -81,6 +81,37 @@ def test_every_setting_of_the_exchanges_is_allowed():
         check_config(grid.changed(config, one.fields), 8)
     with pytest.raises(UserError, match=r"^--models: 'x' is not allowed"):
         list(exchange_accuracy.settings(["x"]))
+
+
+@pytest.mark.parametrize("name", ["digits", "split_mnist", "split_cifar10", "paper_tinyimagenet"])
+def test_every_row_of_the_rehearsal_study_is_allowed(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    for fields in rehearsal.rows_of(config).values():
+        check_config(grid.changed(config, fields), 1)
+    assert set(choice.CHOICES.default) <= set(rehearsal.rows_of(config))
+
+
+def test_equal_steps_from_scratch_are_those_of_one_pass_over_the_tasks():
+    """Tasks of n rows: from scratch E' (n + 2 n + 3 n + 4 n) rows, one after the other E 4 n."""
+    config = importlib.import_module("configs.paper_tinyimagenet").get_config("medium")
+    assert rehearsal.equal_steps(config) * 10 == config.epochs * 4 == 48
+    fields = rehearsal.rows_of(config)["from_scratch equal steps"]
+    assert fields["epochs"] == 5 and fields["optimizer.decay_epochs"] == pytest.approx((10 / 3, 25 / 6, 55 / 12))
+
+
+def test_the_choice_is_the_best_on_validation_rows_and_ranked_where_it_is_judged():
+    def records(**accuracies):
+        return [{"row": name, "top1": x, "seconds": [1.0] * len(x)} for name, x in accuracies.items()]
+
+    found = choice.judged(records(a=[0.1, 0.3], b=[0.4, 0.2], c=[0.1, 0.1]), records(a=[0.5], b=[0.3], c=[0.4]))
+    assert {name: found[name] for name in ("choice", "rank", "best")} == {"choice": "b", "rank": 3, "best": "a"}
+    assert found["seconds_of_search"] == 6
+
+
+def test_rows_of_old_tasks_that_are_called_a_new_class_are_counted():
+    confusion = [[1, 0, 3], [0, 4, 0], [0, 0, 9]]
+    assert rehearsal.called_new({"confusion": confusion, "tasks": [[0, 1], [2]]}) == 3 / 8
+    assert rehearsal.called_new({"tasks": [[0, 1], [2]]}) is None
 
 
 def command(module, *more):

@@ -123,7 +123,7 @@ def test_values_of_another_type_are_refused(kind):
         ({"strategy": "ewk"}, "strategy: 'ewk' is not allowed, give one of agem, "),
         ({"strategy": "module:"}, "strategy: 'module:'"),
         ({"strategies__mir": 3}, "strategies.mir: 3 is not allowed, give a group of fields"),
-        ({"strategies__er": {"a": 1}}, "strategies.er: no such field; did you mean der?"),
+        ({"strategies__er": {"a": 1}}, "strategies.er: no such field; did you mean uer?"),
         ({"data__scenario": "scattered"}, "data.scenario: 'scattered' is not allowed, give one of blurry, domain, "),
         ({"data__scattered": 1.5}, "data.scattered: 1.5 is not allowed, give a number from 0 to 1"),
         ({"buffer__policy": "lru"}, "buffer.policy: 'lru' is not allowed, give one of "),

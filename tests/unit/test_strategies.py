@@ -11,6 +11,7 @@ import pytest
 from jaxcl.strategies import STRATEGIES, make_strategy
 from jaxcl.strategies.agem import project
 from jaxcl.strategies.bic import is_held_out
+from jaxcl.strategies.uer import cosines
 from tests.rig import DRAWN, RATE, K, Rig, close, make_batch, make_draw
 
 OLD, SEEN = np.arange(K) < 2, np.arange(K) < 4  # in task 1 of three
@@ -29,6 +30,7 @@ OPTIONS = {
     "mir": {"replayed": 3},
     "bic": {"temperature": 3.0, "held_out": 0.3},
     "dytox": {"temperature": 3.0},
+    "uer": {"gamma": 3.0},
 }
 
 
@@ -97,6 +99,14 @@ def er_ace(new, replay, ask, params, old):
     )
 
 
+def uer(new, replay, ask, params, old):
+    features, kernel = ask(params, new, "features"), params["head"]["kernel"]
+    lengths = jnp.sqrt((features**2).sum(1))[:, None] * jnp.sqrt((kernel**2).sum(0))
+    return (
+        entropy(3 * features @ kernel / lengths, new.label).mean() + entropy(ask(params, replay), replay.label).mean()
+    )
+
+
 def der(new, replay, ask, params, old):
     return (
         entropy(ask(params, new), new.label).mean()
@@ -161,7 +171,7 @@ def dytox(new, replay, ask, params, old):
     return jnp.concatenate(losses).mean()
 
 
-FORMULAS = (er_ace, der, der_pp, l2, ewc, lwf, feature_distillation, icarl, bic, dytox)
+FORMULAS = (er_ace, uer, der, der_pp, l2, ewc, lwf, feature_distillation, icarl, bic, dytox)
 
 
 def only_valid(rows):
@@ -190,6 +200,18 @@ def test_a_step_follows_the_formula(formula, mesh_of):
     close(after.params, jax.tree.map(lambda w, g: w - RATE * g, before, grads), atol=1e-5)
     if formula is not ewc:  # whose loss lacks a constant
         assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-4)
+
+
+def test_a_vector_of_no_length_has_no_angle():
+    """Features that a ReLU left at zero, or nearly, and a class without weights: cosines and gradients of 0, others right."""
+    features, kernel = np.zeros((3, 4), np.float32), np.random.default_rng(0).normal(size=(4, K)).astype(np.float32)
+    features[1:], kernel[:, 2] = [[1, 0, 2, 0], [0, 0, 0, 3e-8]], 0
+    found = np.asarray(cosines(features, kernel))
+    lengths = np.linalg.norm(features[1]) * np.maximum(np.linalg.norm(kernel, axis=0), 1e-12)
+    np.testing.assert_allclose(found, [np.zeros(K), features[1] @ kernel / lengths, np.zeros(K)], rtol=1e-5)
+    of_rows, of_classes = jax.grad(lambda *x: entropy(cosines(*x), np.arange(3)).sum(), (0, 1))(features, kernel)
+    assert np.isfinite(of_rows).all() and np.isfinite(of_classes).all()
+    assert (of_rows[::2] == 0).all() and (of_rows[1] != 0).all() and (of_classes[:, 2] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["l2", "feature_distillation", "lwf", "ewc"])

@@ -58,6 +58,7 @@ def test_mistakes():
         ("er", {"alpha": 1.0}, "strategy: er has no option 'alpha'; it has none"),
         ("mir", {"replayed": 0}, "strategies.mir.replayed: 0 is not allowed, give a positive number"),
         ("bic", {"held_out": 1.0}, "strategies.bic.held_out: 1.0 is not allowed, give a share between 0 and 1"),
+        ("uer", {"gamma": 0.0}, "strategies.uer.gamma: 0.0 is not allowed, give a positive number"),
         ("gdumb", {"epochs": 0}, "strategies.gdumb.epochs: 0 is not allowed, give a positive number"),
     ):
         with pytest.raises(UserError) as info:

@@ -48,6 +48,7 @@ def bind(sizes: Sizes, store: Store, handover: str, *, on_cpu: bool) -> Local:
         turn=on(turn, sizes, store, handover),
         receive=on(receive, sizes, on_cpu),
         no_rows=on(no_rows, sizes),
+        expected=on(buffer.expected, sizes),
     )
 
 
