@@ -14,7 +14,6 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import cli
 from experiments.pages.page import Json
 from experiments.studies import grid, rehearsal
 from experiments.studies.grid import Grid, Setting
