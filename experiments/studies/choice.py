@@ -17,6 +17,7 @@ from ml_collections import config_flags
 from experiments.pages.page import Json
 from experiments.studies import grid, rehearsal
 from experiments.studies.grid import Grid, Setting
+from jaxcl import cli
 
 JUDGE = config_flags.DEFINE_config_file("judge", None, "config file of the data set on which the choice is judged")
 CHOICES = flags.DEFINE_list(
