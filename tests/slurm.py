@@ -44,7 +44,9 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> str:
-    """Why it cannot be started; "" if it can."""
+    """Why it is not started; "" if it can be and is asked for."""
+    if not os.environ.get("JAXCL_SLURM"):
+        return "JAXCL_SLURM is not set"
     lacking = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
     if lacking:
         return f"no {', '.join(lacking)}; on Debian: apt install slurm-wlm munge"
