@@ -1,6 +1,7 @@
 # Two commands need nothing but Python 3.11 or newer and make; each prepares .venv when its requirements changed:
 #     make demo    a small comparison of strategies on 8 fake CPU devices, with a report in runs/demo
 #     make test    what CI runs: format, lint, types, every test
+#     make docs    the documentation as a site in site/; a link that leads nowhere is an error
 #     make check   for every edit: format, lint, types, the unit tests that are quick; 4 minutes on 2 cores
 # Paths are relative, so that a checkout in a folder with spaces works too.
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check lint clean
+.PHONY: demo test check lint docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.stamp-run
@@ -26,8 +27,11 @@ lint: .venv/.stamp-dev
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
+docs: .venv/.stamp-docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
+	rm -rf site .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is touched last, so that an interrupted install is taken up again by the next make.
@@ -36,7 +40,12 @@ clean:
 	@$(PIP) -r requirements.txt
 	@touch $@
 
-.venv/.stamp-dev: requirements-dev.txt requirements.txt .venv/.stamp-venv
+.venv/.stamp-docs: requirements-docs.txt .venv/.stamp-venv
+	@echo "installing requirements-docs.txt into .venv (once)"
+	@$(PIP) -r requirements-docs.txt
+	@touch $@
+
+.venv/.stamp-dev: requirements-dev.txt requirements-docs.txt requirements.txt .venv/.stamp-venv
 	@echo "installing requirements-dev.txt into .venv (once, a few minutes)"
 	@$(PIP) -r requirements-dev.txt
 	@touch $@ .venv/.stamp-run

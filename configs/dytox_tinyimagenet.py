@@ -12,14 +12,14 @@ its accuracy says nothing.
 
 from ml_collections import ConfigDict
 
-from configs import dytox_cifar100
+from jaxcl import shipped
 from jaxcl.errors import UserError
 
 
 def get_config(size: str = "gpu") -> ConfigDict:
     if size not in ("gpu", "cpu"):
         raise UserError(f"--config=configs/dytox_tinyimagenet.py:{size}: no such size, choose gpu or cpu")
-    config = dytox_cifar100.get_config()
+    config = shipped.load("dytox_cifar100").get_config()
     config.name = "DyTox, Tiny-ImageNet 32x32, 10 x 10 classes"
     config.data.source = "tfds:tinyimagenet32"
     each = 10 if size == "gpu" else 2

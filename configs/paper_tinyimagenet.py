@@ -29,14 +29,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.paper_imagenet import protocol
+from jaxcl import shipped
 from jaxcl.errors import UserError
 
 
 def get_config(size: str = "gpu") -> ConfigDict:
     if size not in ("gpu", "full", "medium", "cpu"):
         raise UserError(f"--config=configs/paper_tinyimagenet.py:{size}: no such size, choose gpu, full, medium or cpu")
-    config = protocol(devices=8)
+    config = shipped.load("paper_imagenet").protocol(devices=8)
     config.data.augment = ("crop", "flip")
     config.name = "Tiny-ImageNet 32x32, 4 x 50 classes"
     config.data.source = "tfds:tinyimagenet32"

@@ -10,9 +10,9 @@ Data: `tfds:mnist`, prepared in TFDS_DIR (TFDS's default folder if not given), o
 
 from ml_collections import ConfigDict
 
-from configs.split_mnist_mammoth import Rows, protocol
+from jaxcl import shipped
 
-ROWS: Rows = {
+ROWS: dict[str, tuple[float, dict[str, float]]] = {
     "incremental": (0.2, {}),
     "er-500": (0.2, {}),
     "ewc": (0.1, {"strength": 0.7, "gamma": 1.0}),
@@ -20,7 +20,9 @@ ROWS: Rows = {
 
 
 def get_config(row: str = "er-500") -> ConfigDict:
-    config = protocol("permuted_mnist_mammoth", ROWS, row, batch_size=128, capacity=500)
+    config = shipped.load("split_mnist_mammoth").protocol(
+        "permuted_mnist_mammoth", ROWS, row, batch_size=128, capacity=500
+    )
     config.name = f"Permuted-MNIST, Mammoth's protocol, {row}"
     config.log_every = 500
     config.data.source = "tfds:mnist"

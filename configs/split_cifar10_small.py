@@ -13,10 +13,9 @@ norm then sees each by itself; here all rows pass together. Time: about 6 s a ru
 
 from ml_collections import ConfigDict
 
-from configs.split_cifar10 import MEAN, STD
-from configs.split_mnist_mammoth import Rows, protocol
+from jaxcl import shipped
 
-ROWS: Rows = {
+ROWS: dict[str, tuple[float, dict[str, float]]] = {
     "er-200": (0.03, {}),
     "er-500": (0.03, {}),
     "der-200": (0.03, {"alpha": 0.3}),
@@ -27,10 +26,11 @@ ROWS: Rows = {
 
 
 def get_config(row: str = "er-200") -> ConfigDict:
-    config = protocol("split_cifar10_small", ROWS, row, batch_size=10)
+    config = shipped.load("split_mnist_mammoth").protocol("split_cifar10_small", ROWS, row, batch_size=10)
     config.name = f"Split-CIFAR-10 cut down, {row}"
     config.log_every = 100
     config.data.source = "npz:cifar10_small.npz"
     config.data.tasks = 5
-    config.data.mean, config.data.std = MEAN, STD
+    large = shipped.load("split_cifar10")
+    config.data.mean, config.data.std = large.MEAN, large.STD
     return config

@@ -1,50 +1,6 @@
-"""Trains several strategies on the same tasks, prints a table and writes pictures and a page.
+"""`jaxcl compare`, as a module: python -m experiments.compare [--flag=value ...]"""
 
-    python -m experiments.compare --config=configs/digits.py --workdir=DIR --strategies=from_scratch,incremental,er
-        [--seeds=3] [--vmap] [--devices=8] [--config.epochs=5 ...]
-
-Each run has its own folder, DIR/STRATEGY/SEED; those that are finished are not run again, an unfinished one is continued.
-Files of the report's names that are not of an earlier one are refused.
---vmap trains the seeds of a strategy together, as one program: see jaxcl/search/seeds.py.
-"""
-
-import jax
-from absl import flags
-
-from experiments import cli
-from jaxcl import report
-from jaxcl.check import Rule, check
-from jaxcl.registry import short
-from jaxcl.search.seeds import check_folders, check_seeds, train_seeds
-from jaxcl.training.build import build
-
-STRATEGIES = flags.DEFINE_list("strategies", ["from_scratch", "incremental", "er"], "strategies to compare")
-
-
-def main() -> None:
-    config, workdir = cli.config_and_workdir()
-    count, names = cli.seeds(default=1), STRATEGIES.value
-    check("--strategies", names, Rule(lambda x: x and len({short(name) for name in x}) == len(x), "each strategy once"))
-    report.check_out(workdir)
-    runs = []
-    for strategy in names:
-        one = config.copy_and_resolve_references()
-        with one.unlocked():  # a config of another kind is refused by the check
-            one.strategy = strategy
-        seeds = range(config.seed, config.seed + count)
-        check_seeds(one, seeds, cli.VMAP.value, len(jax.devices()))
-        runs.append((one, {seed: workdir / short(strategy) / f"seed_{seed}" for seed in seeds}))
-    for one, folders in runs:  # what data and folders tell also comes before the first run
-        build(one)
-        check_folders(one, folders, cli.OVERWRITE.value)
-    for one, folders in runs:
-        train_seeds(one, folders, together=cli.VMAP.value, **cli.run_options())
-    if jax.process_index() > 0:
-        return
-    found = report.load_runs([folder for _, folders in runs for folder in folders.values()])
-    print(report.table(found))
-    print(f"pictures and page: {report.write_report(found, workdir)}")
-
+from jaxcl.commands.compare import command
 
 if __name__ == "__main__":
-    cli.run(main)
+    command()

@@ -1,28 +1,6 @@
-"""Trains one contrastive run on pairs and prints what it retrieves.
+"""`jaxcl pairs`, as a module: python -m experiments.pairs [--flag=value ...]"""
 
-python -m experiments.pairs --config=configs/memory_bank_emoji.py --config.data.source=emoji:FILE --workdir=DIR
-    [--config.negatives=momentum ...] [--devices=8]
-python -m experiments.pairs --help_config
-
-An unfinished run in DIR is continued from its last checkpoint, on any number of devices; several processes as in
-experiments.train. What the kinds of negatives are worth is measured by experiments.studies.memory_bank.
-"""
-
-import jax
-
-from experiments import cli
-from jaxcl.contrastive import config as contrastive
-from jaxcl.contrastive.train import train_and_evaluate
-
-
-def main() -> None:
-    config, workdir = cli.config_and_workdir()
-    result = train_and_evaluate(config, workdir, **cli.run_options())
-    if jax.process_index() == 0:
-        for scores in result["evaluations"]:
-            recall = "  ".join(f"{name} {100 * x:.1f} %" for name, x in scores.items() if "@" in name)
-            print(f"step {scores['step']}: {recall}")
-
+from jaxcl.commands.pairs import command
 
 if __name__ == "__main__":
-    cli.run(main, fields=contrastive.fields())
+    command()

@@ -1,24 +1,6 @@
-"""Turns finished runs into pictures and one HTML page.
+"""`jaxcl report`, as a module: python -m experiments.report [--flag=value ...]"""
 
-python -m experiments.report DIR... [--out=DIR]
-
-Finds every run (a folder with result.json) below each DIR, prints the table, and writes report.html and its pictures
-into --out, by default the first DIR. Files of the same names that are not of an earlier report are refused.
-"""
-
-from experiments import cli
-from jaxcl import report
-from jaxcl.errors import UserError
-
-
-def main(folders: list[str]) -> None:
-    if not folders:
-        raise UserError("DIR: missing; give at least one folder of runs")
-    runs, out = report.load_runs(folders), cli.OUT.value or folders[0]
-    report.check_out(out)
-    print(report.table(runs))
-    print(report.write_report(runs, out))
-
+from jaxcl.commands.report import command
 
 if __name__ == "__main__":
-    cli.run(main, positional=True)
+    command()

@@ -66,6 +66,15 @@ class Registry(Mapping[str, F], Generic[F]):
     def __contains__(self, name: object) -> bool:
         return name in self._found
 
+    def from_outside(self, name: str) -> F | None:
+        """The function called `name` if it is none of the package's files, else None.
+
+        Raises:
+          UserError: there is none.
+        """
+        found = self._found[name] if name in self._found else self[name]  # None: a file that nobody has asked for
+        return None if found is None or found.__module__.startswith(f"{self._package}.") else found
+
     def options(self, name: str) -> dict[str, Any]:
         """The options of an entry and their defaults: the parameters of its signature that have one."""
         parameters = inspect.signature(self[name]).parameters.values()

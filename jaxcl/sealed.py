@@ -40,8 +40,16 @@ def read_sealed(path: pathlib.Path) -> dict[str, Any]:
     Raises:
       Damaged: the file cannot be read, or its contents are not those of its checksum.
     """
-    value = read_json(path)
-    if "checksum" not in value:
+    return check_seal(read_json(path), path)
+
+
+def check_seal(value: Any, path: pathlib.Path) -> dict[str, Any]:
+    """The value, which comes from `path`, if `sealed` gave it.
+
+    Raises:
+      Damaged: it did not, or not so.
+    """
+    if not isinstance(value, dict) or "checksum" not in value:
         raise Damaged(f"{path} is damaged: it has no checksum")
     if value["checksum"] != _seal({name: x for name, x in value.items() if name != "checksum"}):
         raise Damaged(f"{path} is damaged: its checksum is that of other contents")

@@ -3,4 +3,4 @@
 #     TPU=my-pod ZONE=us-central2-b scripts/tpu_pod.sh --config=configs/split_cifar10.py --workdir=/mnt/shared/runs/cifar
 set -euo pipefail
 gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all \
-    --command="cd jaxcl && .venv/bin/python -m experiments.train --distributed $(printf '%q ' "$@")"
+    --command="cd jaxcl && .venv/bin/python -m jaxcl train --distributed $(printf '%q ' "$@")"

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxcl.runs import checkpoint, files, log, workdir
+from jaxcl.runs.code import code_of
 from jaxcl.runs.session import Progress
 from jaxcl.sealed import sealed
 
 
 def config(**changes: Any) -> ConfigDict:
-    return ConfigDict({"name": "x", "seed": 0, "rate": 0.1, "checkpoint": {"keep": 2}} | changes)
+    return ConfigDict({"name": "x", "seed": 0, "rate": 0.1, "writers": (), "checkpoint": {"keep": 2}} | changes)
 
 
 def claim(folder: pathlib.Path, overwrite: bool = False, **changes: Any) -> workdir.Claim:
@@ -29,7 +30,9 @@ def begin(folder: pathlib.Path) -> pathlib.Path:
         lines.write("train", step, {"loss": 1 / step})
     progress.scores["accuracy"] = [[0.5, 0.25]]
     progress.log = lines.saved()
-    checkpoints = checkpoint.Checkpoints(folder / "checkpoints", 2, workdir.resolved(config()))
+    checkpoints = checkpoint.Checkpoints(
+        folder / "checkpoints", 2, workdir.resolved(config()), {"code": code_of(config())}
+    )
     checkpoints.save(progress.name, {"w": jnp.arange(3.0)}, progress.saved())
     checkpoints.close()
     lines.write("train", 3, {"loss": 0.1})
@@ -39,7 +42,7 @@ def begin(folder: pathlib.Path) -> pathlib.Path:
 
 def finish(folder: pathlib.Path) -> pathlib.Path:
     """The same with a result."""
-    result = {"config": workdir.resolved(config()), "steps": 2, "accuracy": 0.8125}
+    result = {"config": workdir.resolved(config()), "steps": 2, "accuracy": 0.8125, "code": code_of(config())}
     files.write_json(folder / workdir.RESULT, sealed(result))
     return folder
 

@@ -130,14 +130,15 @@ def saved_step(folder: pathlib.Path) -> int:
 
 
 def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
-    """Every bit of the final state, the log and the result, but for times."""
+    """Every bit of the final state, the log and the result, but for times and the command."""
     (_, a), (_, b) = last(one), last(other)
     assert a.keys() == b.keys()
     for key in a:
         np.testing.assert_array_equal(a[key], b[key], err_msg=key)
     assert lines(one, "train", "evaluation") == lines(other, "train", "evaluation")
     ra, rb = (json.loads((folder / "result.json").read_text()) for folder in (one, other))
-    for name in ("seconds", "seconds_by_phase", "images_per_second", "config", "background_seconds", "checksum"):
+    times = ("seconds", "seconds_by_phase", "images_per_second", "background_seconds", "finished")
+    for name in (*times, "config", "checksum", "command"):
         ra.pop(name, None), rb.pop(name, None)
     assert ra == rb
 

@@ -25,10 +25,10 @@ from typing import Annotated
 
 from matplotlib.figure import Figure
 
-from experiments import cli
 from experiments.bench import harness
 from experiments.bench.peers.protocol import Result
 from experiments.pages.page import ROOT, Json
+from jaxcl import cli
 from jaxcl.check import at_least, check
 from jaxcl.errors import UserError
 

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import cli
 from experiments.bench import harness
 from experiments.bench.harness import Contender
 from experiments.pages.page import Json
+from jaxcl import cli
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import POLICIES, Buffer, Rows, make_buffer
 from jaxcl.check import at_least, check

@@ -25,8 +25,8 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from experiments import cli
 from experiments.pages.page import ROOT, Json, as_json
+from jaxcl import cli
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Rows
 from jaxcl.check import POSITIVE, check, refused

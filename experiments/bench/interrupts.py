@@ -39,7 +39,8 @@ FLAGS = {
     "checkpoint.every_steps": 20,
 }
 LIMIT = 10.0  # seconds from a signal to the end
-TIMES = ("seconds", "seconds_by_phase", "background_seconds", "images_per_second", "checksum")  # of equal runs differ
+# Of a result, what differs between equal runs.
+TIMES = ("seconds", "seconds_by_phase", "background_seconds", "images_per_second", "finished", "command", "checksum")
 REPO = pathlib.Path(__file__).resolve().parents[2]
 
 

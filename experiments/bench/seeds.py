@@ -15,9 +15,9 @@ from typing import Annotated
 
 from ml_collections import ConfigDict
 
-from experiments import cli
 from experiments.bench import harness
 from experiments.pages.page import Json
+from jaxcl import cli
 from jaxcl.runs.steps import STEPPING
 from jaxcl.search.seeds import check_together, train_seeds
 

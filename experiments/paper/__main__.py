@@ -22,11 +22,11 @@ import pathlib
 import jax
 from absl import flags
 
-from experiments import cli
 from experiments.pages.page import RESULTS
 from experiments.paper import draw, page
 from experiments.paper.study import Figures, Study
 from experiments.studies import grid
+from jaxcl import cli
 from jaxcl.check import check, one_of
 
 FIGURE = flags.DEFINE_list("figure", ["all"], f"which: all, or some of {', '.join(page.FIGURES)}")

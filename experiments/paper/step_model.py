@@ -26,9 +26,9 @@ from absl import flags
 from matplotlib.figure import Figure
 from scipy.optimize import nnls
 
-from experiments import cli
 from experiments.pages.page import Json
 from experiments.studies import grid
+from jaxcl import cli
 from jaxcl.buffer.exchange.mix import compact_hops
 from jaxcl.check import POSITIVE, check
 

@@ -14,10 +14,10 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import cli
 from experiments.pages.page import Json
 from experiments.studies import grid, rehearsal
 from experiments.studies.grid import Grid, Setting
+from jaxcl import cli
 
 JUDGE = config_flags.DEFINE_config_file("judge", None, "config file of the data set on which the choice is judged")
 CHOICES = flags.DEFINE_list(

@@ -11,11 +11,10 @@ need a uniform sample on every device.
 
 from collections.abc import Iterator
 
-from experiments import cli
 from experiments.pages.page import Json
 from experiments.studies import grid
 from experiments.studies.grid import Setting
-from jaxcl import report, summaries
+from jaxcl import cli, report, summaries
 from jaxcl.buffer import EXCHANGES
 from jaxcl.check import check, one_of
 

@@ -16,10 +16,9 @@ from absl import flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from experiments import cli
 from experiments.bench.harness import environment
 from experiments.pages.page import Json, as_json
-from jaxcl import report
+from jaxcl import cli, report
 from jaxcl.errors import UserError
 from jaxcl.search.seeds import train_seeds
 

@@ -16,8 +16,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from experiments import cli
-from jaxcl import data
+from jaxcl import cli, data
 from jaxcl.check import POSITIVE, check
 from jaxcl.errors import UserError
 

@@ -29,13 +29,12 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import cli
 from experiments.bench import bank as bank_cost
 from experiments.bench.harness import environment
 from experiments.pages.page import Json, as_json
 from experiments.studies import grid
 from experiments.studies.grid import Fields, Grid, Setting
-from jaxcl import report
+from jaxcl import cli, report
 from jaxcl.check import check, one_of, refused
 from jaxcl.contrastive import storage
 from jaxcl.contrastive.train import train_and_evaluate

@@ -26,12 +26,11 @@ from absl import flags
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import cli
 from experiments.pages import page
 from experiments.pages.page import Json
 from experiments.studies import grid
 from experiments.studies.grid import Setting
-from jaxcl import report
+from jaxcl import cli, report
 from jaxcl.buffer.selection import SELECTIONS
 from jaxcl.check import check, one_of, refused
 from jaxcl.search.seeds import train_seeds

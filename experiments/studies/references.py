@@ -22,11 +22,10 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import cli
 from experiments.pages import page
 from experiments.pages.page import Json
 from experiments.studies.grid import Grid
-from jaxcl import data, summaries
+from jaxcl import cli, data, summaries
 from jaxcl.check import refused
 from jaxcl.errors import UserError
 

@@ -15,11 +15,10 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import cli
 from experiments.pages.page import Json
 from experiments.studies import grid
 from experiments.studies.grid import Fields, Setting
-from jaxcl import report
+from jaxcl import cli, report
 from jaxcl.check import check, one_of
 from jaxcl.runs.steps import STEPPING
 from jaxcl.summaries import accuracy_so_far

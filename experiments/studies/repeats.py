@@ -14,11 +14,10 @@ import pathlib
 
 import numpy as np
 
-from experiments import cli
 from experiments.pages.page import Json
 from experiments.studies import grid
 from experiments.studies.grid import Setting
-from jaxcl import report
+from jaxcl import cli, report
 from jaxcl.buffer import REPEATS
 from jaxcl.errors import UserError
 

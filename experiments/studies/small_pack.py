@@ -6,8 +6,7 @@ python -m experiments.studies.small_pack --from=tfds:cifar10 [--from_dir=TFDS_DI
 import numpy as np
 from absl import flags
 
-from experiments import cli
-from jaxcl import data
+from jaxcl import cli, data
 from jaxcl.check import POSITIVE, check
 
 SOURCE = flags.DEFINE_string("from", None, "as config.data.source")

@@ -24,7 +24,15 @@ from jaxcl.contrastive.storage import STORAGES
 from jaxcl.data import AUGMENTATIONS
 from jaxcl.errors import UserError
 from jaxcl.fields import Field, Fields, check_fields, default_of
-from jaxcl.training.config import CHECKPOINT, IMAGES, OPTIMIZER, check_evenly, check_optimizer
+from jaxcl.training.config import (
+    CHECKPOINT,
+    IMAGES,
+    LOG,
+    OPTIMIZER,
+    check_evenly,
+    check_optimizer,
+    check_writers,
+)
 
 BANKED = ("fifo", "full_bank", "momentum")
 BETWEEN = Rule(lambda x: is_number(x) and 0 < x < 1, "a share above 0 and below 1")
@@ -43,7 +51,7 @@ def fields() -> Fields:
         "temperature": Field(0.07, "the first; it is learned", POSITIVE),
         "same_side": Field(False, "the other rows of an anchor's own side are negatives too: SimCLR"),
         "momentum": Field(0.999, "of negatives = momentum: the key encoders' moving average", FRACTION),
-        "log_every": Field(50, "steps between lines in metrics.jsonl", POSITIVE),
+        **LOG,
         "bank": {
             "capacity": Field(1024, "of fifo and momentum: rows of the union of all devices", POSITIVE),
             "drawn": Field(
@@ -103,6 +111,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
       UserError: a field is unknown, missing or of another type, or a value is not allowed on `devices` devices.
     """
     check_fields(config, fields())
+    check_writers(config)
     check_optimizer(config)
     sizes = ["batch_size", "eval.batch_size"]
     if config.negatives in ("fifo", "momentum"):

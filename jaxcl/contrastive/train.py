@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from jaxcl import data
 from jaxcl import mesh as mesh_lib
@@ -30,6 +29,7 @@ from jaxcl.optimizer import make_optimizer, make_schedule
 from jaxcl.runs import checkpoint
 from jaxcl.runs.frame import conditions, in_sessions
 from jaxcl.runs.lanes import Lanes
+from jaxcl.runs.progress import Shown, shown, title
 from jaxcl.runs.session import Session
 from jaxcl.runs.steps import reading, take_steps
 from jaxcl.training import sizes
@@ -148,7 +148,7 @@ def train_and_evaluate(
     workdir: str | pathlib.Path,
     *,
     devices: Sequence[jax.Device] | None = None,
-    progress: bool = True,
+    progress: Shown = True,
     overwrite: bool = False,
     start_seconds: float | None = None,
     stall_seconds: float | None = None,
@@ -166,14 +166,14 @@ def train_and_evaluate(
 
     def carry_out(sessions: Sequence[Session]) -> list[dict[str, Any]]:
         lanes: Lanes[ContrastiveState] = Lanes(parts.mesh, [config], sessions)
-        return [run_rounds(config, parts, lanes, progress and jax.process_index() == 0)]
+        return [run_rounds(config, parts, lanes, progress)]
 
     options: Any = {"begin": begin, "overwrite": overwrite}
     options |= {"start_seconds": start_seconds, "stall_seconds": stall_seconds}
     return in_sessions([config], [pathlib.Path(workdir)], parts.mesh, carry_out, **options)[0]
 
 
-def run_rounds(config: ConfigDict, parts: Parts, lanes: Lanes[ContrastiveState], progress: bool) -> dict[str, Any]:
+def run_rounds(config: ConfigDict, parts: Parts, lanes: Lanes[ContrastiveState], progress: Shown) -> dict[str, Any]:
     """Trains and evaluates in the rounds that are not done yet; what result.json holds but for its times."""
     [session] = lanes.sessions
     at, phases = lanes.at, lanes.phases
@@ -188,15 +188,17 @@ def run_rounds(config: ConfigDict, parts: Parts, lanes: Lanes[ContrastiveState],
             target = checkpoint.abstract(state)
             jax.tree.map(lambda x: x.delete(), state)
             state = session.checkpoints.restore(session.found, target)
-    steps = sum(map(len, loaders))
-    with tqdm(total=steps, initial=at.step, desc=config.negatives, unit="step", disable=not progress) as bar:
+    steps, name = sum(map(len, loaders)), title(progress, config.negatives, [config])
+    with shown(name, steps, at.step, bool(progress) and jax.process_index() == 0) as bar:
         for number in range(at.task, config.eval.rounds):
+            bar.begin(f"round {number + 1} of {config.eval.rounds}")
             state = take_steps(lanes, step, state, [loaders[number]], bar)
             with phases("evaluate"):
                 scores = evaluate(config, parts, state)
             session.log.write("evaluation", at.step, scores)
             at.evaluations.append({"step": at.step, **scores})
-            bar.set_postfix({name: f"{100 * scores[name]:.1f} %" for name in ("left_to_right@5", "right_to_left@5")})
+            found = {name: f"{100 * scores[name]:.1f} %" for name in ("left_to_right@5", "right_to_left@5")}
+            bar.end(f"round {number + 1} of {config.eval.rounds}", found)
             at.counts["images"] = (number + 1) * (config.epochs // config.eval.rounds) * len(parts.train)
             lanes.stand(task=number + 1, iterator=None)
             session.save(state)

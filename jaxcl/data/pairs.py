@@ -103,7 +103,12 @@ def _coco(examples: Any, pairs: str, side: int, length: int, vocabulary: int) ->
 
     def read(rows: np.ndarray) -> np.ndarray:
         shape = (side, side, 3)
-        images = read_each(COCO, examples, owner[rows].tolist(), lambda x, _: window.middle(x["image"], shape))
+        images = read_each(
+            f"record {{}} of {COCO}".format,
+            examples,
+            owner[rows].tolist(),
+            lambda x, _: window.middle(x["image"], shape),
+        )
         return np.stack(images) if images else np.empty((0, *shape), np.uint8)
 
     targets = {"text": text.tokens(words, length, vocabulary)} if words else {}

@@ -55,8 +55,8 @@ class Source:
 
 def array_source(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Source:
     """A source over arrays in memory: images uint8 `[n, H, W, C]`, labels int `[n]` in 0..K-1."""
-    # Indexing with an array copies, so no caller can write into the set.
-    return Source(labels.astype(np.int32), images.shape[1:], tuple(class_names), images.__getitem__)
+    # Indexing with an array copies, so no caller can write into the set. What is mapped gives plain arrays.
+    return Source(labels.astype(np.int32), images.shape[1:], tuple(class_names), np.asarray(images).__getitem__)
 
 
 def rows_of_each(numbers: np.ndarray, count: int) -> list[np.ndarray]:

@@ -5,8 +5,9 @@ and standard deviation over seeds); where a strategy ran in several configuratio
 """
 
 from jaxcl.report.page import Section, check_out, write_report
-from jaxcl.report.pictures import classes_over_time, color_of, png
+from jaxcl.report.pictures import classes_over_time
 from jaxcl.report.runs import Group, Run, group_runs, load_runs
+from jaxcl.report.style import color_of, png
 from jaxcl.report.tables import spread, table, text_table
 
 __all__ = [

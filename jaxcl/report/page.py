@@ -3,58 +3,42 @@
 import base64
 import functools
 import html
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jaxcl import marks
 from jaxcl.errors import StorageError, UserError
-from jaxcl.report.pictures import PICTURES, color_of, png
+from jaxcl.report.facts import definitions, differences_table, facts, seeds_table, tasks_table, title
+from jaxcl.report.gallery import PICTURES
+from jaxcl.report.look import CSS, SCRIPT
 from jaxcl.report.runs import Group, Run, common_measure, group_runs
+from jaxcl.report.style import color_of, drawn
 from jaxcl.report.tables import rows_of, unfinished
 
 PAGE = "report.html"
-_CSS = """
-:root { color-scheme: light }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 4rem; color: #23292f; background: #fff;
-       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: .5rem 0 }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 .25rem }
-p { margin: .25rem 0 .75rem; color: #5b6670 }
-img { display: block; width: 100%; min-width: 36rem; height: auto }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums }
-th, td { padding: .5rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e8ec }
-th { color: #5b6670; font-weight: 600; border-bottom: 2px solid #c9d1d8 }
-th:first-child, td:first-child { text-align: left; padding-left: 0; font-weight: 600 }
-.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em }
-ul { padding-left: 1.2rem; overflow-wrap: anywhere }
-"""
 
 
-def _html_table(rows: Iterable[Sequence[str]], colors: Iterable[str] = ()) -> str:
-    """Rows of text, the header first; `colors` of a dot in front of each row below it."""
+def _html_table(rows: Iterable[Sequence[str]], colors: Iterable[str] = (), *, words: bool = False) -> str:
+    """Rows of text, the header first, which sort; `colors` of a dot in front of each row below it. With `words` cells hold
+    sentences, which are broken into lines."""
     header, *cells = ([html.escape(cell) for cell in row] for row in rows)
     for color, row in zip(colors, cells, strict=False):
         row[0] = f'<span class="dot" style="background:{color}"></span>{row[0]}'
-    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in header) + "</tr>"]
+    lines = ["<tr>" + "".join(f'<th scope="col">{cell}</th>' for cell in header) + "</tr>"]
     lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells]
-    return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"
+    table = "\n".join(["<thead>", lines[0], "</thead><tbody>", *lines[1:], "</tbody>"])
+    return f'<div class="scroll" tabindex="0"><table class="{"words" if words else "sorts"}">{table}</table></div>'
 
 
-def _about(groups: Sequence[Group]) -> str:
-    """One line: what was run, on what."""
-    facts: list[Callable[[dict[str, Any]], str]] = [
-        lambda r: r["source"],
-        lambda r: f"{len(r['tasks'])} tasks",
-        lambda r: r["model"],
-        lambda r: f"{r['devices']['count']} x {r['devices'].get('kind', 'device')}",
-        lambda r: ", ".join(f"{name} {version}" for name, version in r["versions"].items()),
-    ]
-    parts = [" / ".join(dict.fromkeys(fact(r) for group in groups for r in group.results)) for fact in facts]
-    return " · ".join(part for part in parts if part)
+def _html_picture(title: str, caption: str, light: bytes, dark: bytes) -> str:
+    """A picture for a light page, and one for a dark one, which paper never is."""
+    source, night = (f"data:image/png;base64,{base64.b64encode(image).decode()}" for image in (light, dark))
+    return (
+        f'<div class="picture"><h2>{title}</h2><p>{caption}</p><div class="scroll" tabindex="0"><picture>'
+        f'<source media="screen and (prefers-color-scheme: dark)" srcset="{night}">'
+        f'<img alt="{title}" src="{source}"></picture></div></div>'
+    )
 
 
 @dataclass(frozen=True)
@@ -80,7 +64,7 @@ def check_out(out: str | Path) -> None:
 
 
 def write_report(runs: Sequence[Run], out: str | Path, sections: Sequence[Section] = ()) -> Path:
-    """Writes five PNGs and report.html, which embeds them, into `out` (created if need be) -> path of the page.
+    """Writes PNGs and report.html, which embeds them, into `out` (created if need be) -> path of the page.
 
     The sections come after the runs' own table. Runs without a result are listed on the page; with no finished run there
     are no pictures.
@@ -91,7 +75,7 @@ def write_report(runs: Sequence[Run], out: str | Path, sections: Sequence[Sectio
     """
     out = Path(out)
     check_out(out)
-    files = _files(runs, sections)
+    files = _files(runs, sections, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -101,41 +85,58 @@ def write_report(runs: Sequence[Run], out: str | Path, sections: Sequence[Sectio
     return out / PAGE
 
 
-def _files(runs: Sequence[Run], sections: Sequence[Section]) -> dict[str, bytes]:
+def _files(runs: Sequence[Run], sections: Sequence[Section], out: Path) -> dict[str, bytes]:
     """What a report consists of, by the names of its files."""
     files: dict[str, bytes] = {}
     groups = group_runs(runs)
-    body = ["<h1>Continual learning runs</h1>"]
+    name = title(groups)
+    body = [f"<h1>{html.escape(name)}</h1>"]
     if groups:
         colors = [color_of(group.strategy) for group in groups]
-        body += [f"<p>{html.escape(_about(groups))}</p>", _html_table(rows_of(groups), colors)]
+        body += [_html_table(rows_of(groups), colors)]
         body.append(
             "<p>Mean ± standard deviation over seeds. Forgetting: best earlier accuracy minus the last (Chaudhry et "
             "al. 2018). Backward transfer: last accuracy minus the first (Lopez-Paz &amp; Ranzato 2017). Of errors, the "
             "same with their signs turned: where an error rises, forgetting is positive.</p>"
         )
+        body.append(definitions(facts(groups)))
     for section in sections:
         body += [f"<h2>{html.escape(section.title)}</h2>", f"<p>{html.escape(section.caption)}</p>"]
         body.append(_html_table(section.rows))
     if groups:
-        measure = common_measure(groups)
-        for name, (draw, *texts) in PICTURES.items():
-            title, caption = (text.format(measure=measure) for text in texts)
-            title = title[0].upper() + title[1:]
-            picture = png(functools.partial(draw, groups))
-            files[f"{name}.png"] = picture
-            source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-            body += [f"<h2>{title}</h2>", f"<p>{caption}</p>"]
-            body.append(f'<div class="scroll"><img alt="{title}" src="{source}"></div>')
+        found, pictures = _pictures(groups)
+        files |= found
+        body += pictures
+        if differ := differences_table(groups):
+            body += ["<h2>What differs</h2>", "<p>The fields of the config in which these runs differ.</p>"]
+            body.append(_html_table(differ, colors))
+        body += ["<h2>Every seed</h2>", "<p>Each run by itself, and its folder.</p>"]
+        each = [color for color, group in zip(colors, groups, strict=True) for _ in group.results]
+        body.append(_html_table(seeds_table(groups, out), each))
+        body += ["<h2>Tasks</h2>", _html_table(tasks_table(groups), words=True)]
     if problems := unfinished(runs):
         items = "".join(f"<li>{html.escape(line)}</li>" for line in problems)
         body += ["<h2>Runs without a result</h2>", f"<ul>{items}</ul>"]
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{marks.HTML}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>jaxcl report</title><style>{_CSS}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+        f"<title>{html.escape(name)} · jaxcl report</title><style>{CSS}</style></head><body>\n"
+        + "\n".join(body)
+        + f"\n<script>{SCRIPT}</script>\n</body></html>\n"
     )
     return {**files, PAGE: page.encode()}
+
+
+def _pictures(groups: Sequence[Group]) -> tuple[dict[str, bytes], list[str]]:
+    """The files of the pictures, and the parts of the page that show them."""
+    files, parts, measure = {}, [], common_measure(groups)
+    for name, (draw, *texts) in PICTURES.items():
+        heading, caption = (text.format(measure=measure) for text in texts)
+        images = [drawn(functools.partial(draw, groups), dark) for dark in (False, True)]
+        if images[0] is not None and images[1] is not None:
+            files[f"{name}.png"] = images[0]
+            parts.append(_html_picture(heading[0].upper() + heading[1:], caption, images[0], images[1]))
+    return files, parts
 
 
 def _write(path: Path, content: bytes) -> None:

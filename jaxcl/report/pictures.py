@@ -1,66 +1,35 @@
-"""Pictures. Every function returns a Figure; none touches pyplot, so nothing global changes."""
+"""Pictures of scores and times. Every function returns a Figure; none touches pyplot, so nothing global changes."""
 
-import io
-import zlib
+import textwrap
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap, PowerNorm
+from matplotlib.colors import BoundaryNorm, ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from jaxcl import marks
 from jaxcl.report.runs import ACCURACY, Group, Measure, common_measure
+from jaxcl.report.style import BLUES, color_of, is_dark
 from jaxcl.summaries import accuracy_so_far
 
-# Okabe & Ito 2008, a palette for every kind of colour vision. A strategy's colour does not depend on which others ran.
-COLORS = {
-    "from_scratch": "#009E73",
-    "incremental": "#D55E00",
-    "er": "#0072B2",
-    "der": "#56B4E9",
-    "der_pp": "#CC79A7",
-    "agem": "#E69F00",
-}
-_OTHER_COLORS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#882255")  # Tol's muted palette
 # In the order of a step, by the names of Bouvier et al. 2024; then what is beside the steps.
 STEP = {"load": "#E69F00", "wait": "#D55E00", "assemble": "#F0E442", "accumulate": "#CC79A7", "train": "#0072B2"}
 _FOREGROUND = STEP | {"compile": "#999999", "evaluate": "#009E73"}
 BACKGROUND = {"copy": "#CC6677", "sample": "#DDCC77", "exchange": "#88CCEE", "populate": "#44AA99"}
 _OTHER_PHASE_COLORS = ("#56B4E9", "#332288", "#882255", "#117733", "#AA4499", "#999933")
-STYLE: Any = {
-    "font.size": 10,
-    "font.family": "DejaVu Sans",
-    "axes.edgecolor": "#8a939c",
-    "axes.labelcolor": "#39424b",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e8ec",
-    "xtick.color": "#5b6670",
-    "ytick.color": "#5b6670",
-    "legend.frameon": False,
-    "text.parse_math": False,  # a label holds a user's words, of which a $ is one
-}
-_BLUES = LinearSegmentedColormap.from_list("blues", ["#f7fafd", "#9cc4e4", "#0072B2", "#023a5c"])
 
 
-def color_of(strategy: str) -> str:
-    return COLORS.get(strategy) or _OTHER_COLORS[zlib.crc32(strategy.encode()) % len(_OTHER_COLORS)]
-
-
-def _panels(groups: Sequence[Group], width: float, height: float, ylabel: str) -> tuple[Figure, list[Axes]]:
+def panels_of(groups: Sequence[Group], width: float, height: float, ylabel: str) -> tuple[Figure, list[Axes]]:
     """A titled panel a group; see `_grid`."""
     figure, panels = _grid(len(groups), width, height)
     for i, (axes, group) in enumerate(zip(panels, groups, strict=True)):
-        axes.set_title(group.label, color=color_of(group.strategy), loc="left")
+        title = textwrap.fill(group.label, int(11 * width))  # of a panel's width, at the size of a title
+        axes.set_title(title, color=color_of(group.strategy), loc="left")
         axes.tick_params(length=0)
         if i % 3 == 0:
             axes.set_ylabel(ylabel)
@@ -84,12 +53,15 @@ def _task_axis(axes: Axes, tasks: int) -> None:
     axes.set_xlabel("tasks trained")
 
 
-def _measure_axis(axes: Axes, measure: Measure) -> None:
-    axes.set_ylim(0, measure.full)
-    if measure is ACCURACY:
-        axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
-    axes.grid(axis="y")
-    axes.tick_params(length=0)
+def _measure_axes(panels: Sequence[Axes], measure: Measure) -> None:
+    """One scale for all: from 0, or from a ten below accuracies that are all high, to what is perfect."""
+    least = min((float(np.min(np.asarray(line.get_ydata()))) for axes in panels for line in axes.lines), default=0.0)
+    for axes in panels:
+        axes.set_ylim(10 * max(0, (least - 5) // 10) if measure is ACCURACY else 0, measure.full)
+        if measure is ACCURACY:
+            axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+        axes.grid(axis="y")
+        axes.tick_params(length=0)
 
 
 def _curve(axes: Axes, measure: Measure, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
@@ -106,17 +78,18 @@ def accuracy_by_task(groups: Sequence[Group]) -> Figure:
     """Accuracy (or error) on each task from the moment it was trained; a panel a strategy."""
     measure = common_measure(groups)
     most = max(group.matrices.shape[1] for group in groups)
-    shades = colormaps["viridis"](np.linspace(0.0, 0.88, most))
-    figure, panels = _panels(groups, 3.3, 3.0, f"{measure.name} on each task")
+    shades = colormaps["viridis"](np.linspace(*((0.25, 1.0) if is_dark() else (0.0, 0.88)), most))
+    figure, panels = panels_of(groups, 3.3, 3.0, f"{measure.name} on each task")
     for axes, group in zip(panels, groups, strict=True):
         tasks = group.matrices.shape[1]
         for j in range(tasks):
             x = np.arange(j, tasks)
             style = {"color": shades[j], "lw": 2, "marker": "o", "ms": 4 if tasks <= 12 else 2}
             _curve(axes, measure, x + 1, group.matrices[:, j:, j], label=f"task {j + 1}", **style)
-        _measure_axis(axes, measure)
         _task_axis(axes, tasks)
-        axes.tick_params(labelleft=bool(axes.get_ylabel()))  # one scale for all
+    _measure_axes(panels, measure)
+    for axes in panels:
+        axes.tick_params(labelleft=bool(axes.get_ylabel()))
     if most <= 10:
         longest = max(panels, key=lambda axes: len(axes.lines))
         figure.legend(*longest.get_legend_handles_labels(), loc="outside right center")
@@ -139,11 +112,11 @@ def accuracy_matrix(groups: Sequence[Group]) -> Figure:
     measure = common_measure(groups)
     full = measure.full or max(group.matrices.mean(0).max() for group in groups)
     side = min(5.0, max(2.6, 0.5 * max(group.matrices.shape[1] for group in groups)))
-    figure, panels = _panels(groups, side + 0.4, side + 0.8, "after training task")
+    figure, panels = panels_of(groups, side + 0.4, side + 0.8, "after training task")
     for axes, group in zip(panels, groups, strict=True):
         matrix = measure.scale * group.matrices.mean(0)
         tasks = len(matrix)
-        image = axes.imshow(matrix, cmap=_BLUES, vmin=0, vmax=full)
+        image = axes.imshow(matrix, cmap=BLUES, vmin=0, vmax=full)
         if tasks <= 12:
             for i, j in np.ndindex(matrix.shape):
                 share, text = matrix[i, j] / full, f"{matrix[i, j]:.{0 if measure is ACCURACY else 3}f}"
@@ -226,7 +199,7 @@ def _stack(
     right = np.zeros(len(bars))
     for phase in (phase for phase in colors if any(phase in bar for bar in bars)):
         width = np.array([bar[phase] for bar in bars])
-        style |= {"color": colors[phase], "edgecolor": "white", "lw": 0.8, "label": phase + suffix}
+        style |= {"color": colors[phase], "edgecolor": rcParams["axes.facecolor"], "lw": 0.8, "label": phase + suffix}
         axes.barh(y, width, height, right, **style)
         right += width
     for at, end, bar in zip(y, right, bars, strict=True):
@@ -247,7 +220,7 @@ def average_accuracy(groups: Sequence[Group]) -> Figure:
         curves = np.stack([accuracy_so_far(matrix) for matrix in group.matrices])
         style = {"color": color_of(group.strategy), "ls": dashes, "lw": 2.2, "marker": "o", "ms": 5}
         _curve(axes, measure, np.arange(1, curves.shape[1] + 1), curves, label=group.label, **style)
-    _measure_axis(axes, measure)
+    _measure_axes([axes], measure)
     _task_axis(axes, max(group.matrices.shape[1] for group in groups))
     axes.set_ylabel(f"average {measure.name}, tasks seen so far")
     figure.legend(loc="outside upper center", ncols=min(3, len(groups)))
@@ -265,7 +238,7 @@ def classes_over_time(streams: Mapping[str, np.ndarray]) -> Figure:
     for axes, (title, rows) in zip(panels, streams.items(), strict=True):
         edges = np.concatenate([[0], np.cumsum(rows.sum(1))])
         shares = rows / rows.sum(1, keepdims=True)
-        image = axes.pcolormesh(edges, np.arange(rows.shape[1] + 1) - 0.5, shares.T, cmap=_BLUES, norm=norm)
+        image = axes.pcolormesh(edges, np.arange(rows.shape[1] + 1) - 0.5, shares.T, cmap=BLUES, norm=norm)
         axes.vlines(edges[1:-1], -0.5, rows.shape[1] - 0.5, color="#5b6670", lw=0.6)
         axes.set_title(title, loc="left")
         axes.set_xlabel("rows that have arrived")
@@ -277,36 +250,3 @@ def classes_over_time(streams: Mapping[str, np.ndarray]) -> Figure:
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     bar.outline.set_visible(False)
     return figure
-
-
-def png(draw: Callable[[], Figure]) -> bytes:
-    """What `draw` draws, in the style of the report, as a PNG file."""
-    file = io.BytesIO()
-    with rc_context(STYLE):  # restored on leaving: a library does not restyle its caller
-        draw().savefig(file, format="png", dpi=160, metadata=marks.PNG)
-    return file.getvalue()
-
-
-PICTURES: dict[str, tuple[Callable[[Sequence[Group]], Figure], str, str]] = {
-    "average_accuracy": (
-        average_accuracy,
-        "Average {measure.name}",
-        "Mean {measure.name} over the tasks seen so far, after each task. Bands: one standard deviation over seeds.",
-    ),
-    "accuracy_by_task": (
-        accuracy_by_task,
-        "{measure.name} on each task",
-        "Each line is one task, from the moment it was trained. A line that {measure.forgets} is forgetting.",
-    ),
-    "accuracy_matrix": (
-        accuracy_matrix,
-        "{measure.name} matrix",
-        "Mean over seeds, accuracies in percent. Above the stair: tasks not trained yet.",
-    ),
-    "time_by_phase": (
-        time_by_phase,
-        "Time by phase",
-        "Seconds, mean over seeds. Hatched: the thread of the buffer in host memory, working while the loop goes on.",
-    ),
-    "time_of_steps": (time_of_steps, "Time of the steps", "The same without what comes once or between tasks."),
-}

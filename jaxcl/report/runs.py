@@ -13,6 +13,8 @@ from jaxcl.errors import UserError
 from jaxcl.sealed import Damaged, read_sealed
 
 _ORDER = ("from_scratch", "incremental", "er")
+_FREE = ("checkpoint.", "data.threads", "writers")  # no result depends on them: a run may change them when it continues
+_DERIVED = {"rehearsal", "tasks"}  # facets that follow from others
 _PER_RUN = {"seed", "name", "workdir"}  # config fields that do not make a different experiment
 
 
@@ -58,14 +60,20 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Finished runs of one strategy and configuration, one a seed."""
+    """Finished runs of one strategy and configuration, one a seed.
+
+    Attributes:
+      label: the strategy, and what differs from other groups of it.
+      results, paths: of each run, the content of result.json and the folder.
+    """
 
     label: str
     strategy: str
     results: list[dict[str, Any]]
+    paths: list[Path]
 
     def values(self, *keys: str) -> np.ndarray:
-        """The number under result[keys[0]][keys[1]]..., seed by seed."""
+        """The number under `result[keys[0]][keys[1]]...`, seed by seed."""
         values: list[Any] = self.results
         for key in keys:
             values = [value[key] for value in values]
@@ -173,7 +181,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _facets(result: dict[str, Any]) -> dict[str, str]:
     """All that makes a run another experiment than its neighbour, by name."""
-    config = _flat(result["config"])
+    config = {key: v for key, v in _flat(result["config"]).items() if not key.startswith(_FREE)}
     facets = {key: v for key, v in config.items() if key not in _PER_RUN and key.split(".")[-1] != "seed"}
     facets |= {"source": result["source"], "model": result["model"], "tasks": len(result["tasks"])}
     facets |= {"devices": result["devices"]["count"], "rehearsal": result["buffer"] is not None}
@@ -193,5 +201,20 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
         for facets, members in variants.items():
             differs = [f"{key.split('.')[-1]}={v}" for key, v in facets if seen[key, v] < len(variants)]
             label = ", ".join([strategy, *dict.fromkeys(differs[:3])]) + (", …" if len(differs) > 3 else "")
-            groups.append(Group(label, strategy, [run.result for run in members]))
+            groups.append(Group(label, strategy, [run.result for run in members], [run.path for run in members]))
     return groups
+
+
+def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """What tells the groups apart: config fields, and what a run found in its place, each with its value in every group; "-"
+    where it has none."""
+    facets = [_facets(group.results[0]) for group in groups]
+    found = {name: [one.get(name, "-") for one in facets] for name in dict.fromkeys(x for one in facets for x in one)}
+    return {name: values for name, values in found.items() if name not in _DERIVED and len(set(values)) > 1}
+
+
+def names_of(result: dict[str, Any]) -> list[str]:
+    """The names of the classes by their labels; their numbers where the data have no names."""
+    count = 1 + max(label for task in result["tasks"] for label in task)
+    named = result.get("class_names") or []
+    return [str(named[label]) if label < len(named) else str(label) for label in range(count)]

@@ -1,9 +1,9 @@
 """Checkpoints: the whole state of a run, written while it goes on, usable whenever the process is killed.
 
 A checkpoint is a folder `TASK-INDEX` with the arrays, written by Orbax, and manifest.json, written last: its name, the state of
-the run that is not an array, the config, the version of jaxcl, and the size and checksum of every file. A folder without a
-manifest is an interrupted save and is removed at the next start; one whose files do not match its manifest is set aside and
-the one before it used. Older ones are removed only after a new one is complete and on disk.
+the run that is not an array, the config, the version of jaxcl and the code, and the size and checksum of every file. A folder
+without a manifest is an interrupted save and is removed at the next start; one whose files do not match its manifest is set
+aside and the one before it used. Older ones are removed only after a new one is complete and on disk.
 
 Whatever else lies beside them is not ours and is left alone: other names, symbolic links, and a copy of a checkpoint under
 another name, which its manifest tells. Where it has the name of a checkpoint that is to be written, it gets another one.
@@ -114,6 +114,12 @@ def newest(folder: pathlib.Path) -> dict[str, Any] | None:
     return found.newest
 
 
+def read_arrays(folder: pathlib.Path, manifest: dict[str, Any], names: Iterable[str]) -> dict[str, np.ndarray]:
+    """These arrays of a checkpoint, and no others: a buffer of gigabytes is left where it lies."""
+    with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
+        return checkpoints.read(manifest, names)
+
+
 def clear(folder: pathlib.Path) -> None:
     """Removes all checkpoints, and the folder if nothing else is in it."""
     for path in list(folder.iterdir()) if folder.is_dir() else ():
@@ -130,11 +136,18 @@ class Checkpoints:
       folder: on a file system that all processes share.
       keep: how many to keep, at least 1; two or more survive damage to the newest.
       config: the resolved config of the run, for the manifests.
+      more: what else every manifest says, by name.
     """
 
-    def __init__(self, folder: str | pathlib.Path, keep: int, config: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        folder: str | pathlib.Path,
+        keep: int,
+        config: dict[str, Any] | None = None,
+        more: Mapping[str, Any] | None = None,
+    ):
         self._folder, self._keep = pathlib.Path(folder).absolute(), keep
-        self._same = {"version": jaxcl.__version__, "config": config}  # in every manifest
+        self._same = {"version": jaxcl.__version__, "config": config, **(more or {})}  # in every manifest
         # What a save takes of the processor, the training may miss: images do not compress, and plain files, one an array and
         # shard, need no gathering into few (OCDBT).
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
@@ -235,6 +248,14 @@ class Checkpoints:
         flat = self._orbax.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
         leaves = [flat[key] for key in wanted]
         return jax.tree.unflatten(jax.tree.structure(target), leaves)
+
+    def read(self, manifest: dict[str, Any], names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Some arrays of a checkpoint by their paths, as NumPy arrays."""
+        stored = {name: manifest["arrays"][name] for name in names}
+        shapes = {name: jax.ShapeDtypeStruct(tuple(x["shape"]), x["dtype"]) for name, x in stored.items()}
+        plain = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in stored}
+        arguments = ocp.args.PyTreeRestore(shapes, restore_args=plain, partial_restore=True)
+        return self._orbax.restore(self._folder / manifest["name"], args=arguments)
 
     def rows(self, manifest: dict[str, Any], devices: Iterable[int], dtype: np.dtype) -> dict[int, np.ndarray]:
         """The `rows` that were saved for these devices, as read-only maps of the files."""

@@ -1,21 +1,19 @@
-"""The log of a run: metrics.jsonl, one line for each thing measured, and the same as TensorBoard events."""
+"""The log of a run: metrics.jsonl, one line for each thing measured; its scalars also go to the writers of the config."""
 
-import contextlib
 import json
 import logging
 import os
 import pathlib
 import shutil
-import time
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxcl.runs import files
+from jaxcl.runs.writers import Setting, Writers
+from jaxcl.runs.writers.tensorboard import EVENTS
 
 NAME, ASIDE = "metrics.jsonl", "metrics.jsonl.corrupt"
-_MARK = ".jaxcl"  # the end of the name of our TensorBoard events: a folder may hold those of others
-EVENTS = f"events.out.*{_MARK}"
 _log = logging.getLogger("jaxcl")
 
 
@@ -64,27 +62,28 @@ def _is_whole(line: bytes) -> bool:
 
 
 class Log:
-    """Appends to the log; does nothing on processes that do not write.
+    """Appends to metrics.jsonl, and hands scalars on to writers; does nothing on processes that do not write.
 
     Args:
-      step: of the checkpoint to continue from, after which TensorBoard hides what is there; None for a new run.
+      step: of the checkpoint to continue from; None for a new run.
+      writers, settings: see `jaxcl.runs.writers`.
     """
 
-    def __init__(self, workdir: pathlib.Path, write: bool, step: int | None = None):
-        self._lines = self._events = None
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        write: bool,
+        step: int | None = None,
+        writers: Sequence[str] = (),
+        settings: Mapping[str, Setting] | None = None,
+    ):
+        self._lines = None
         if not write:
             return
-        # Not its SummaryWriter: the thread of that dies of a full disk, with a trace, and who writes then waits for ever.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
         path = workdir / NAME
         self._crc = files.checksum(path)[1] if path.exists() else 0
         self._lines = path.open("ab")
-        self._events = EventsWriter(str(workdir / "events"), _MARK)
-        if step is not None:
-            start = SessionLog(status=SessionLog.START)
-            self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+        self._writers = Writers(writers, workdir, settings or {}, step)
 
     def saved(self) -> list[int]:
         """[size, CRC-32] of metrics.jsonl, all of it on disk."""
@@ -94,34 +93,21 @@ class Log:
         return [self._lines.tell(), self._crc]
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One line; scalars also go to TensorBoard as `kind/name`."""
-        if self._lines is None or self._events is None:
+        """One line; its scalars also go to the writers as `kind/name`."""
+        if self._lines is None:
             return
         line = (json.dumps({"kind": kind, "step": step, **values}) + "\n").encode()
         self._lines.write(line)
         self._lines.flush()
         self._crc = zlib.crc32(line, self._crc)
-        self._add(step, {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, float)})
+        self.show(step, {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, float)})
 
-    def write_seconds(self, step: int, foreground: Mapping[str, float], background: Mapping[str, float]) -> None:
-        """Seconds by phase so far, of the loop and of the buffer's writer; to TensorBoard alone, as metrics.jsonl holds what
-        a repeated run has again."""
-        for kind, seconds in (("foreground", foreground), ("background", background)):
-            self._add(step, {f"seconds_{kind}/{name}": value for name, value in seconds.items()})
-
-    def _add(self, step: int, scalars: dict[str, float]) -> None:
-        """To TensorBoard."""
-        if self._events is None:
-            return
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
-
-        for name, value in scalars.items():
-            self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
-        self._events.flush()
+    def show(self, step: int, scalars: Mapping[str, float]) -> None:
+        """To the writers alone: what follows from lines of metrics.jsonl, or is not the same when a run is repeated."""
+        if self._lines is not None and scalars:
+            self._writers.write(step, scalars)
 
     def close(self) -> None:
-        if self._lines is not None and self._events is not None:
+        if self._lines is not None:
             self._lines.close()
-            with contextlib.suppress(OSError):  # on a full disk: what ended the run has been said
-                self._events.close()
+            self._writers.close()

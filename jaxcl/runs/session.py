@@ -7,7 +7,7 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -19,7 +19,9 @@ from jaxcl import signals
 from jaxcl.buffer.host import Pending, Store
 from jaxcl.errors import Diverged
 from jaxcl.runs import checkpoint, control, workdir
+from jaxcl.runs.code import Code, code_of
 from jaxcl.runs.log import Log
+from jaxcl.runs.writers import flat
 
 T = TypeVar("T")
 _log = logging.getLogger("jaxcl")
@@ -68,6 +70,7 @@ class Progress:
       seconds, phases: wall seconds of the run, over all its sessions.
       log: see `Log.saved`.
       devices, processes: of the session that saved it.
+      codes: what made it, see `jaxcl.runs.code`: more than one where it was continued by other code.
     """
 
     step: int = 0
@@ -82,6 +85,7 @@ class Progress:
     log: list[int] = dataclasses.field(default_factory=list)
     devices: int = 0
     processes: int = 1
+    codes: list[Code] = dataclasses.field(default_factory=list)
 
     def saved(self) -> dict[str, Any]:
         """A copy as JSON gives it back, from which `Progress(**...)` is made again."""
@@ -102,6 +106,7 @@ class Session:
     """Made by `open_session`.
 
     Attributes:
+      folder: of the run.
       found: the manifest of the checkpoint to continue from, None for a new run.
       progress: kept up to date by the loop.
     """
@@ -117,10 +122,11 @@ class Session:
         begin: float,
         start_seconds: float | None,
         stall_seconds: float | None,
+        manifest: Mapping[str, Any],
     ):
         self.found, self.progress = found, Progress(**found["run"]) if found else Progress()
         self.phases = Phases(self.progress.phases)
-        self._config, self._folder, self._mesh = config.checkpoint, folder, mesh
+        self._config, self.folder, self._mesh = config.checkpoint, folder, mesh
         self._begin = begin - self.progress.seconds
         self._saved = time.monotonic()
         self._finite = jax.jit(
@@ -130,11 +136,15 @@ class Session:
         self._preemption = stack.enter_context(signals.Preemption(lambda: self.phases.now == "save"))
         self._watchdog = control.Watchdog(start_seconds, stall_seconds)
         stack.callback(self._watchdog.close)
+        code = code_of(config)
+        if code not in self.progress.codes[-1:]:
+            self.progress.codes.append(code)
         self.checkpoints = checkpoint.Checkpoints(
-            folder / workdir.CHECKPOINTS, config.checkpoint.keep, workdir.resolved(config)
+            folder / workdir.CHECKPOINTS, config.checkpoint.keep, workdir.resolved(config), {"code": code, **manifest}
         )
         stack.callback(self.checkpoints.close)
-        self.log = Log(folder, jax.process_index() == 0, self.progress.step if found else None)
+        step = self.progress.step if found else None
+        self.log = Log(folder, jax.process_index() == 0, step, config.writers, flat(workdir.resolved(config)))
         stack.callback(self.log.close)
         self._stack, self._store = stack, None  # type: tuple[contextlib.ExitStack, Store | None]
 
@@ -209,7 +219,7 @@ class Session:
         if answer == control.STOP:
             with self.phases("save"):
                 self.checkpoints.wait()
-            raise self._preemption.stopped(f"saved at step {self.progress.step} in {self._folder}")
+            raise self._preemption.stopped(f"saved at step {self.progress.step} in {self.folder}")
 
 
 def open_session(
@@ -222,6 +232,7 @@ def open_session(
     overwrite: bool = False,
     start_seconds: float | None = None,
     stall_seconds: float | None = None,
+    manifest: Mapping[str, Any] | None = None,
 ) -> Session | dict[str, Any]:
     """Takes the folder for a run of the config, and finds out where it stands: its session, or the result of a finished one.
 
@@ -230,6 +241,7 @@ def open_session(
       begin: `time.perf_counter()` at the beginning of the run.
       overwrite: remove what an earlier run left there.
       start_seconds, stall_seconds: how long to wait for the other processes, here and later, see `control.Watchdog`.
+      manifest: what every checkpoint is to say beside what a session says, for JSON.
 
     Raises:
       UserError: the folder is in use, or see `workdir.claim`.
@@ -247,7 +259,7 @@ def open_session(
     workdir.check_same(opened["config"], config, "process 0 was started with another config")
     if opened["finished"] is not None:
         return opened["finished"]
-    limits: Any = {"start_seconds": start_seconds, "stall_seconds": stall_seconds}
+    limits: Any = {"start_seconds": start_seconds, "stall_seconds": stall_seconds, "manifest": manifest or {}}
     session = Session(config, folder, mesh, opened["found"], stack, begin=begin, **limits)
     if session.found:
         at = session.progress

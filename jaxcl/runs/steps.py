@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from jaxcl.data.loader import Reading
 from jaxcl.errors import DataError, Diverged
 from jaxcl.runs import control
 from jaxcl.runs.lanes import Lanes, S
+from jaxcl.runs.progress import Bar
 from jaxcl.runs.session import diverged
 from jaxcl.types import PyTree
 
@@ -28,7 +28,7 @@ def reading(threads: int, workers: int = 0) -> Reading:
     }
 
 
-def take_steps(lanes: Lanes[S], step: Step, state: S, loaders: Sequence[Any], bar: tqdm) -> S:
+def take_steps(lanes: Lanes[S], step: Step, state: S, loaders: Sequence[Any], bar: Bar) -> S:
     """Takes the steps over these batches, one loader a lane, that are not taken yet.
 
     Returns:

@@ -1,4 +1,5 @@
-"""What a run leaves in its folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/, result.json.
+"""What a run leaves in its folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/, weights.safetensors,
+result.json.
 
 The config lies in config.json, in every checkpoint and in result.json, and is compared with each of them that is there.
 
@@ -20,11 +21,15 @@ from ml_collections import ConfigDict
 import jaxcl
 from jaxcl.errors import UserError
 from jaxcl.runs import checkpoint, files, log
+from jaxcl.runs.code import Code, changed_modules, code_of
+from jaxcl.runs.writers import csv
+from jaxcl.runs.writers.tensorboard import EVENTS
 from jaxcl.sealed import Damaged, read_json, read_sealed
 
 # Fields that a run may change when it continues, because its result does not depend on them.
-FREE = ("config.checkpoint", "config.data.threads", "config.data.workers")
+FREE = ("config.checkpoint", "config.data.threads", "config.data.workers", "config.writers")
 MARK, CONFIG, RESULT, CHECKPOINTS = ".jaxcl", "config.json", "result.json", "checkpoints"
+WEIGHTS = "weights.safetensors"
 _REMEDY = "bring them back to continue, train from the start with --overwrite, or give another folder"
 _log = logging.getLogger("jaxcl")
 
@@ -73,16 +78,20 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def finished(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any] | None:
-    """What result.json holds if the run of `config` is finished and whole, else None. Nothing is written: a finished run may
-    lie on a file system that cannot be. No lock is needed, as the file is whole or not there.
+    """What result.json holds if the run of `config` is finished and whole, else None; that it is one of other code is said.
+    Nothing is written: a finished run may lie on a file system that cannot be. No lock is needed, as the file is whole or not
+    there.
 
     Raises:
-      UserError: the folder holds other things than a run, or another config's or another version's.
+      UserError: the folder holds other things than a run, or another config's, another version's or other code's.
     """
     with _usable(workdir):
         _check_ours(workdir)
         _check_config(workdir, config)
-        return _result(workdir, config)[0]
+        result = _result(workdir, config)[0]
+        if result is not None:
+            _say_code(workdir, result.get("code"), config, "returned as it is; --overwrite trains anew")
+        return result
 
 
 def standing(workdir: pathlib.Path, config: ConfigDict) -> Claim:
@@ -100,8 +109,8 @@ def claim(workdir: pathlib.Path, config: ConfigDict, overwrite: bool = False) ->
     """Takes `workdir`, which must be `locked`, for a run of `config`; an unfinished one has config.json and its log then.
 
     Raises:
-      UserError: the folder holds another config's or another version's run, what it holds is damaged and cannot be made
-        anew, its checkpoints are gone, or it cannot be written.
+      UserError: the folder holds another config's, another version's or other code's run, what it holds is damaged and
+        cannot be made anew, its checkpoints are gone, or it cannot be written.
     """
     with _usable(workdir):
         _check_names(workdir)
@@ -113,6 +122,8 @@ def claim(workdir: pathlib.Path, config: ConfigDict, overwrite: bool = False) ->
         checkpoint.tidy(survey)
         if stands.found is not None and damage is not None:
             _log.warning("%s: made anew from checkpoint %s", damage, stands.found["name"])
+        if stands.found is not None:
+            _say_code(workdir, stands.found.get("code"), config, "continued by this; --overwrite begins anew")
         (workdir / CHECKPOINTS).mkdir(exist_ok=True)  # before config.json: see _look
         files.write_json(workdir / CONFIG, {"jaxcl": jaxcl.__version__, **resolved(config)})
         log.restore(workdir, stands.found["run"]["log"] if stands.found else None)
@@ -121,10 +132,13 @@ def claim(workdir: pathlib.Path, config: ConfigDict, overwrite: bool = False) ->
 
 def clear(workdir: pathlib.Path) -> None:
     """Removes a run, and nothing else, from `workdir`."""
-    for name in (CONFIG, RESULT, log.NAME, log.ASIDE):
+    for name in (CONFIG, RESULT, WEIGHTS, log.NAME, log.ASIDE):
         (workdir / name).unlink(missing_ok=True)
-    for events in workdir.glob(log.EVENTS):
+    for events in workdir.glob(EVENTS):
         events.unlink()
+    scalars = workdir / csv.NAME
+    if scalars.is_file() and csv.is_ours(scalars):
+        scalars.unlink()
     checkpoint.clear(workdir / CHECKPOINTS)
 
 
@@ -139,6 +153,7 @@ def _look(workdir: pathlib.Path, config: ConfigDict) -> tuple[Claim, checkpoint.
     if survey.newest is not None:
         _check_version(workdir, survey.newest.get("version"))
         _check_run(workdir, survey.newest["config"], config)
+        _check_code(workdir, survey.newest.get("code"), config, "begun")
     elif damage is not None:
         raise UserError(f"workdir: {damage}, and there is no checkpoint to make it anew; {_REMEDY}")
     elif begun and not folder.exists():  # it is made before config.json
@@ -162,7 +177,7 @@ def _check_ours(workdir: pathlib.Path) -> None:
 
 
 def _check_names(workdir: pathlib.Path) -> None:
-    for name in (CONFIG, RESULT, log.NAME, log.ASIDE, CHECKPOINTS):
+    for name in (CONFIG, RESULT, WEIGHTS, log.NAME, log.ASIDE, CHECKPOINTS):
         path = workdir / name
         if path.is_symlink():  # what it leads to is not ours to change
             raise UserError(f"workdir: {path} is a symbolic link; remove it or give another workdir")
@@ -199,6 +214,7 @@ def _result(workdir: pathlib.Path, config: ConfigDict) -> tuple[dict[str, Any] |
     except Damaged as error:
         return None, error
     _check_run(workdir, result.get("config", {}), config)
+    _check_code(workdir, result.get("code"), config, "trained")
     return result, None
 
 
@@ -214,6 +230,31 @@ def _check_version(workdir: pathlib.Path, version: str | None) -> None:
 
 def _check_run(workdir: pathlib.Path, theirs: dict[str, Any], config: ConfigDict) -> None:
     check_same(theirs, config, f"workdir: {workdir} holds another config's run", "; give another folder")
+
+
+def _check_code(workdir: pathlib.Path, theirs: Code | None, config: ConfigDict, done: str) -> None:
+    """The user's modules are part of the experiment, as the config is; what of jaxcl may change is the business of versions."""
+    changed = "" if theirs is None else changed_modules(theirs, code_of(config))
+    if changed and not config.checkpoint.get("accept_other_code", False):
+        raise UserError(
+            f"workdir: {workdir} was {done} with other code ({changed}); train anew with --overwrite, go on with "
+            "--config.checkpoint.accept_other_code=True, or give another folder"
+        )
+
+
+def _say_code(workdir: pathlib.Path, theirs: Code | None, config: ConfigDict, then: str) -> None:
+    """One line where a run, which was not refused, is of other code than would make it now, or does not tell."""
+    mine = code_of(config)
+    if theirs is None:
+        _log.warning("%s: does not tell by what code it was made; %s", workdir, then)
+        return
+    said = [changed] if (changed := changed_modules(theirs, mine)) else []
+    if theirs["digest"] != mine["digest"]:
+        said.append(
+            "jaxcl {jaxcl} of source {digest} there".format(**theirs) + ", {jaxcl} of {digest} here".format(**mine)
+        )
+    if said:
+        _log.warning("%s: made by other code (%s); %s", workdir, "; ".join(said), then)
 
 
 @contextlib.contextmanager

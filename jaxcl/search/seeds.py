@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from jaxcl.check import SEED, check
 from jaxcl.errors import UserError
 from jaxcl.runs import workdir as workdir_lib
+from jaxcl.runs.progress import Runs, Shown
 from jaxcl.training import loop
 from jaxcl.training.build import build, strategy_of
 from jaxcl.training.config import check_config
@@ -78,7 +79,7 @@ def train_seeds(
     *,
     together: bool = True,
     devices: Sequence[jax.Device] | None = None,
-    progress: bool = True,
+    progress: Shown = True,
     overwrite: bool = False,
     start_seconds: float | None = None,
     stall_seconds: float | None = None,
@@ -108,6 +109,8 @@ def train_seeds(
             groups[standing].append(seed)
         else:
             found[seed] = finished
+            if isinstance(progress, Runs):
+                progress.next(1)
     for standing, seeds in groups.items():
         configs = {seed: with_seed(config, seed) for seed in seeds}
         if standing is None or len(seeds) == 1:  # none to go with

@@ -25,6 +25,7 @@ from jaxcl.check import NOT_NEGATIVE, POSITIVE, Rule, between, is_number, one_of
 from jaxcl.errors import Diverged, UserError
 from jaxcl.fields import Field
 from jaxcl.runs import files
+from jaxcl.runs.progress import Runs, Shown
 from jaxcl.search.seeds import check_folders, check_seeds, train_seeds
 from jaxcl.training.build import build
 
@@ -153,6 +154,7 @@ def run_sweep(
     *,
     together: bool = False,
     devices: Sequence[jax.Device] | None = None,
+    progress: Shown = True,
     **options: Any,
 ) -> dict[str, Any]:
     """Runs every setting on validation data, then the best one on the test set; leaves sweep.json in `workdir`.
@@ -189,9 +191,13 @@ def run_sweep(
     for kind, setting in itertools.product(shares, settings):
         check_folders(*runs_of(setting, kind), options.get("overwrite", False))
 
+    number = Runs((len(settings) + 1) * len(seeds))
+
     def measure(setting: Setting, kind: str) -> dict[str, Any]:
         """The metric of a setting's runs, one a seed."""
-        found = train_seeds(*runs_of(setting, kind), together=together, devices=devices, **options)
+        number.setting = ", ".join(f"{field}={value}" for field, value in setting.items())
+        shown: Shown = number if progress else False
+        found = train_seeds(*runs_of(setting, kind), together=together, devices=devices, progress=shown, **options)
         each = [result[sweep.metric] for result in found]
         mean, deviation = summaries.mean_and_deviation(each)
         place = f"{kind}/{folder_name(setting)}"

@@ -89,8 +89,14 @@ class Parts:
         return None if self.buffer is None else self.buffer.host
 
 
-def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds: Sequence[int] | None = None) -> Parts:
-    """Puts a run together from its config; with `seeds`, several runs whose steps and evaluations are made as one.
+def build(
+    config: ConfigDict,
+    devices: Sequence[jax.Device] | None = None,
+    seeds: Sequence[int] | None = None,
+    given: tuple[data.Source, data.Source] | None = None,
+) -> Parts:
+    """Puts a run together from its config; with `seeds`, several runs whose steps and evaluations are made as one; with `given`
+    train and test sources, on these.
 
     Raises:
       UserError: one line on what is wrong with the config or its data.
@@ -100,7 +106,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
     if config.batch_size % jax.process_count():
         raise UserError(f"batch_size: {config.batch_size} is not a multiple of {jax.process_count()} processes")
     d, strategy = config.data, strategy_of(config)
-    scenario, train, test = make_tasks(config)
+    scenario, train, test = make_tasks(config, given)
     rows = [len(task.train) for task in scenario.tasks]
     for field, epochs in (("epochs", config.epochs), ("finetune.epochs", config.finetune.epochs)):
         check_steps(field, epochs, rows, config.batch_size)
@@ -180,14 +186,16 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
     )
 
 
-def make_tasks(config: ConfigDict) -> tuple[data.Scenario, data.Source, data.Source]:
+def make_tasks(
+    config: ConfigDict, given: tuple[data.Source, data.Source] | None = None
+) -> tuple[data.Scenario, data.Source, data.Source]:
     """The tasks of a run, and the train and test rows that they number; with `data.validation`, validation rows for test.
 
     Raises:
       UserError: one line on what is wrong with the data or its split.
     """
     d = config.data
-    train, test = data.open_source(d.source, d.data_dir, image_size=d.image_size)
+    train, test = given or data.open_source(d.source, d.data_dir, image_size=d.image_size)
     check_tasks(d.tasks, (len(train) + len(test)) * (d.scenario in ("permuted", "rotated")))
     if d.validation:
         train, test = data.hold_out(train, d.validation, d.scenario_seed)

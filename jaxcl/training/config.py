@@ -29,6 +29,7 @@ from jaxcl.fields import Field, Fields, check_fields, default_of
 from jaxcl.metrics import METRICS, asks_means
 from jaxcl.models import MODELS
 from jaxcl.registry import short
+from jaxcl.runs.writers import WRITERS
 from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
 from jaxcl.training.prior import PRIORS
 
@@ -63,6 +64,12 @@ OPTIMIZER = {
     "decay_epochs": Field((), "of schedule = steps: from these epochs on, ascending", each(NOT_NEGATIVE)),
     "decay_factors": Field((), "one for each of decay_epochs: what the learning rate is multiplied by", each(POSITIVE)),
 }
+LOG = {
+    "log_every": Field(50, "steps between lines in metrics.jsonl", POSITIVE),
+    "writers": Field(
+        ("tensorboard",), "where scalars go beside metrics.jsonl: see docs/looking.md", each(found_in(WRITERS))
+    ),
+}
 AVERAGE = Field(
     0.0, "of the weights, for evaluation: its decay, see jaxcl/training/average.py; 0: the last weights", FRACTION
 )
@@ -70,16 +77,21 @@ CHECKPOINT = {
     "every_steps": Field(0, "checkpoints beside those at the end of every task; 0: not by steps", NOT_NEGATIVE),
     "every_seconds": Field(600.0, "the same by the clock; 0: not by the clock", NOT_NEGATIVE),
     "keep": Field(2, "how many, the newest", POSITIVE),
+    "accept_other_code": Field(
+        False, "whether to go on where modules of the user's own have changed since the run began"
+    ),
 }
 IMAGES = {
     "mean": Field(None, "of each channel of images in 0..1, taken off; None: not normalised", NUMBERS, tuple),
     "std": Field(None, "of each channel, which the rest is divided by", each(POSITIVE), tuple),
-    "image_size": Field(None, "of TFDS: images are cut to this side, at random in training", POSITIVE, int),
+    "image_size": Field(
+        None, "of tfds, folder and hf: images are cut to this side, at random in training", POSITIVE, int
+    ),
     "threads": Field(2, "that read ahead", THREADS),
     "workers": Field(0, "processes that read ahead, each with so many threads; 0: threads alone", WORKERS),
 }
 DATA = {
-    "source": Field("digits", "digits, tfds:NAME, npz:FILE, ptychography:SIDE", PATH),
+    "source": Field("digits", "digits, folder:DIR, hf:DIR, npz:FILE or DIR, tfds:NAME, ptychography:SIDE", PATH),
     "data_dir": Field(None, "of TFDS; None: its own default", PATH, str),
     "scenario": Field("class", "how the rows are divided into tasks", found_in(SCENARIOS)),
     "tasks": Field(5, "how many, or the classes of each", TASKS, (int, tuple)),
@@ -161,7 +173,7 @@ def fields(outside: Fields | None = None) -> Fields:
         "strategies": {name: found for name, found in options.items() if found} | dict(outside or {}),
         "batch_size": Field(64, "new rows a step", POSITIVE),
         "epochs": Field(1, "passes over a task's data", POSITIVE),
-        "log_every": Field(50, "steps between lines in metrics.jsonl", POSITIVE),
+        **LOG,
         "data": DATA,
         "model": {
             "name": Field("mlp", "the network", found_in(MODELS)),
@@ -201,6 +213,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
       UserError: a field is unknown, missing or of another type, or a value is not allowed on `devices` devices.
     """
     check_fields(config, fields(_outside(config)))
+    check_writers(config)
     check_optimizer(config)
     sizes = ["batch_size", "eval.batch_size"]
     strategy = make_strategy(config.strategy, config.strategies.get(short(config.strategy), {}))
@@ -229,6 +242,16 @@ def _outside(config: ConfigDict) -> Fields:
         if option not in options:
             raise unknown_field(f"strategies.{short(name)}.{option}", list(options))
     return {short(name): {option: options[option] for option in groups[short(name)]}}
+
+
+def check_writers(config: ConfigDict) -> None:
+    """Whether every writer is there; whether it works is seen when it writes.
+
+    Raises:
+      UserError: one cannot be imported.
+    """
+    for name in config.writers:
+        WRITERS[name]
 
 
 def check_optimizer(config: ConfigDict) -> None:

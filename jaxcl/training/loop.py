@@ -8,12 +8,15 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
+from jaxcl import data
 from jaxcl import mesh as mesh_lib
+from jaxcl.check import refused
 from jaxcl.runs.frame import in_sessions
 from jaxcl.runs.lanes import Lanes, Together
+from jaxcl.runs.progress import Shown, shown, title
 from jaxcl.runs.session import Session
+from jaxcl.training import weights as weights_lib
 from jaxcl.training.build import Parts, build
 from jaxcl.training.result import MEASURES, summarize
 from jaxcl.training.resume import start
@@ -25,8 +28,10 @@ def train_and_evaluate(
     config: ConfigDict,
     workdir: str | pathlib.Path,
     *,
+    train: Any = None,
+    test: Any = None,
     devices: Sequence[jax.Device] | None = None,
-    progress: bool = True,
+    progress: Shown = True,
     overwrite: bool = False,
     start_seconds: float | None = None,
     stall_seconds: float | None = None,
@@ -39,8 +44,11 @@ def train_and_evaluate(
     Args:
       config: see `jaxcl.training.config.default_config`.
       workdir: the run's folder, made if needed.
+      train, test: data to use instead of `config.data.source`: (images uint8 `[n, H, W]` or `[n, H, W, C]`, labels int `[n]`),
+        a dict of "images", "labels" and maybe "class_names", a `jaxcl.data.Source`, or rows by random access, as Grain's and
+        TFDS's data sources give them: dicts of "image" and "label", or pairs. The folder then belongs to these data.
       devices: to train on; default all.
-      progress: whether to draw a progress bar.
+      progress: whether to show it, as a bar in a terminal, else as one line a task; `jaxcl.runs.progress.Runs` numbers the run.
       overwrite: remove what an earlier run left in `workdir` instead of continuing it.
       start_seconds: a process of several ends itself when the others, or its first step, take so long; None: never.
       stall_seconds: the same, later, when no step is finished for so long.
@@ -55,34 +63,53 @@ def train_and_evaluate(
       StorageError: the disk is full.
     """
     begin = time.perf_counter()
-    parts = build(config, devices)
+    given = None
+    if train is not None or test is not None:
+        config, given = with_given(config, train, test)
+    parts = build(config, devices, given=given)
     options: Any = {"begin": begin, "progress": progress, "overwrite": overwrite}
     options |= {"start_seconds": start_seconds, "stall_seconds": stall_seconds}
     return train_lanes([config], [pathlib.Path(workdir)], parts, **options)[0]
 
 
+def with_given(config: ConfigDict, train: Any, test: Any) -> tuple[ConfigDict, tuple[data.Source, data.Source]]:
+    """The config of a run on data that were handed over, which says so, and their sources.
+
+    Raises:
+      UserError: see `jaxcl.data.given.given_sources`; images are to be cut, which only sources of files do.
+    """
+    sources = data.given_sources(train, test)
+    if config.data.image_size is not None:
+        raise refused("data.image_size", config.data.image_size, "None with images that are handed over")
+    config = config.copy_and_resolve_references()
+    config.data.source = data.given_name(*sources)
+    return config, sources
+
+
 def train_lanes(
-    configs: Sequence[ConfigDict], folders: Sequence[pathlib.Path], parts: Parts, *, progress: bool, **options: Any
+    configs: Sequence[ConfigDict], folders: Sequence[pathlib.Path], parts: Parts, *, progress: Shown, **options: Any
 ) -> list[dict[str, Any]]:
     """The runs of these configs, which differ in their seed alone, side by side in one program.
 
     Args:
       parts: built for these seeds.
-      progress: whether to draw a progress bar.
+      progress: see `train_and_evaluate`.
       options: see `in_sessions`.
 
     Returns, raises: see `train_and_evaluate`.
     """
     make_lanes: type[Lanes[TrainState]] = Lanes if len(configs) == 1 else Together
+    name = title(progress, configs[0].strategy, configs)
 
     def carry_out(sessions: Sequence[Session]) -> list[dict[str, Any]]:
-        return run_tasks(make_lanes(parts.mesh, configs, sessions), parts, progress and jax.process_index() == 0)
+        return run_tasks(make_lanes(parts.mesh, configs, sessions), parts, name, bool(progress))
 
-    return in_sessions(configs, folders, parts.mesh, carry_out, **options)
+    network = {"network": weights_lib.describe(parts)}
+    return in_sessions(configs, folders, parts.mesh, carry_out, manifest=network, **options)
 
 
-def run_tasks(lanes: Lanes[TrainState], parts: Parts, progress: bool) -> list[dict[str, Any]]:
-    """Trains over the tasks that are not done yet; what result.json holds of each lane but for its times."""
+def run_tasks(lanes: Lanes[TrainState], parts: Parts, name: str, progress: bool) -> list[dict[str, Any]]:
+    """Trains over the tasks not done yet, shown under `name`; what result.json holds of each lane but for its times."""
     at, tasks = lanes.at, parts.scenario.tasks
     own = [own_batches(lanes, parts, task.index) for task in tasks]
     assert own[0], "the first task has no rows"
@@ -92,16 +119,17 @@ def run_tasks(lanes: Lanes[TrainState], parts: Parts, progress: bool) -> list[di
     with lanes.phases("compile"):
         first = lanes.batch([loader[0] for loader in own[0]])
         step = parts.train_step.prepare(state, first, lanes.phases)
-    name = lanes.configs[0].strategy if len(lanes) == 1 else f"{lanes.configs[0].strategy}, {len(lanes)} seeds"
-    total = at.step + steps_to_do(lanes, own)
-    with tqdm(total=total, initial=at.step, desc=name, unit="step", disable=not progress) as bar:
+    with shown(name, at.step + steps_to_do(lanes, own), at.step, progress and jax.process_index() == 0) as bar:
         course = Course(lanes, parts, step, bar)
         for task in range(at.task, len(tasks)):
-            bar.set_description(f"{name}, task {task + 1} of {len(tasks)}")
+            bar.begin(f"task {task + 1} of {len(tasks)}")
             state, scores = run_task(course, state, task)
     with lanes.phases("save"):
-        for session in lanes.sessions:
+        for i, session in enumerate(lanes.sessions):
             session.checkpoints.wait()
+            weights_lib.write(
+                session.folder, lanes.configs[i], parts, lanes.one(state, i).weights, session.progress.step
+            )
     return results(lanes, parts, state, scores)
 
 

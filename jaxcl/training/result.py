@@ -51,6 +51,7 @@ def summarize(
         "seed": config.seed,
         "source": config.data.source,
         "model": config.model.name,
+        "class_names": list(parts.train.class_names),
         "tasks": [list(task.classes) for task in parts.scenario.tasks],
         "evaluated_on": "validation" if config.data.validation else "test",
         **(_errors(at, untrained) if parts.train.targets else _accuracies(parts, at, scores, untrained)),

@@ -18,16 +18,17 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from jaxcl import data
 from jaxcl.errors import UserError
 from jaxcl.runs.lanes import Lanes
+from jaxcl.runs.progress import Bar
 from jaxcl.runs.steps import Step, take_steps
 from jaxcl.training.batches import evaluation_batches, review_batches, task_batches, train_batches
 from jaxcl.training.build import Parts
 from jaxcl.training.end_task import Batches
 from jaxcl.training.result import add_scores, count_review, count_rows
+from jaxcl.training.shown import buffer_scalars, evaluation_scalars, means_so_far, seconds_scalars
 from jaxcl.training.state import TrainState
 from jaxcl.types import PyTree
 
@@ -53,7 +54,7 @@ class Course:
     lanes: Lanes[TrainState]
     parts: Parts
     step: Step
-    bar: tqdm
+    bar: Bar
     review_step: Step | None = None
 
 
@@ -78,9 +79,9 @@ def train(course: Course, state: TrainState, task: int, own: Loaders) -> TrainSt
     if begins and parts.strategy.fresh and task:
         state = with_weights(state, new_weights(lanes, parts, task))
     if lanes.configs[0].buffer.replay != "draw":
-        course.bar.total -= len(own[0])
+        before = len(own[0])
         own = own_batches(lanes, parts, task, state)
-        course.bar.total += len(own[0])
+        course.bar.grow(len(own[0]) - before)
     if begins:
         state = begin(lanes, state, task, own)
     state = take_steps(lanes, course.step, state, own, course.bar)
@@ -117,7 +118,7 @@ def review(course: Course, state: TrainState, task: int) -> TrainState:
         with lanes.phases("compile"):
             first = lanes.batch([loader[0] for loader in again])
             course.review_step = parts.review.step.prepare(state, first, lanes.phases)
-    course.bar.total += len(again[0]) - at.batch
+    course.bar.grow(len(again[0]) - at.batch)
     state = take_steps(lanes, course.review_step, state, again, course.bar)
     if parts.review.renews_weights:
         return state
@@ -139,15 +140,27 @@ def evaluate(course: Course, state: TrainState, task: int) -> list[Scores]:
     lanes = course.lanes
     with lanes.phases("evaluate"):
         scores = scores_of(lanes, course.parts, state)
-    for session, mine in zip(lanes.sessions, scores, strict=True):
-        rows = add_scores(session.progress, mine)
-        session.log.write("evaluation", lanes.at.step, {"task": task, **rows})
-        background = course.parts.host.seconds if course.parts.host else {}
-        session.log.write_seconds(lanes.at.step, session.phases.seconds, background)
-        so_far = {name: float(np.mean(row[: task + 1])) for name, row in rows.items()}
-        shown = {name: f"{100 * x:.1f} %" if name in SHARES else f"{x:.4f}" for name, x in so_far.items()}
-        course.bar.set_postfix(shown)
+        for session, mine in zip(lanes.sessions, scores, strict=True):
+            rows = add_scores(session.progress, mine)
+            session.log.write("evaluation", lanes.at.step, {"task": task, **rows})
+        show(course, state, task)
     return scores
+
+
+def show(course: Course, state: TrainState, task: int) -> None:
+    """What is found after a task: to the writers of every lane, and to the bar as means over the lanes."""
+    lanes, parts = course.lanes, course.parts
+    for i, session in enumerate(lanes.sessions):
+        stored = lanes.one(state, i).buffer
+        stats = {} if parts.buffer is None or stored is None else parts.buffer.stats(stored)
+        background = {} if parts.host is None else parts.host.seconds
+        scalars = [evaluation_scalars(session.progress), buffer_scalars(stats)]
+        scalars += [seconds_scalars(session.phases.seconds, background)]
+        session.log.show(lanes.at.step, {name: x for found in scalars for name, x in found.items()})
+    means = [means_so_far(session.progress) for session in lanes.sessions]
+    found = {name: float(np.mean([mean[name] for mean in means])) for name in means[0]}
+    shares = {name: f"{100 * x:.1f} %" if name in SHARES else f"{x:.4f}" for name, x in found.items()}
+    course.bar.end(f"task {task + 1} of {len(parts.scenario.tasks)}", shares)
 
 
 def save(course: Course, state: TrainState, task: int) -> None:

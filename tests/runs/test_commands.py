@@ -33,6 +33,8 @@ def test_help_is_no_failure():
     status, out, errors = ended(python("-m", "experiments.compare", "--help"))
     assert status == 0 and not errors
     assert out.startswith("Trains several strategies") and "--strategies:" in out and "--[no]vmap:" in out
+    assert "--config.FIELD=VALUE:" in out and "--json" not in out and "--out" not in out  # its own flags alone
+    assert out.count("jaxcl compare --config=") == 3
     status, out, errors = ended(python("-m", "experiments.train", "--help_config"))
     assert status == 0 and not errors and max(map(len, out.splitlines())) <= 100 + len("--config.")
     assert "--config.buffer.capacity=200\n    rows in the union of all devices' shards (int: a positive number)" in out
@@ -46,6 +48,7 @@ def test_help_is_no_failure():
         (("report",), "error: DIR: missing; give at least one folder of runs"),
         (("report", "nowhere"), "error: run folder: 'nowhere' is not a folder"),
         (("compare", DIGITS, "--workdir=/nowhere/x", "--strategies=er,er"), "error: --strategies: ['er', 'er'] is not"),
+        (("train", DIGITS, "--seeds=3"), "error: --seeds: not a flag of this command; --help lists them"),
         (("scenario", DIGITS, "--out=x.jpg"), "error: --out: 'x.jpg' is not allowed, give a name that ends with .png"),
     ],
     ids=str,
@@ -87,9 +90,7 @@ def test_a_damaged_run_is_told_in_one_line(tmp_path):
 
 
 def test_ctrl_c_prints_one_line():
-    program = (
-        "import time\nfrom experiments import cli\ndef main():\n    print('there', flush=True)\n    time.sleep(60)\n"
-    )
+    program = "import time\nfrom jaxcl import cli\ndef main():\n    print('there', flush=True)\n    time.sleep(60)\n"
     process = python("-c", program + "cli.run(main)")
     assert process.stdout.readline() == b"there\n"
     process.send_signal(signal.SIGINT)

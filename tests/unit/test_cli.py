@@ -4,9 +4,16 @@ import importlib
 import subprocess
 import sys
 
+import pytest
+from ml_collections import ConfigDict
+
+from jaxcl import shipped
+from jaxcl.cli.config_file import from_config_file
+from jaxcl.commands import configs
+from jaxcl.errors import UserError
 from tests.whole import REPO
 
-COMMANDS = ("train", "compare", "sweep", "report", "pairs", "scenario")
+COMMANDS = ("train", "compare", "sweep", "report", "pairs", "scenario", "configs")
 DIGITS = "--config=configs/digits.py"
 
 
@@ -16,7 +23,7 @@ def parsed(*arguments):
 import sys
 import logging
 from absl import flags
-from experiments import cli
+from jaxcl import cli
 from jaxcl.errors import UserError
 logging.disable(logging.WARNING)  # as cli.run does it
 for line in sys.argv[1:]:
@@ -26,7 +33,7 @@ for line in sys.argv[1:]:
     sys.modules.pop("config_config", None)
     argv = sys.argv = ["command", *line.split(" ")]
     try:
-        cli._begin(cli._parse(argv), positional=False)
+        cli._begin(cli._parse(cli.__name__, argv), positional=False)
     except UserError as error:
         cli._say(error)
     except SystemExit as end:
@@ -43,7 +50,7 @@ for line in sys.argv[1:]:
 
 def test_all_commands_are_imported_together():
     for name in COMMANDS:
-        assert callable(importlib.import_module(f"experiments.{name}").main)
+        assert callable(importlib.import_module(f"jaxcl.commands.{name}").command)
 
 
 FILES = {
@@ -79,6 +86,8 @@ MISTAKES = {
     "--config configs/digits.py:foo": "--config: configs/digits.py: get_config() takes no argument 'foo'",
     "--config=configs/split_cifar10.py:foo": "--config=configs/split_cifar10.py:foo: no such size",
     "--config=configs/nowhere.py": "--config: there is no file configs/nowhere.py",
+    "--config=digts": "--config: no config called 'digts' is shipped; did you mean digits?",
+    "--config split_cifar10:foo": "--config=configs/split_cifar10.py:foo: no such size",
     f"{DIGITS} --config.model.options.foo=3": "--config.model.options.foo: no such field; allowed are hidden; the network",
     f"{DIGITS} --config.bufer.capacity=3": "--config.bufer.capacity: no such field; did you mean buffer?",
     f"{DIGITS} --config.seed.a=3": "--config.seed.a: no such field",
@@ -104,3 +113,43 @@ def test_a_mistake_costs_one_line():
     wanted = [f"error: {message}" for message in MISTAKES.values()]
     assert [line[: len(want)] for line, want in zip(lines, wanted, strict=True)] == wanted
     assert parsed(f"{DIGITS} --config.buffer.capacity=300 --stall_seconds=0") == ["passed"]
+    by_name = ("--config=digits --config.seed=3", "--config split_cifar10:cpu", "-config=paper_tinyimagenet:cpu")
+    assert parsed(*by_name) == ["passed"] * 3
+
+
+def test_what_lies_beside_a_config_can_be_imported(tmp_path):
+    """Named as `module:name` in the config, or imported by it; installed packages come first."""
+    (tmp_path / "of_mine.py").write_text("SEED = 7\n")
+    (tmp_path / "json.py").write_text("raise RuntimeError('not this one')\n")
+    text = "import json\nimport of_mine\nfrom jaxcl import shipped\n\ndef get_config():\n"
+    text += "    config = shipped.load('digits').get_config()\n    config.seed = of_mine.SEED\n    return config\n"
+    (tmp_path / "mine.py").write_text(text)
+    assert parsed(f"--config={tmp_path / 'mine.py'}") == ["passed"]
+
+
+def test_the_command_lists_its_commands_and_knows_no_other():
+    def jaxcl(*arguments):
+        return subprocess.run([sys.executable, "-m", "jaxcl", *arguments], cwd=REPO, capture_output=True, text=True)
+
+    listed = jaxcl("--help")
+    assert listed.returncode == 0 and all(f"    {name} " in listed.stdout for name in COMMANDS)
+    assert "sweep     Searches hyper-parameters" in listed.stdout
+    wrong = jaxcl("trian")
+    assert (wrong.returncode, wrong.stderr) == (2, "error: 'trian' is no command; did you mean train?\n")
+
+
+def test_a_config_is_copied_and_no_file_replaced(tmp_path):
+    assert configs.copy("digits", tmp_path / "new").read_bytes() == shipped.path_of("digits").read_bytes()
+    (tmp_path / "new" / "digits.py").write_text("mine")
+    with pytest.raises(UserError, match=r"--to: .*digits.py is there already; remove it or give another folder"):
+        configs.copy("digits", tmp_path / "new")
+    assert (tmp_path / "new" / "digits.py").read_text() == "mine"
+    with pytest.raises(UserError, match="no config called 'digit' is shipped; did you mean digits"):
+        configs.copy("digit", tmp_path)
+
+
+@pytest.mark.parametrize("name", shipped.names())
+def test_a_shipped_config_is_described_and_works_as_a_copy(name, tmp_path):
+    assert shipped.about(name)
+    copy = configs.copy(name, tmp_path)
+    assert isinstance(from_config_file(str(copy), "get_config"), ConfigDict)

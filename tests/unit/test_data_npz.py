@@ -62,7 +62,9 @@ def test_npz_mistakes(tmp_path, changes, message):
 
 def test_npz_files_that_are_none(tmp_path):
     assert _error(f"npz:{tmp_path}/a.npz").endswith(f"there is no file {tmp_path}/a.npz")
-    assert _error(f"npz:{tmp_path}").endswith("cannot be read (Is a directory)")
+    assert _error(f"npz:{tmp_path}").endswith(
+        "lacks x_train.npy, y_train.npy, x_test.npy, y_test.npy, give x_train.npy, y_train.npy, x_test.npy, y_test.npy"
+    )
     np.save(tmp_path / "one.npy", np.zeros(3))
     (tmp_path / "empty.npz").touch()
     (tmp_path / "text.npz").write_text("hello")
@@ -180,3 +182,25 @@ def test_array_source():
     source = array_source(images, np.array([0, 1, 1, 0]), ["a", "b"])
     assert len(source) == 4 and source.num_classes == 2
     np.testing.assert_array_equal(source.read(np.array([3, 1])), images[[3, 1]])
+
+
+def test_a_folder_of_arrays_is_the_archive_of_them_and_mapped_where_it_is_large(tmp_path, monkeypatch):
+    _npz(tmp_path / "a.npz", class_names=np.array(list("abcdefghij")))
+    with np.load(tmp_path / "a.npz") as archive:
+        for key, array in archive.items():
+            np.save(tmp_path / f"{key}.npy", array)
+    want = open_source(f"npz:{tmp_path}/a.npz")
+    for bound in (0, 2**28):
+        monkeypatch.setattr(npz, "_MAPPED", bound)
+        for source, other in zip(open_source(f"npz:{tmp_path}"), want, strict=True):
+            rows = np.arange(len(other))[::-1]
+            images = source.read(rows)
+            np.testing.assert_array_equal(images, other.read(rows))
+            np.testing.assert_array_equal(source.labels, other.labels)
+            assert source.class_names == other.class_names and type(images) is np.ndarray and images.flags.writeable
+    file = tmp_path / "x_train.npy"
+    for damaged in (file.read_bytes()[:-1], b"", b"hello"):
+        file.write_bytes(damaged)
+        assert f"has a file that is no whole array of NumPy's: {file}" in _error(f"npz:{tmp_path}")
+    file.unlink()
+    assert _error(f"npz:{tmp_path}").split(", give")[0].endswith("lacks x_train.npy")

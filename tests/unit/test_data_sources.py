@@ -15,6 +15,7 @@ from PIL import Image
 from tensorflow_datasets.core import dataset_metadata
 
 from jaxcl.data import array_source, open_source, resize, train_batches, window
+from jaxcl.data.sources import _encoded
 from jaxcl.data.sources import tfds as tfds_source
 from jaxcl.errors import UserError
 
@@ -92,7 +93,7 @@ def cache(tmp_path_factory, monkeypatch):
 def test_tfds_rows_keep_image_and_label_together_cached_or_not(tiny, cache_bytes, monkeypatch):
     data_dir, images = tiny
     decoded = []
-    monkeypatch.setattr(tfds_source, "_decode", lambda *a, f=tfds_source._decode: decoded.append(1) or f(*a))
+    monkeypatch.setattr(_encoded, "decode", lambda *a, f=_encoded.decode: decoded.append(1) or f(*a))
     for source, split in zip(open_source("tfds:tiny_set", data_dir, cache_bytes), images, strict=True):
         x = source.read(np.arange(len(source)))
         assert x.dtype == np.uint8 and x.shape == images[split].shape
@@ -110,7 +111,7 @@ def test_tfds_rows_keep_image_and_label_together_cached_or_not(tiny, cache_bytes
 
 
 def test_labels_of_a_large_set_are_read_without_decoding_images(tiny, monkeypatch):
-    monkeypatch.setattr(tfds_source, "_decode", lambda *_: pytest.fail("decoded an image"))
+    monkeypatch.setattr(_encoded, "decode", lambda *_: pytest.fail("decoded an image"))
     train, _ = open_source("tfds:tiny_set", tiny[0], cache_bytes=0)
     assert len(np.unique(train.labels)) == 4
 
@@ -244,7 +245,7 @@ def _error(name, data_dir=None):
     return message
 
 
-ALLOWED = "is not allowed, give one of digits, npz, ptychography, tfds or module:name"
+ALLOWED = "is not allowed, give one of digits, folder, hf, npz, ptychography, tfds or module:name"
 
 
 @pytest.mark.parametrize(
@@ -269,8 +270,10 @@ def test_an_unknown_name_without_a_likely_meaning(name):
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        ("npz", "npz:FILE"),
-        ("npz:", "npz:FILE"),
+        ("npz", "npz:FILE or npz:DIR"),
+        ("npz:", "npz:FILE or npz:DIR"),
+        ("folder", "folder:DIR"),
+        ("hf", "hf:DIR"),
         ("tfds:", "tfds:NAME"),
         ("digits:8", "digits"),
         ("ptychography", "ptychography:SIDE"),

@@ -11,12 +11,14 @@ REPO = pathlib.Path(__file__).resolve().parents[2]
 FLOORS = {
     **dict.fromkeys(("errors", "types"), 0),
     **dict.fromkeys(("check", "marks", "registry", "mesh", "sealed", "memory", "signals"), 1),
-    **dict.fromkeys(("fields", "losses", "nearest_mean", "optimizer", "summaries"), 2),
+    **dict.fromkeys(("fields", "losses", "nearest_mean", "optimizer", "shipped", "summaries"), 2),
     **dict.fromkeys(("buffer", "data", "metrics", "models", "report"), 3),
     "strategies": 4,
     "runs": 5,
     "training": 6,
     **dict.fromkeys(("contrastive", "search"), 7),
+    "cli": 8,
+    **dict.fromkeys(("commands", "__main__"), 9),
 }
 
 
@@ -86,8 +88,9 @@ def test_flax_is_imported_in_models_alone():
     assert not wrong, wrong
 
 
-def test_configs_import_jaxcl_and_each_other():
-    allowed = ("jaxcl", "ml_collections", "configs", "typing")
+def test_configs_import_jaxcl_alone():
+    """They lie in another folder when they are installed: one uses another by `jaxcl.shipped`."""
+    allowed = ("jaxcl", "ml_collections", "typing")
     wrong = {
         f"{path.name}: {name}"
         for path in python_files("configs")
@@ -95,6 +98,14 @@ def test_configs_import_jaxcl_and_each_other():
         if name.split(".")[0] not in allowed
     }
     assert not wrong, wrong
+
+
+def test_every_command_is_a_module_of_experiments_too():
+    """`python -m experiments.NAME` from a checkout; what it does is in the package."""
+    names = [path.stem for path in python_files("jaxcl/commands") if path.stem != "__init__"]
+    for name in names:
+        assert imports(REPO / "experiments" / f"{name}.py") == {f"jaxcl.commands.{name}.command"}
+    assert {"train", "compare", "sweep", "report"} <= set(names)
 
 
 @pytest.mark.parametrize("words", ["jax.shard_map", "jax.experimental.shard_map"])

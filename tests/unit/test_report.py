@@ -162,6 +162,14 @@ def test_configurations_of_one_strategy_stay_apart():
     assert len(report.group_runs([*runs[:1], longer])) == 2  # matrices of two sizes are never averaged
 
 
+def test_what_a_run_may_change_as_it_goes_on_sets_none_apart():
+    """Runs from before a field of theirs was there go with the others."""
+    config = {"buffer": {"capacity": 200}}
+    more = {**config, "checkpoint": {"accept_other_code": True}, "data": {"threads": 4}}
+    (group,) = report.group_runs([report.Run(Path(), _result(seed=i, config=c)) for i, c in enumerate((config, more))])
+    assert group.label == "er" and len(group.results) == 2
+
+
 def test_colors_do_not_depend_on_the_other_runs():
     known = [report.color_of(strategy) for strategy in ("from_scratch", "incremental", "er")]
     assert len(set(known)) == 3
@@ -179,10 +187,16 @@ def test_page_is_self_contained(folder):
     assert page == folder / "new" / "out" / "report.html"
     text = page.read_text()
     embedded = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
-    names = ["average_accuracy", "accuracy_by_task", "accuracy_matrix", "time_by_phase", "time_of_steps"]
+    names = [
+        "average_accuracy",
+        "accuracy_by_task",
+        "accuracy_matrix",
+        "time_by_phase",
+        "time_of_steps",
+    ]  # no logs, no classes
     assert embedded == [(page.parent / f"{name}.png").read_bytes() for name in names]
     assert all(png.startswith(b"\x89PNG") for png in embedded)
-    assert not re.search(r"https?://|<script|<link|url\(", text)
+    assert not re.search(r"https?://|<script[^>]|<link|url\(|@import", text) and text.count("<script>") == 1
     assert 'name="viewport"' in text
     assert "<b>" not in text and "&lt;b&gt;mnist&lt;/b&gt;" in text
     assert "half: unfinished" in text and "result.json is damaged" in text
@@ -254,6 +268,67 @@ def test_words_of_a_user_are_no_formulas(tmp_path):
     runs = [report.Run(Path(), _result(model=words, config={"option": x}) | {"strategy": words}) for x in (1, words)]
     page = report.write_report(runs, tmp_path).read_text()
     assert r"$\frac{$ &lt;b&gt;" in page and len(list(tmp_path.glob("*.png"))) >= 4
+
+
+def test_the_page_says_where_runs_come_from_and_what_differs(tmp_path):
+    names = ["zero", "one <1>", "two", "three"]
+    runs = []
+    for seed, capacity in ((0, 200), (1, 200), (0, 500)):
+        more = {"name": "my <title>", "class_names": names, "command": "jaxcl train --x=1", "commit": "0123456789ab"}
+        more |= {"finished": f"2026-11-0{seed + 1} 10:00:00+00:00", "versions": {"jaxcl": "0.3.0", "jax": "0.10.2"}}
+        runs.append(
+            report.Run(tmp_path / f"{capacity}" / f"seed_{seed}", _result(seed=seed, capacity=capacity, **more))
+        )
+    text = report.write_report(runs, tmp_path).read_text()
+    assert "<h1>my &lt;title&gt;</h1>" in text and "<title>my &lt;title&gt; · jaxcl report</title>" in text
+    for told in ("jaxcl train --x=1", "0123456789ab", "jaxcl 0.3.0, jax 0.10.2", "mnist", "8 x cpu"):
+        assert f"<dd>{told}</dd>" in text
+    assert "<dd>2026-11-01 10:00:00+00:00 to 2026-11-02 10:00:00+00:00</dd>" in text
+    assert "<td>1</td><td>zero, one &lt;1&gt;</td>" in text and "<td>2</td><td>two, three</td>" in text
+    groups = report.group_runs(runs)
+    assert report.facts.differences_table(groups) == [
+        ["", "buffer.capacity"],
+        ["er, capacity=200", "200"],
+        ["er, capacity=500", "500"],
+    ]
+    header, *rows = report.facts.seeds_table(groups, tmp_path)
+    assert header[:3] == ["strategy", "seed", "accuracy %"] and header[-1] == "folder" and len(rows) == 3
+    assert [(row[1], row[-1]) for row in rows] == [("0", "200/seed_0"), ("1", "200/seed_1"), ("0", "500/seed_0")]
+
+
+def test_tasks_of_several_kinds_are_told_apart():
+    runs = [report.Run(Path(), _result()), report.Run(Path(), _result("incremental", tasks=[[1], [0]]))]
+    found = report.facts.tasks_table(report.group_runs(runs))
+    assert found[0] == ["task", "classes", "in"] and ["1", "1", "incremental, tasks=[[1], [0]]"] not in found
+    assert ["1", "1", "incremental"] in found and ["1", "0, 1", "er"] in found
+
+
+def test_curves_and_classes_are_those_of_the_runs(tmp_path):
+    lines = [{"kind": "train", "step": i, "task": i // 500, "loss": float(i % 7)} for i in range(1000)]
+    other = '{"kind": "evaluation", "loss": 9}\n{"kind": "train"}\n[1]\n{"kind": "train", "step": 1, "task": 0, "loss": NaN}\n'
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + other + '{"torn')
+    rows = report.curves.read_loss(tmp_path)
+    assert rows.shape == (1000, 3) and rows[999].tolist() == [999, 1, 5]
+    thin = report.curves.thinned(rows)
+    assert len(thin) == 300 and thin[0].tolist() == [1.5, 0, 1.5]  # of four neighbours
+    confusion = np.array([[3, 1, 0, 0], [0, 4, 0, 0], [2, 0, 2, 0], [0, 0, 0, 4]])
+    classes = {"per_class_accuracy": [0.75, 1.0, 0.5, None], "confusion": confusion.tolist()}
+    run = report.Run(tmp_path, _result(tasks=[[2, 3], [0, 1]], class_names=list("abcd"), **classes))
+    groups = report.group_runs([run])
+    [axes] = report.classes.per_class_accuracy(groups).axes
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [50, np.nan, 75, 100])  # in the order of the tasks
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["c", "d", "a", "b"]
+    shown = report.classes.confusion(groups).axes[0].images[0].get_array()
+    np.testing.assert_allclose(shown, [[50, 0, 50, 0], [0, 100, 0, 0], [0, 0, 75, 25], [0, 0, 0, 100]])
+    bare = report.group_runs([report.Run(tmp_path / "nowhere", _result())])
+    assert report.curves.loss(bare) is report.classes.confusion(bare) is report.classes.per_class_accuracy(bare) is None
+
+
+def test_the_axis_fits():
+    high = report.group_runs([report.Run(Path(), _result(matrix=[[0.97, 0.9], [0.91, 0.97]]))])
+    assert report.pictures.average_accuracy(high).axes[0].get_ylim() == (80, 100)
+    low = report.group_runs([report.Run(Path(), _result(s)) for s in SOURCES])
+    assert report.pictures.average_accuracy(low).axes[0].get_ylim() == (40, 100)
 
 
 def test_only_unfinished_runs(tmp_path):

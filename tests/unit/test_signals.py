@@ -132,7 +132,7 @@ def test_a_pipe_that_nobody_reads_holds_no_process():
 
 SPEAK = """
 import os, sys
-from experiments import streams
+from jaxcl.cli import streams
 streams.open_all()
 print("accuracy 51.00 ± 1.41", flush=True)
 print("a line", file=sys.stderr)

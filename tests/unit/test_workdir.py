@@ -9,6 +9,7 @@ import jaxcl
 from jaxcl.errors import UserError
 from jaxcl.runs import files, log, workdir
 from jaxcl.sealed import read_json, read_sealed, sealed
+from tests import folders
 from tests.folders import begin, claim, config, contents, finish
 
 
@@ -43,9 +44,9 @@ def test_a_whole_one_is_continued_at_its_checkpoint(unfinished):
     assert claim(unfinished, checkpoint={"keep": 7}).found == found  # which may change
 
 
-def test_a_finished_one_is_returned(finished):
+def test_a_finished_one_is_returned(finished, caplog):
     result, found = claim(finished)
-    assert found is None and result == json.loads((finished / "result.json").read_text())
+    assert found is None and not caplog.records and result == json.loads((finished / "result.json").read_text())
     assert result["accuracy"] == 0.8125
 
 
@@ -204,3 +205,14 @@ def test_a_seal_is_of_what_json_gives_back(tmp_path):
     value = {"rows": {10: 1, 9: 2}, "pair": (1, 2), "third": 1 / 3, "nan": float("nan")}
     files.write_json(tmp_path / "x.json", sealed(value))
     assert read_sealed(tmp_path / "x.json")["rows"] == {"10": 1, "9": 2}
+
+
+@pytest.mark.parametrize("there", ["unfinished", "finished"])
+def test_one_that_does_not_tell_its_code_is_said_to_be_one(there, request, monkeypatch, caplog):
+    """As runs of 0.3.0 do not."""
+    monkeypatch.setattr(folders, "code_of", lambda config: None)
+    folder = request.getfixturevalue(there)
+    with caplog.at_level(logging.WARNING, "jaxcl"):
+        workdir.finished(folder, config()) or claim(folder)
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "jaxcl"]
+    assert said.startswith(f"{folder}: does not tell by what code it was made; ")

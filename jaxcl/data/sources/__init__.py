@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 
 from jaxcl.check import at_least, check
+from jaxcl.data.given import KIND
 from jaxcl.data.source import Source
 from jaxcl.errors import UserError
 from jaxcl.registry import Registry
@@ -29,14 +30,14 @@ def open_source(
       name: KIND or KIND:REST, where KIND is one of `SOURCES` or `module.path:name`.
       data_dir: the TFDS folder; None is TFDS's own default (`TFDS_DATA_DIR` or ~/tensorflow_datasets). A set that
         is not there yet is downloaded and prepared, which for most sets needs TensorFlow.
-      cache_bytes: a TFDS set is decoded into memory if both splits together take at most this many bytes.
-      image_size: of a TFDS set: cuts images of any size to squares of this side: the middle one, and in training a random
-        window (see `Source.read_random`). Such a set is decoded batch by batch. None: images have one size already.
+      cache_bytes: such a set is decoded into memory if both splits together take at most this many bytes.
+      image_size: of tfds, folder and hf: cuts images of any size to squares of this side: the middle one, and in training a
+        random window (see `Source.read_random`). Such a set is decoded batch by batch. None: images have one size already.
 
     Raises:
       UserError: the set is unknown, cannot be prepared, or is not one of labelled uint8 images of one size.
     """
-    kind, rest = _parse(name)
+    kind, rest = parse(name)
     source = SOURCES[kind]
     data_dir = os.path.expanduser(data_dir) if data_dir else None
     options = {"rest": rest, "data_dir": data_dir, "image_size": image_size, "cache_bytes": cache_bytes}
@@ -51,9 +52,11 @@ def open_source(
     return source(**options)
 
 
-def _parse(name: str) -> tuple[str, str]:
+def parse(name: str) -> tuple[str, str]:
     """KIND and REST of a name; a kind from outside has a colon itself."""
     kind, _, rest = name.partition(":")
+    if kind == KIND:
+        raise UserError(f"data.source: {name!r} was handed over by a program; hand it to train_and_evaluate again")
     if kind in SOURCES:
         return kind, rest
     top = kind.partition(".")[0]

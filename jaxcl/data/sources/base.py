@@ -36,17 +36,19 @@ def whole(name: str, folder: Any) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except DataError as error:  # of a row, which it names
+        raise UserError(str(error).replace("data:", "data.source:", 1)) from None
     except Exception as error:
         raise wrong(name, f"cannot be read from {folder}, is it damaged? ({brief(error)})") from None
 
 
 def read_each(
-    name: str, records: Any, rows: Sequence[int], decode: Callable[[Any, int], np.ndarray]
+    called: Callable[[int], str], records: Any, rows: Sequence[int], decode: Callable[[Any, int], np.ndarray]
 ) -> list[np.ndarray]:
     """`decode(record, row)` of these rows of a prepared set, read together; if that fails one by one, to tell which it is.
 
     Args:
-      name: of the set, its split and its folder.
+      called: what a row is called.
       records: by random access, `records.__getitems__(rows)`.
 
     Raises:
@@ -59,7 +61,7 @@ def read_each(
         try:
             found.append(decode(records.__getitems__([row])[0], row))
         except Exception as error:
-            raise DataError(f"data: record {row} of {name} cannot be read, is it damaged? ({brief(error)})") from None
+            raise DataError(f"data: {called(row)} cannot be read, is it damaged? ({brief(error)})") from None
     return found
 
 

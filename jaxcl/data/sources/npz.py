@@ -1,4 +1,5 @@
-"""`npz:FILE`: arrays of a NumPy archive, x_train, y_train, x_test, y_test and optionally class_names.
+"""`npz:FILE`: arrays of a NumPy archive, x_train, y_train, x_test, y_test and optionally class_names; or `npz:DIR`, a folder of
+such arrays as files of their own, x_train.npy and so on, whose memory is mapped where they are large.
 
 Images are uint8 [n, H, W] or [n, H, W, C], labels integers [n]. What an array claims to hold is compared with the bytes that
 the archive has of it, and with the memory that is free, before anything is allocated.
@@ -19,15 +20,17 @@ from jaxcl.errors import UserError
 from jaxcl.memory import free_memory
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+_MAPPED = 1 << 28  # bytes from which an array of a folder is left on disk
 _MOST = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}  # bytes that a byte of a file can stand for
 
 
 def npz(*, rest: str, **_: Any) -> tuple[Source, Source]:
-    """Opens the archive `rest`. See `open_source`."""
+    """Opens the archive, or the folder, `rest`. See `open_source`."""
     name = f"npz:{rest}"
     if not rest:
-        raise wrong("npz", "is not allowed, give npz:FILE")
-    arrays = read_arrays(name, rest, _ARRAYS, ("class_names",))
+        raise wrong("npz", "is not allowed, give npz:FILE or npz:DIR")
+    read = _read_folder if os.path.isdir(os.path.expanduser(rest)) else read_arrays
+    arrays = read(name, rest, _ARRAYS, ("class_names",))
     labels = {split: arrays[f"y_{split}"] for split in ("train", "test")}
     images = {split: _images(name, split, arrays[f"x_{split}"], y) for split, y in labels.items()}
     one, other = (x.shape[1:] for x in images.values())
@@ -85,6 +88,23 @@ def read_arrays(name: str, path: str, needed: Sequence[str], optional: Sequence[
     # What zipfile and NumPy raise for damage, encryption, a compression they do not know and a header that is no header.
     except (ValueError, TypeError, EOFError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error) as error:
         raise wrong(name, f"is not an npz file of plain arrays ({brief(error)})") from None
+
+
+def _read_folder(name: str, path: str, needed: Sequence[str], optional: Sequence[str]) -> dict[str, np.ndarray]:
+    """As `read_arrays`, of a folder of .npy files; those of `_MAPPED` bytes and more are mapped, and read-only."""
+    files = {key: os.path.join(os.path.expanduser(path), f"{key}.npy") for key in (*needed, *optional)}
+    missing = [f"{key}.npy" for key in needed if not os.path.isfile(files[key])]
+    if missing:
+        raise wrong(name, f"lacks {', '.join(missing)}, give {', '.join(f'{key}.npy' for key in needed)}")
+    found = {}
+    for key, file in files.items():
+        if os.path.isfile(file):
+            try:  # mapping compares what the header claims with the file's length, before anything is allocated
+                mapped = np.load(file, mmap_mode="r", allow_pickle=False)
+                found[key] = mapped if mapped.nbytes >= _MAPPED else np.array(mapped)
+            except (OSError, ValueError, EOFError, TypeError, SyntaxError):
+                raise wrong(name, f"has a file that is no whole array of NumPy's: {file}") from None
+    return found
 
 
 def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:

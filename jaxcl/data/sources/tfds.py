@@ -6,23 +6,19 @@ when a set is opened: that takes seconds.
 """
 
 import difflib
+import functools
 import importlib.util
-import io
 import math
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxcl.data import label_cache, window
-from jaxcl.data.resize import vectorised
 from jaxcl.data.source import Source
-from jaxcl.data.sources.base import brief, check_labels, read_each, whole, wrong
-
-_CHUNK = 256  # rows a thread decodes at a time
+from jaxcl.data.sources._encoded import Encoded
+from jaxcl.data.sources.base import brief, check_labels, whole, wrong
 
 
 def tfds(
@@ -45,25 +41,22 @@ def open_builder(
     if not set(splits) <= set(found):
         raise wrong(name, f"has splits {', '.join(found)}, give a set with train and test or validation")
     class_names = tuple(builder.info.features[label_key].names)
-    rows = sum(found[split].num_examples for split in splits)
-    if image_size is not None:
-        vectorised()  # says now what it has to say
-    cached = image_size is None and rows * math.prod(shape) <= cache_bytes
+    count = sum(found[split].num_examples for split in splits)
+    cached = image_size is None and count * math.prod(shape) <= cache_bytes
     sources = []
     with whole(name, builder.data_dir):
         for split in splits:
+            rows = _encoded(name, builder, split, image_key)
             where = f"{name}, split {split} in {builder.data_dir},"
-            examples = _Examples(where, _encoded(name, builder, split, image_key), image_key, label_key, shape)
+            called = functools.partial("record {1} of {0}".format, where)
+            examples = Encoded(rows, image_key, label_key, shape, called)
+            images = np.empty((len(rows), *shape), np.uint8) if cached else None
             if cached:
-                images = np.empty((len(examples.rows), *shape), np.uint8)
                 labels = examples.scan(images)
             else:
-                labels = label_cache.cached(builder, split, len(examples.rows), examples.scan)
+                labels = label_cache.cached(builder, split, len(rows), examples.scan)
             check_labels(name, f"split {split}", labels, len(class_names))
-            read = images.__getitem__ if cached else examples.read if image_size is None else examples.read_middle
-            sources.append(
-                Source(labels, shape, class_names, read, None if image_size is None else examples.read_random)
-            )
+            sources.append(examples.source(labels, class_names, images, image_size))
     train, test = sources
     return train, test
 
@@ -81,59 +74,8 @@ def open_examples(name: str, data_dir: str | None, splits: Sequence[str]) -> lis
         return [_encoded(name, builder, split, "image") for split in splits]
 
 
-@dataclass(frozen=True, eq=False)
-class _Examples:
-    """The rows of a split, as TFDS stores them.
-
-    Attributes:
-      name: of the set, its split and its folder.
-      rows: dicts by random access; the image is a file's bytes.
-      image, label: their keys.
-      shape: (H, W, C) of an image as it is read.
-    """
-
-    name: str
-    rows: Any
-    image: str
-    label: str
-    shape: tuple[int, int, int]
-
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """Whole images, uint8 `[m, H, W, C]`."""
-        return self._stack(indices, lambda file, row: _decode(file, self.shape))
-
-    def read_middle(self, indices: np.ndarray) -> np.ndarray:
-        """The middle square of each image, uint8 `[m, H, W, C]`."""
-        return self._stack(indices, lambda file, row: window.middle(file, self.shape))
-
-    def read_random(self, indices: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
-        """A window of each image, uint8 `[m, H, W, C]`."""
-        return self._stack(indices, lambda file, row: window.random(file, self.shape, (*seed, row)))
-
-    def scan(self, images: np.ndarray | None = None) -> np.ndarray:
-        """All labels, int32 `[n]`; all images are written to `images`, uint8 `[n, H, W, C]`, and without it none is decoded."""
-        labels = np.empty(len(self.rows), np.int32)
-
-        def load(start: int) -> None:
-            rows = range(start, min(start + _CHUNK, len(labels)))
-            for i, example in zip(rows, self.rows.__getitems__(list(rows)), strict=True):
-                labels[i] = example[self.label]
-                if images is not None:
-                    images[i] = _decode(example[self.image], self.shape)
-
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            list(pool.map(load, range(0, len(labels), _CHUNK)))  # waits, and raises the first error
-        return labels
-
-    def _stack(self, indices: np.ndarray, decode: Callable[[bytes, int], np.ndarray]) -> np.ndarray:
-        """The images that `decode` makes of the files and numbers of these rows; `DataError` where it cannot."""
-        rows = np.asarray(indices).tolist()
-        images = read_each(self.name, self.rows, rows, lambda example, row: decode(example[self.image], row))
-        return np.stack(images) if images else np.empty((0, *self.shape), np.uint8)
-
-
 def _encoded(name: str, builder: Any, split: str, image_key: str) -> Any:
-    """The examples of a split by random access, their images left encoded: reading labels then decodes none, and `_decode`
+    """The examples of a split by random access, their images left encoded: reading labels then decodes none, and `Encoded`
     also copes with the odd grey or CMYK file of a colour set. With `decoders`, TFDS still decodes every other feature."""
     from tensorflow_datasets import decode
 
@@ -142,14 +84,6 @@ def _encoded(name: str, builder: Any, split: str, image_key: str) -> Any:
     except NotImplementedError:
         found = f"is prepared as {builder.info.file_format.value} in {builder.data_dir}, which has no random access"
         raise wrong(name, f"{found}, give array_record") from None
-
-
-def _decode(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    """A PNG or JPEG file to uint8 `[H, W, C]`."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(encoded)) as image:
-        return np.asarray(image.convert(window.MODES[shape[-1]])).reshape(shape)
 
 
 def _features(name: str, info: Any, image_size: int | None) -> tuple[str, str, tuple[int, int, int]]:

@@ -1,13 +1,15 @@
 """What the commands share: the flags of a run, the start of JAX, and one line instead of a traceback for a mistake."""
 
+import functools
 import logging
 import os
 import pathlib
 import re
 import shutil
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -15,19 +17,23 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from experiments import streams
-from experiments.config_file import brief, explain
-from experiments.config_file import from_config_file as from_config_file
 from jaxcl import fields as fields_lib
-from jaxcl import mesh, signals
+from jaxcl import mesh, shipped, signals
 from jaxcl.check import NOT_NEGATIVE, POSITIVE, Rule, at_least, between, check
+from jaxcl.cli import streams
+from jaxcl.cli.config_file import brief, explain
+from jaxcl.cli.config_file import from_config_file as from_config_file
 from jaxcl.errors import PeerLost, RunError, UserError
 from jaxcl.training import config as training
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "config file, e.g. configs/digits.py")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "a config that is shipped, such as digits, or a file, such as mine.py; behind a colon its argument"
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
 JSON = flags.DEFINE_string(
-    "json", None, "of a benchmark: file to write, and beside it a picture if it draws one; default: print only"
+    "json",
+    None,
+    "of predict: file to write, - for standard output; of a benchmark: also a picture beside it; default: print only",
 )
 OUT = flags.DEFINE_string("out", None, "file or folder to write, as the command's text says")
 DEVICES = flags.DEFINE_integer("devices", None, "fake CPU devices of this process; default: the devices JAX finds")
@@ -63,6 +69,11 @@ STOP = flags.DEFINE_float(
 )
 HELP_CONFIG = flags.DEFINE_bool("help_config", False, "print every field of the config and end")
 
+# The flags of a command that makes runs.
+RUN: tuple[flags.FlagHolder, ...] = (
+    *(CONFIG, WORKDIR, DEVICES, OVERWRITE, HELP_CONFIG),
+    *(DISTRIBUTED, COORDINATOR, NUM_PROCESSES, PROCESS_ID, HEARTBEAT, START, STALL, STOP),
+)
 MOST_DEVICES = 512  # a step of 1,000 takes a minute to start or aborts in XLA's CPU runtime, 100,000 never start
 
 
@@ -120,13 +131,20 @@ def config_path() -> str:
     return config_flags.get_config_filename(flags.FLAGS["config"])
 
 
-def run(main: Callable[..., None], *, positional: bool = False, fields: fields_lib.Fields | None = None) -> None:
+def run(
+    main: Callable[..., None],
+    *,
+    positional: bool = False,
+    takes: Sequence[flags.FlagHolder] | None = None,
+    fields: fields_lib.Fields | None = None,
+) -> None:
     """Parses the flags, starts JAX on the devices asked for and calls `main`, with the positional arguments if it takes any.
 
     A mistake or a failed run ends the program with one line on standard error and the status of its exception. One process
     of several ends at once, whatever went wrong: it does not wait for the others, which may be waiting for it.
 
     Args:
+      takes: the flags of the command: --help lists them, and another one is a mistake; None: those of all commands.
       fields: of the command's config, for --help_config; None: those of `jaxcl.training.config`.
     """
 
@@ -135,7 +153,7 @@ def run(main: Callable[..., None], *, positional: bool = False, fields: fields_l
             if HELP_CONFIG.value:
                 print(fields_lib.text(fields or training.fields(), shutil.get_terminal_size((120, 0)).columns))
                 return
-            _begin(argv, positional)
+            _begin(argv, positional, takes)
             main(argv[1:]) if positional else main()
         except (UserError, RunError) as error:
             _end(_say(error))
@@ -158,13 +176,17 @@ def run(main: Callable[..., None], *, positional: bool = False, fields: fields_l
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs, with tracebacks, what it also raises
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _report_unraisable
-    app.run(start, flags_parser=_parse)
+    app.run(start, flags_parser=functools.partial(_parse, main.__module__, takes=takes))
 
 
-def _begin(argv: list[str], positional: bool) -> None:
+def _begin(argv: list[str], positional: bool, takes: Sequence[flags.FlagHolder] | None = None) -> None:
     """Checks the flags that every command has, and starts JAX as they say."""
     if len(argv) > 1 and not positional:
         raise UserError(f"argument {argv[1]!r} is not understood; flags have the form --name=value")
+    for given in flags.FLAGS.get_flags_for_module(__name__):
+        name = given.name.partition(".")[0]  # --config.FIELD
+        if given.present and takes is not None and name not in {one.name for one in takes}:
+            raise UserError(f"--{given.name}: not a flag of this command; --help lists them")
     for flag, rule in RULES:
         if flag.value is not None:
             check(f"--{flag.name}", flag.value, rule)
@@ -201,18 +223,35 @@ def _end(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """absl's parser. A flag or a config field that does not exist, and a config file that is not there or fails, cost one
-    line; --help prints the command's text and its flags, and is no failure."""
+def _help(command: str, takes: Sequence[flags.FlagHolder] | None) -> str:
+    """The text of a command's module, and a flag a paragraph."""
+    found = [flags.FLAGS[flag.name] for flag in takes or ()]
+    if takes is None:
+        own = sys.argv[0] if command == "__main__" else command  # as absl calls them
+        found = [*flags.FLAGS.get_key_flags_for_module(own), *flags.FLAGS.get_key_flags_for_module(__name__)]
+    blocks = [(sys.modules[command].__doc__ or "").strip(), "flags:"]
+    width = shutil.get_terminal_size((120, 0)).columns
+    for flag in found:
+        name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
+        default = "" if flag.default in (None, False) else f" (default: {flag.default})"
+        text = f"{name}: {' '.join((flag.help or '').split())}{default}"
+        blocks.append(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="      "))
+    if CONFIG.name in {flag.name for flag in found}:
+        blocks.append("  --config.FIELD=VALUE: any field of the config; --help_config lists them")
+    return "\n".join([f"{blocks[0]}\n", *blocks[1:]])
+
+
+def _parse(command: str, argv: list[str], takes: Sequence[flags.FlagHolder] | None = None) -> list[str]:
+    """absl's parser, for the module of a command. A flag or a config field that does not exist, and a config file that is not
+    there or fails, cost one line; --help prints the command's text and its flags, and is no failure."""
     if {"-h", "-help", "--help", "--helpshort", "--helpfull"} & set(argv[1:]):
-        text = (sys.modules["__main__"].__doc__ or "").strip()
-        parts = [text, flags.FLAGS.main_module_help().strip(), flags.FLAGS.module_help(__name__).strip()]
-        print("\n\n".join(part for part in parts if part))
+        print(_help(command, takes))
         sys.exit(0)
     path = _given_config(argv)
+    _find_modules(os.getcwd())
     try:
-        if path is not None and not os.path.isfile(path.partition(":")[0]):
-            raise UserError(f"--config: there is no file {path}")
+        if path is not None:
+            argv, path = _with_file(argv, path)
         rest = flags.FLAGS(argv)
         if path is not None and not isinstance(CONFIG.value, ConfigDict):
             explain(path, argv)
@@ -235,6 +274,32 @@ def _given_config(argv: list[str]) -> str | None:
         if name in ("-config", "--config"):
             return value if equals else following
     return None
+
+
+def _with_file(argv: list[str], given: str) -> tuple[list[str], str]:
+    """The arguments with the file of the config that is `given`, by name or as a file, and this file with its argument.
+
+    Raises:
+      UserError: there is no such config.
+    """
+    name, colon, argument = given.partition(":")
+    if re.fullmatch(r"\w+", name):
+        path = str(shipped.path_of(name)) + colon + argument
+    elif os.path.isfile(name):
+        path = given
+        _find_modules(os.path.dirname(os.path.abspath(name)))
+    else:
+        raise UserError(f"--config: there is no file {given}")
+    before = ["", *argv]
+    named = [f"--config={path}" if re.match("--?config=", x) else x for x in argv]
+    return [path if re.fullmatch("--?config", before[i]) else x for i, x in enumerate(named)], path
+
+
+def _find_modules(folder: str) -> None:
+    """Lets modules of a folder be imported, so that a config can name a strategy of the user's own `module:name`; what is
+    installed comes first."""
+    if folder not in sys.path:
+        sys.path.append(folder)
 
 
 def _say(error: BaseException) -> int:

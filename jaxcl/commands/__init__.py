@@ -1,0 +1,1 @@
+"""The commands of `jaxcl`: one file a command, `jaxcl NAME` calls its `command`."""
