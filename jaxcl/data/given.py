@@ -75,7 +75,7 @@ def _source(split: str, found: Any) -> Source:
         images, labels = (next((found[key] for key in keys if key in found), None) for keys in _KEYS.values())
         return _of_arrays(split, images, labels, found.get("class_names"))
     if isinstance(found, tuple | list) and len(found) == 2 and all(hasattr(x, "shape") for x in found):
-        return _of_arrays(split, *found, None)
+        return _of_arrays(split, found[0], found[1], None)
     if hasattr(found, "__len__") and hasattr(found, "__getitem__") and not hasattr(found, "shape") and len(found):
         return _of_rows(split, found)
     raise UserError(f"{split}: a {type(found).__name__} is not allowed, {FORMS}")
