@@ -128,7 +128,7 @@ def run_tasks(lanes: Lanes[TrainState], parts: Parts, name: str, progress: bool)
         for i, session in enumerate(lanes.sessions):
             session.checkpoints.wait()
             weights_lib.write(
-                session.folder, lanes.configs[i], parts, lanes.one(state, i).weights, session.progress.step
+                session.folder, lanes.configs[i], parts, lanes.one(state, i).evaluated, session.progress.step
             )
     return results(lanes, parts, state, scores)
 

@@ -1,8 +1,8 @@
 """The final weights of a run as a file of their own, weights.safetensors, with all that rebuilds its network without its data.
 
-The tensors are those of `Weights` by their paths, "params.head.kernel" and so on, as in a checkpoint. The metadata has
-one entry, "jaxcl": a sealed JSON object of the config, the version and the code, what `describe` says, and a checksum of every
-tensor. Any reader of safetensors can read the file.
+They are those by which the run was evaluated. The tensors are those of `Weights` by their paths, "params.head.kernel" and so on,
+as in a checkpoint. The metadata has one entry, "jaxcl": a sealed JSON object of the config, the version and the code, what
+`describe` says, and a checksum of every tensor. Any reader of safetensors can read the file.
 """
 
 import json
@@ -28,6 +28,8 @@ Flat = dict[str, np.ndarray]
 GROUPS = tuple(
     f"{name}." for name in Weights._fields if name != "task"
 )  # of a checkpoint's arrays, those that are weights
+
+AVERAGE = "average."  # those of a checkpoint that evaluation uses in their place, where an average is kept
 
 
 def describe(parts: Parts) -> dict[str, Any]:
@@ -79,8 +81,10 @@ def of_checkpoint(folder: pathlib.Path, manifest: dict[str, Any]) -> tuple[dict[
         raise UserError(
             f"workdir: {folder} holds no run over tasks of jaxcl {jaxcl.__version__}; there is no network to load"
         )
-    names = [name for name in manifest["arrays"] if name.startswith(GROUPS) or name == "task"]
+    names = [name for name in manifest["arrays"] if name.startswith((*GROUPS, AVERAGE)) or name == "task"]
     flat = checkpoint.read_arrays(folder / workdir.CHECKPOINTS, manifest, names)
+    averages = {name.removeprefix(AVERAGE): flat.pop(name) for name in names if name.startswith(AVERAGE)}
+    flat |= averages  # as `TrainState.evaluated`
     about = {"jaxcl": manifest["version"], "code": manifest["code"], "config": manifest["config"]}
     return about | {"step": manifest["run"]["step"], "network": manifest["network"]}, flat
 

@@ -73,6 +73,17 @@ def test_it_answers_as_it_was_evaluated(strategy, finished, test_rows):
     assert model.predict(images[:0]).shape == (0, 10)
 
 
+def test_where_an_average_is_evaluated_it_is_loaded(tmp_path, test_rows):
+    """From the file, and from the checkpoint, which has both."""
+    result = train(tmp_path, "er", optimizer__average=0.9)
+    images, labels = test_rows
+    for _ in range(2):
+        right = jaxcl.load(tmp_path).predict(images).argmax(axis=1) == labels
+        accuracy = [right[np.isin(labels, classes)].mean() for classes in result["tasks"]]
+        np.testing.assert_allclose(accuracy, result["accuracy_matrix"][-1], rtol=1e-12)
+        (tmp_path / "weights.safetensors").unlink(missing_ok=True)
+
+
 def test_the_file_of_weights_is_plain_safetensors_of_the_last_state(finished):
     _, folder = finished["icarl"]
     tensors, (_, arrays) = load_file(folder / "weights.safetensors"), whole.last(folder)
