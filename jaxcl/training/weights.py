@@ -1,7 +1,7 @@
 """The final weights of a run as a file of their own, weights.safetensors, with all that rebuilds its network without its data.
 
-They are those by which the run was evaluated. The tensors are those of `Weights` by their paths, "params.head.kernel" and so on,
-as in a checkpoint. The metadata has one entry, "jaxcl": a sealed JSON object of the config, the version and the code, what
+They are those by which the run was evaluated. The tensors are those of `Weights` by their paths, "params.head.kernel" and so
+on, as in a checkpoint. The metadata has one entry, "jaxcl": a sealed JSON object of the config, the version and the code, what
 `describe` says, and a checksum of every tensor. Any reader of safetensors can read the file.
 """
 
