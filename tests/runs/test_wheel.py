@@ -108,7 +108,7 @@ def test_commands_and_configs_from_anywhere(bin_folder, tmp_path):
     table = run(tmp_path, jaxcl_command, "train", *small)
     assert "of_mine:plain" in table and "average" not in table
     shown = run(tmp_path, jaxcl_command, "scenario", "--config=paper_tinyimagenet:tpu", "--out=x.png", status=2)
-    assert "no such size, choose gpu or cpu" in shown and shown.count("\n") == 1
+    assert "no such size, choose gpu" in shown and shown.count("\n") == 1
 
 
 def test_the_buffer_needs_jax_and_numpy_alone(bin_folder, tmp_path):
