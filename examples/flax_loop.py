@@ -64,7 +64,7 @@ def main(replay: bool) -> float:
                 if replay:
                     memory, drawn = buffer.insert_and_draw(memory, rows, jax.random.key(step))
                 step += 1
-    logits = net.apply(state.params, test.read(np.arange(len(test))))
+    logits = np.asarray(net.apply(state.params, test.read(np.arange(len(test)))))
     return float(np.mean(np.argmax(logits, axis=1) == test.labels))
 
 
