@@ -23,6 +23,7 @@ from jaxcl.errors import UserError
 from jaxcl.search.seeds import train_seeds
 
 MODELS = flags.DEFINE_list("models", [], "of the models that a study knows by name; default all")
+ROWS = flags.DEFINE_list("rows", [], "of the rows that a study knows by name; default all")
 
 ONE_BY_ONE = functools.partial(train_seeds, together=False)
 

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from experiments.pages import page
 from experiments.pages.page import Json
-from experiments.studies.grid import Grid
+from experiments.studies.grid import ROWS, Grid
 from jaxcl import cli, data, summaries
 from jaxcl.check import refused
 from jaxcl.errors import UserError
@@ -35,7 +35,6 @@ SEEDS = 5  # of each row, from 0
 PROTOCOL = flags.DEFINE_string("protocol", None, "a config file of configs/ with rows, without .py")
 SOURCE = flags.DEFINE_string("source", None, "config.data.source, where the protocol's own is not to be used")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "config.data.data_dir")
-ROWS = flags.DEFINE_list("rows", [], "rows to run; all of them if not given")
 MAMMOTH = flags.DEFINE_string("mammoth", None, "a checkout of Mammoth: runs the reference's side instead of ours")
 PEER_PYTHON = flags.DEFINE_string("peer_python", sys.executable, "interpreter that has PyTorch, with --mammoth")
 

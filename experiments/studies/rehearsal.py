@@ -12,18 +12,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 
 from experiments.pages.page import Json, table
 from experiments.studies import grid
-from experiments.studies.grid import Fields, Setting
+from experiments.studies.grid import ROWS, Fields, Setting
 from jaxcl import cli, report
 from jaxcl.check import check, one_of
 from jaxcl.runs.steps import STEPPING
 from jaxcl.summaries import accuracy_so_far
-
-ROWS = flags.DEFINE_list("rows", [], "rows to run; all of them if not given")
 
 
 def main() -> None:
