@@ -237,7 +237,7 @@ class Strategy(NamedTuple):
         classifies by `cross_entropy`, which knows the prior.
       last_weights: how the end of a task ties evaluation to the weights that the last step left, where
         `config.optimizer.average` would judge others; "": it does not.
-      head: whether it reads the weights of the model's linear head, params["head"]["kernel"] `[D, K]`.
+      head: whether it reads the kernel `[D, K]` of the linear head among the model's parameters.
       gradients: see `Gradients`.
       init: `(params, batch_stats) -> state`, the strategy's own state at the start of a run.
       visit: `(params, batch_stats, part, context) -> pytree`: what a pass over rows at the end of a task gathers from a
