@@ -1,6 +1,6 @@
 """Images a second that are read, decoded and cut to one size: jaxcl's loader beside other programs, and the bare decoder.
 
-    python -m experiments.studies.imagenet_shaped --from=tfds:cifar10 --train=2000 --test=500 --out=SHAPED
+    python -m experiments.studies.imagenet_shaped --from=tfds:cifar10 --train_rows=2000 --test_rows=500 --out=SHAPED
     python -m experiments.bench.input --data=SHAPED [--peer_python=PEERS_ENV/bin/python] [--json=FILE]
 
 Peers (torch's DataLoader with torchvision, tf.data) are optional, see `experiments/bench/peers/input_peers.py`; those not there

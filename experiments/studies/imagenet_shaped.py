@@ -1,6 +1,7 @@
 """Makes a TFDS set of JPEG files shaped like those of ImageNet from a data set of small images.
 
-python -m experiments.studies.imagenet_shaped --from=tfds:cifar10 [--from_dir=TFDS_DIR] --train=2000 --test=500 --out=TFDS_DIR
+python -m experiments.studies.imagenet_shaped --from=tfds:cifar10 [--from_dir=TFDS_DIR] --out=TFDS_DIR
+    [--train_rows=2000] [--test_rows=500]
 
 The set, `tfds:imagenet_shaped` in that folder, is for measuring input, not for learning. Its images are enlarged, with detail
 and noise added so that a file takes about as many bytes a pixel as one of ImageNet: 100 KB at 500 x 375. Half of them have that
@@ -16,14 +17,13 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+from experiments.studies.small_pack import DATA_DIR, SOURCE
 from jaxcl import cli, data
 from jaxcl.check import POSITIVE, check
 from jaxcl.errors import UserError
 
-SOURCE = flags.DEFINE_string("from", None, "as config.data.source; of images of 1 or 3 channels")
-DATA_DIR = flags.DEFINE_string("from_dir", None, "as config.data.data_dir")
-TRAIN = flags.DEFINE_integer("train", 2000, "training rows")
-TEST = flags.DEFINE_integer("test", 500, "test rows")
+TRAIN = flags.DEFINE_integer("train_rows", 2000, "training rows")
+TEST = flags.DEFINE_integer("test_rows", 500, "test rows")
 
 NAME, VERSION = "imagenet_shaped", "1.0.0"
 SIZE = (500, 375)  # width and height of most
