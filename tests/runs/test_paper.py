@@ -19,6 +19,7 @@ from experiments.studies.grid import Grid, changed
 from jaxcl.errors import UserError
 from tests.whole import REPO, flags, small
 
+PLAIN = "er,loss.prior=none"  # the folder of rehearsal with the plain loss
 VARIED = Figures(shares=(0.1, 0.4), representatives=(8,), candidates=(4, 8), new=8, drawn=4)
 ENVIRONMENT = {"devices": {"count": 8, "platform": "cpu"}, "machine": {"cores": 2}}
 
@@ -43,14 +44,15 @@ def drawn(figure, found, folder):
 def test_figures_1_and_2_share_their_runs_and_say_what_these_found(study, tmp_path):
     found = accuracy.measure(study)
     folders = {path.parent for path in study.grid.workdir.rglob("result.json")}
-    assert {str(x.relative_to(study.grid.workdir)) for x in folders} == {
-        f"runs/mlp/{name}/seed_0" for name in STRATEGIES
-    }
+    trained = {*STRATEGIES, PLAIN}
+    assert {str(x.relative_to(study.grid.workdir)) for x in folders} == {f"runs/mlp/{name}/seed_0" for name in trained}
     results = {x.parent.name: json.loads((x / "result.json").read_text()) for x in folders}
     top5 = {name: np.mean(result["top5_matrix"][-1]) for name, result in results.items()}
     [model] = found["models"].values()
     assert model["top5_over_from_scratch"] == pytest.approx(top5["er"] / top5["from_scratch"])
     assert model["er"]["top1_so_far"][0][-1] == pytest.approx(results["er"]["average_accuracy"])
+    assert model["er_plain"]["top1_so_far"][0][-1] == pytest.approx(results[PLAIN]["average_accuracy"])
+    assert results["er"]["prior"] == "balanced" and results[PLAIN]["prior"] == "none"
     steps = results["er"]["seconds_by_phase"]
     assert model["er"]["seconds_of_steps"][0] == pytest.approx(steps["load"] + steps["assemble"] + steps["train"])
     assert found["goal"] == pytest.approx(1.02 * 24 / 16)
@@ -59,7 +61,7 @@ def test_figures_1_and_2_share_their_runs_and_say_what_these_found(study, tmp_pa
     stamps = {x: (x / "result.json").stat().st_mtime_ns for x in folders}
     swept = sweep.measure(dataclasses.replace(study, grid=dataclasses.replace(study.grid)))  # as another process would
     assert {x: (x / "result.json").stat().st_mtime_ns for x in folders} == stamps
-    more = {path.parent.parent.name for path in study.grid.workdir.rglob("result.json")} - set(STRATEGIES)
+    more = {path.parent.parent.name for path in study.grid.workdir.rglob("result.json")} - trained
     assert more == {"er,buffer.share=0.4", "er,buffer.candidates=4"}
     base = results["er"]["top5_so_far"]
     at_own = [x["top5_so_far"] for field in swept["swept"] for x in swept["swept"][field] if x["value"] in (0.1, 8)]
