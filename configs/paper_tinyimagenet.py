@@ -11,7 +11,7 @@ Smaller ones, for CPU cores, keep the protocol in proportion: c = b / 4, r = b /
 first sixth of a task's epochs to 8 times the learning rate of one device, and its decay. Their accuracies are not the paper's.
 
     :full     all 200 classes, 4 x 50, all rows, 30 epochs a task: hours for a seed of everything
-    :medium   every other class, 4 x 25, 250 rows of each, 12 epochs a task: some 20 minutes for a seed of everything
+    :medium   every other class, 4 x 25, 250 rows of each, 12 epochs a task; how long it takes is not measured yet
     :cpu      every tenth class, 4 x 5, 12 epochs a task, for the figures that need no accuracy: with five classes a task, top-5
               counts the task and not the class
 

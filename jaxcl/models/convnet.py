@@ -17,7 +17,7 @@ class ConvNet(nn.Module):
     Attributes:
       width: channels of the first block; each block doubles them, features have 4 * width.
       fold: side of the squares of pixels that become the channels of one position first (space to depth). 2 makes a step on a
-        CPU about five times as fast at equal width, as its first convolution has few positions and many channels.
+        CPU faster at equal width, as its first convolution has fewer positions and more channels.
     """
 
     num_classes: int

@@ -119,6 +119,9 @@ def test_the_table_of_rows_sets_them_beside_training_from_scratch():
     assert "| from_scratch | 1 | 1,200 | 50.0 | 25.0 | 100.0 % | 100.0 % | 10 % | 50.0 |" in text
     assert "| er | 2 | 1,200 | 25.0 ± 7.1 | 10.0 ± 0.0 | 50.0 % | 40.0 % |  | 50.0 |" in text
     assert "a: 3 epochs a task, b = 64, r = 8, a memory of 30 %" in text
+    assert "a memory of 1,000 rows" in rehearsal.markdown(
+        {"name": "a", "sizes": sizes | {"share": None, "capacity": 1000}, "rows": rows}
+    )
 
 
 def test_rows_of_old_tasks_that_are_called_a_new_class_are_counted():
