@@ -18,8 +18,8 @@ from ml_collections import ConfigDict, config_flags
 from experiments import streams
 from experiments.config_file import brief, explain
 from experiments.config_file import from_config_file as from_config_file
+from jaxcl import compilation, mesh, signals
 from jaxcl import fields as fields_lib
-from jaxcl import mesh, signals
 from jaxcl.check import NOT_NEGATIVE, POSITIVE, Rule, at_least, between, check
 from jaxcl.errors import PeerLost, RunError, UserError
 from jaxcl.training import config as training
@@ -60,6 +60,11 @@ STOP = flags.DEFINE_float(
     "stop_seconds",
     8.0,
     "how long a run that is told to stop may take to come to a step where it saves, before it ends unsaved",
+)
+CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "folder that keeps compiled programs, or off; default: JAX_COMPILATION_CACHE_DIR, else in the user's cache folder",
 )
 HELP_CONFIG = flags.DEFINE_bool("help_config", False, "print every field of the config and end")
 
@@ -169,6 +174,7 @@ def _begin(argv: list[str], positional: bool) -> None:
         if flag.value is not None:
             check(f"--{flag.name}", flag.value, rule)
     signals.wait_at_most(STOP.value)
+    compilation.use(CACHE.value)
     if DEVICES.value is not None:
         mesh.use_fake_devices(DEVICES.value)
     explicit = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)

@@ -137,7 +137,15 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
         np.testing.assert_array_equal(a[key], b[key], err_msg=key)
     assert lines(one, "train", "evaluation") == lines(other, "train", "evaluation")
     ra, rb = (json.loads((folder / "result.json").read_text()) for folder in (one, other))
-    for name in ("seconds", "seconds_by_phase", "images_per_second", "config", "background_seconds", "checksum"):
+    for name in (
+        "seconds",
+        "seconds_by_phase",
+        "images_per_second",
+        "config",
+        "compilation",
+        "background_seconds",
+        "checksum",
+    ):
         ra.pop(name, None), rb.pop(name, None)
     assert ra == rb
 

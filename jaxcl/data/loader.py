@@ -7,16 +7,19 @@ on the number of devices or processes. Each process reads its own contiguous sli
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
-import grain
 import numpy as np
 
 from jaxcl.check import at_least, between, check, refused
 from jaxcl.data.source import Source
-from jaxcl.data.workers import WorkerIterator
 from jaxcl.errors import UserError
 from jaxcl.types import Batch
+
+if TYPE_CHECKING:
+    import grain
+
+    from jaxcl.data.workers import WorkerIterator
 
 
 class Reading(TypedDict, total=False):
@@ -111,6 +114,10 @@ class Loader:
         return batch
 
     def __iter__(self) -> "grain.DatasetIterator[Batch] | WorkerIterator":
+        import grain
+
+        from jaxcl.data.workers import WorkerIterator
+
         options = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=2 * self.num_threads)
         if self.num_workers:
             return WorkerIterator(self, self.num_workers, options)

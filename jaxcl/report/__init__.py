@@ -4,10 +4,15 @@ A run is a folder with result.json. Runs of one strategy that differ only in the
 and standard deviation over seeds); where a strategy ran in several configurations, its label names what differs.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jaxcl.report.page import Section, check_out, write_report
-from jaxcl.report.pictures import classes_over_time, color_of, png
 from jaxcl.report.runs import Group, Run, group_runs, load_runs
 from jaxcl.report.tables import spread, table, text_table
+
+if TYPE_CHECKING:
+    from jaxcl.report.pictures import classes_over_time, color_of, png
 
 __all__ = [
     "Group",
@@ -24,3 +29,10 @@ __all__ = [
     "text_table",
     "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What draws, imported when it is first asked for: Matplotlib takes a second."""
+    if name not in ("classes_over_time", "color_of", "png"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("jaxcl.report.pictures"), name)

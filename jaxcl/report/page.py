@@ -10,11 +10,30 @@ from typing import Any
 
 from jaxcl import marks
 from jaxcl.errors import StorageError, UserError
-from jaxcl.report.pictures import PICTURES, color_of, png
 from jaxcl.report.runs import Group, Run, common_measure, group_runs
 from jaxcl.report.tables import rows_of, unfinished
 
 PAGE = "report.html"
+# Functions of jaxcl/report/pictures.py, each with a title and a caption.
+PICTURES = {
+    "average_accuracy": (
+        "Average {measure.name}",
+        "Mean {measure.name} over the tasks seen so far, after each task. Bands: one standard deviation over seeds.",
+    ),
+    "accuracy_by_task": (
+        "{measure.name} on each task",
+        "Each line is one task, from the moment it was trained. A line that {measure.forgets} is forgetting.",
+    ),
+    "accuracy_matrix": (
+        "{measure.name} matrix",
+        "Mean over seeds, accuracies in percent. Above the stair: tasks not trained yet.",
+    ),
+    "time_by_phase": (
+        "Time by phase",
+        "Seconds, mean over seeds. Hatched: the thread of the buffer in host memory, working while the loop goes on.",
+    ),
+    "time_of_steps": ("Time of the steps", "The same without what comes once or between tasks."),
+}
 _CSS = """
 :root { color-scheme: light }
 * { box-sizing: border-box }
@@ -103,11 +122,13 @@ def write_report(runs: Sequence[Run], out: str | Path, sections: Sequence[Sectio
 
 def _files(runs: Sequence[Run], sections: Sequence[Section]) -> dict[str, bytes]:
     """What a report consists of, by the names of its files."""
+    from jaxcl.report import pictures  # here: Matplotlib takes a second to import, and a run does without
+
     files: dict[str, bytes] = {}
     groups = group_runs(runs)
     body = ["<h1>Continual learning runs</h1>"]
     if groups:
-        colors = [color_of(group.strategy) for group in groups]
+        colors = [pictures.color_of(group.strategy) for group in groups]
         body += [f"<p>{html.escape(_about(groups))}</p>", _html_table(rows_of(groups), colors)]
         body.append(
             "<p>Mean ± standard deviation over seeds. Forgetting: best earlier accuracy minus the last (Chaudhry et "
@@ -119,10 +140,10 @@ def _files(runs: Sequence[Run], sections: Sequence[Section]) -> dict[str, bytes]
         body.append(_html_table(section.rows))
     if groups:
         measure = common_measure(groups)
-        for name, (draw, *texts) in PICTURES.items():
+        for name, texts in PICTURES.items():
             title, caption = (text.format(measure=measure) for text in texts)
             title = title[0].upper() + title[1:]
-            picture = png(functools.partial(draw, groups))
+            picture = pictures.png(functools.partial(getattr(pictures, name), groups))
             files[f"{name}.png"] = picture
             source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
             body += [f"<h2>{title}</h2>", f"<p>{caption}</p>"]

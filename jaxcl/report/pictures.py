@@ -285,28 +285,3 @@ def png(draw: Callable[[], Figure]) -> bytes:
     with rc_context(STYLE):  # restored on leaving: a library does not restyle its caller
         draw().savefig(file, format="png", dpi=160, metadata=marks.PNG)
     return file.getvalue()
-
-
-PICTURES: dict[str, tuple[Callable[[Sequence[Group]], Figure], str, str]] = {
-    "average_accuracy": (
-        average_accuracy,
-        "Average {measure.name}",
-        "Mean {measure.name} over the tasks seen so far, after each task. Bands: one standard deviation over seeds.",
-    ),
-    "accuracy_by_task": (
-        accuracy_by_task,
-        "{measure.name} on each task",
-        "Each line is one task, from the moment it was trained. A line that {measure.forgets} is forgetting.",
-    ),
-    "accuracy_matrix": (
-        accuracy_matrix,
-        "{measure.name} matrix",
-        "Mean over seeds, accuracies in percent. Above the stair: tasks not trained yet.",
-    ),
-    "time_by_phase": (
-        time_by_phase,
-        "Time by phase",
-        "Seconds, mean over seeds. Hatched: the thread of the buffer in host memory, working while the loop goes on.",
-    ),
-    "time_of_steps": (time_of_steps, "Time of the steps", "The same without what comes once or between tasks."),
-}

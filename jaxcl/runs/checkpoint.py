@@ -10,6 +10,7 @@ another name, which its manifest tells. Where it has the name of a checkpoint th
 """
 
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -23,7 +24,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 import jaxcl
 from jaxcl.errors import PeerLost, RunError, StorageError, UserError
@@ -135,12 +135,17 @@ class Checkpoints:
     def __init__(self, folder: str | pathlib.Path, keep: int, config: dict[str, Any] | None = None):
         self._folder, self._keep = pathlib.Path(folder).absolute(), keep
         self._same = {"version": jaxcl.__version__, "config": config}  # in every manifest
-        # What a save takes of the processor, the training may miss: images do not compress, and plain files, one an array and
-        # shard, need no gathering into few (OCDBT).
-        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
-        self._orbax = ocp.AsyncCheckpointer(handler)
         self._commit_thread: threading.Thread | None = None
         self._error: Exception | None = None
+
+    @functools.cached_property
+    def _orbax(self) -> Any:
+        """Imported and made as the first checkpoint is saved or read."""
+        import orbax.checkpoint as ocp
+
+        # What a save takes of the processor, the training may miss: images do not compress, and plain files, one an array and
+        # shard, need no gathering into few (OCDBT).
+        return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False))
 
     def save(self, name: str, state: PyTree, run: dict[str, Any], rows: Mapping[int, np.ndarray] | None = None) -> None:
         """Starts to write a checkpoint and returns when `state` may be donated; waits for an unfinished save before it.
@@ -154,6 +159,8 @@ class Checkpoints:
         Raises:
           StorageError: this save or the one before failed; what was saved before is kept.
         """
+        import orbax.checkpoint as ocp
+
         self.wait()
         flat = flatten(state)
         arrays = {key: {"shape": list(x.shape), "dtype": str(x.dtype)} for key, x in flat.items()}
@@ -193,7 +200,8 @@ class Checkpoints:
         """Ends the threads; errors of a last save that nobody waited for are dropped."""
         if self._commit_thread is not None:
             self._commit_thread.join()
-        self._orbax.close()
+        if "_orbax" in vars(self):  # it was made
+            self._orbax.close()
 
     def restore(
         self,
@@ -213,6 +221,8 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint holds other arrays than are wanted.
         """
+        import orbax.checkpoint as ocp
+
         wanted, stored = flatten(target), manifest["arrays"]
         path = self._folder / manifest["name"]
         arguments: Flat = {}

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from jaxcl import compilation
 from jaxcl.check import NOT_NEGATIVE, check
 from jaxcl.runs import files, workdir
 from jaxcl.runs.session import Session, open_session
@@ -43,6 +44,7 @@ def in_sessions(
         check("stall_seconds", stall_seconds, NOT_NEGATIVE)
     with contextlib.ExitStack() as stack:
         sessions: list[Session] = []
+        before = compilation.spent()
         for config, folder in zip(configs, folders, strict=True):
             stack.enter_context(files.full_disk_is_a_storage_error(folder))
             options: Any = {"begin": begin, "overwrite": overwrite}
@@ -52,9 +54,11 @@ def in_sessions(
                 assert len(configs) == 1, "a finished run is not continued"
                 return [session]
             sessions.append(session)
+        found = carry_out(sessions)
+        compiled = {"compilation": compilation.spent(before)}  # of this session, and of all runs that went side by side
         results = [
-            sealed(result | times(result["images"], session))
-            for session, result in zip(sessions, carry_out(sessions), strict=True)
+            sealed(result | times(result["images"], session) | compiled)
+            for session, result in zip(sessions, found, strict=True)
         ]
         if jax.process_index() == 0:
             for folder, result in zip(folders, results, strict=True):
