@@ -52,7 +52,7 @@ def use(folder: str | pathlib.Path | None = None) -> None:
     if folder == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if folder is None and jax.config.jax_compilation_cache_dir:
+    if folder is None and jax.config.read("jax_compilation_cache_dir"):
         return
     folder = default_folder() if folder is None else pathlib.Path(folder).expanduser()
     try:
@@ -65,7 +65,9 @@ def use(folder: str | pathlib.Path | None = None) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", BOUND)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a run has a hundred small programs
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # they know no bound, and name entries by the folder
+    jax.config.update(
+        "jax_persistent_cache_enable_xla_caches", "none"
+    )  # they know no bound, and name entries by the folder
     _answer_warnings(folder)
 
 
@@ -145,9 +147,9 @@ def _count(event: str, **_: Any) -> None:
         _counts[_EVENTS[event]] += 1
 
 
-def _add_seconds(event: str, seconds: float, **_: Any) -> None:
+def _add_seconds(event: str, duration_secs: float, **_: Any) -> None:
     if event in _SECONDS:
-        _counts[_SECONDS[event]] += seconds
+        _counts[_SECONDS[event]] += duration_secs
 
 
 jax.monitoring.register_event_listener(_count)

@@ -19,14 +19,15 @@ from jaxcl.check import refused
 from jaxcl.errors import UserError
 from jaxcl.mesh import AXIS
 from jaxcl.models import Model, make_model
-from jaxcl.optimizer import make_optimizer, make_schedule
+from jaxcl.optimizer import make_optimizer, make_schedule, numbers_of
 from jaxcl.registry import short
-from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
+from jaxcl.strategies import STRATEGIES, Strategy, make_strategy, number_options
 from jaxcl.training.class_means import make_class_means
 from jaxcl.training.config import check_config, means_asked, prior_of
 from jaxcl.training.end_task import make_end_task
 from jaxcl.training.evaluate import make_evaluate
 from jaxcl.training.exemplars import Selection, make_store_exemplars
+from jaxcl.training.given import Numbers
 from jaxcl.training.learn import Bound
 from jaxcl.training.sizes import check_sizes, check_steps, check_tasks
 from jaxcl.training.state import TrainState, initial_state, make_weights
@@ -124,14 +125,14 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
         _log.info("loss.prior = %s leaves %s as it is: it %s", config.loss.prior, config.strategy, strategy.own_bias)
     if buffer is not None and config.buffer.replay != "draw":  # the memory's rows come among the task's own
         strategy = strategy._replace(draws=0)
-    schedule = make_schedule(config.optimizer, strategy.rehearse or config.epochs)
+    epochs = strategy.rehearse or config.epochs
     bound = Bound(
         mesh,
         model,
         strategy,
         buffer,
         optimizer,
-        schedule,
+        make_schedule(config.optimizer, epochs),
         augment,
         normalize,
         classes,
@@ -140,6 +141,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
         replay_weight=config.loss.replay_weight,
         later_tasks=config.optimizer.later_tasks,
         average=config.optimizer.average,
+        numbers=config_numbers(config),
+        rebind=functools.partial(with_numbers, config, epochs),
     )
     store_exemplars = None
     if buffer is not None and strategy.selection:
@@ -207,6 +210,31 @@ def strategy_of(config: ConfigDict) -> Strategy:
     """The strategy of a run, with the selection that the config chooses."""
     strategy = make_strategy(config.strategy, config.strategies.get(short(config.strategy), {}))
     return strategy._replace(selection=config.buffer.selection.by or strategy.selection)
+
+
+def config_numbers(config: ConfigDict) -> dict[str, float]:
+    """The numbers of a config by which runs may differ that share their programs, by the field."""
+    found = {f"optimizer.{name}": x for name, x in numbers_of(config.optimizer).items()}
+    found["finetune.learning_rate"] = config.finetune.learning_rate or config.optimizer.learning_rate
+    options = STRATEGIES.options(config.strategy) | dict(config.strategies.get(short(config.strategy), {}))
+    return found | {f"strategy.{name}": options[name] for name in number_options(config.strategy)}
+
+
+def with_numbers(config: ConfigDict, epochs: int, bound: Bound, numbers: Numbers) -> Bound:
+    """The same with these numbers, traced or not, in place of those of the config."""
+
+    def group(name: str) -> dict[str, Any]:
+        return {field.removeprefix(name): x for field, x in numbers.items() if field.startswith(name)}
+
+    optimizer, given = config.optimizer, config.strategies.get(short(config.strategy), {})
+    strategy = make_strategy(config.strategy, {**given, **group("strategy.")})
+    schedule = make_schedule(optimizer, epochs, group("optimizer."))
+    return dataclasses.replace(
+        bound,
+        strategy=strategy._replace(selection=bound.strategy.selection, draws=bound.strategy.draws),
+        optimizer=make_optimizer(optimizer, group("optimizer.")),
+        schedule=optax.constant_schedule(numbers["finetune.learning_rate"]) if bound.tuning else schedule,
+    )
 
 
 def policy_of(config: ConfigDict, strategy: Strategy) -> str:
