@@ -5,7 +5,7 @@ on the number of devices or processes. Each process reads its own contiguous sli
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
@@ -90,7 +90,12 @@ class Loader:
     def __len__(self) -> int:
         return self.epochs * self.steps_per_epoch
 
-    def __getitem__(self, t: int) -> Batch:
+    def rows(self, t: int) -> np.ndarray:
+        """The rows of this process's slice of batch t, int64 `[b]`, -1 for padding."""
+        return _pad(self._rows(t), self.batch_size // self.process_count, -1)
+
+    def _rows(self, t: int) -> np.ndarray:
+        """The same without padding: short, or empty, at the end of an epoch."""
         if not 0 <= t < len(self):
             raise IndexError(f"batch {t} of {len(self)}")
         epoch, step = divmod(t, self.steps_per_epoch)
@@ -98,11 +103,14 @@ class Loader:
         if self.by_class:
             rows = rows[np.argsort(self.source.labels[rows], kind="stable")]
         size = self.batch_size // self.process_count
-        rows = rows[self.process_index * size :][:size]  # short, or empty, at the end of an epoch
+        return rows[self.process_index * size :][:size]
+
+    def __getitem__(self, t: int) -> Batch:
+        rows, size = self._rows(t), self.batch_size // self.process_count
         if self.window_seed is None or self.source.read_random is None:
             images = self.source.read(rows)
         else:
-            images = self.source.read_random(rows, (*self.window_seed, epoch))
+            images = self.source.read_random(rows, (*self.window_seed, t // self.steps_per_epoch))
         batch: Batch = {
             "image": _pad(images, size, 0),
             "label": _pad(self.source.labels[rows], size, 0),
@@ -112,6 +120,14 @@ class Loader:
         if self.source.targets:
             batch["target"] = {name: _pad(x[rows], size, 0) for name, x in self.source.targets.items()}
         return batch
+
+    def begin(self, t: int) -> Iterator[Batch]:
+        """The batches from t on; read ahead, unless they only have to be copied."""
+        if self.source.in_memory and not self.num_workers:
+            return map(self.__getitem__, range(t, len(self)))
+        iterator = iter(self)
+        iterator.set_state({"next_index": t})
+        return iterator
 
     def __iter__(self) -> "grain.DatasetIterator[Batch] | WorkerIterator":
         import grain

@@ -25,12 +25,12 @@ from jaxcl import losses
 from jaxcl.check import refused
 from jaxcl.strategies.base import Context, Descend, Descent, End, Outputs, Part, Share, Strategy, pooled_mean
 from jaxcl.strategies.lwf import answers, snapshot
-from jaxcl.types import Number, PyTree
+from jaxcl.types import PyTree
 
 ROUNDS = 16  # of Newton's method
 
 
-def bic(temperature: Number = 2.0, held_out: float = 0.1) -> Strategy:
+def bic(temperature: float = 2.0, held_out: float = 0.1) -> Strategy:
     if not 0 < held_out < 1:
         raise refused("strategies.bic.held_out", held_out, "a share between 0 and 1")
 

@@ -31,10 +31,10 @@ from jaxcl.check import NOT_NEGATIVE, POSITIVE, check
 from jaxcl.mesh import AXIS
 from jaxcl.strategies.base import Context, Descend, Descent, End, Outputs, Part, Share, Strategy, pooled_mean
 from jaxcl.strategies.lwf import answers, snapshot
-from jaxcl.types import Number, PyTree
+from jaxcl.types import PyTree
 
 
-def dytox(divergence: float = 0.1, temperature: Number = 1.0, mixup: float = 0.0, smoothing: Number = 0.1) -> Strategy:
+def dytox(divergence: float = 0.1, temperature: float = 1.0, mixup: float = 0.0, smoothing: float = 0.1) -> Strategy:
     for name, value in {"divergence": divergence, "mixup": mixup, "smoothing": smoothing}.items():
         check(f"strategies.dytox.{name}", value, NOT_NEGATIVE)
     check("strategies.dytox.temperature", temperature, POSITIVE)
@@ -122,7 +122,7 @@ def apart(logits: jax.Array, wanted: jax.Array, context: Context) -> jax.Array:
     return jnp.where(context.task > 0, value, 0.0)
 
 
-def mixed(part: Part, share: jax.Array, smoothing: Number, seen: jax.Array) -> Part:
+def mixed(part: Part, share: jax.Array, smoothing: float, seen: jax.Array) -> Part:
     """The rows, each mixed with the one at the mirror place of the batch of all devices; their labels go to the record.
 
     Args:

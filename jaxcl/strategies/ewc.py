@@ -20,10 +20,10 @@ from jax import lax
 
 from jaxcl import losses
 from jaxcl.strategies.base import Context, End, Part, Share, Strategy, cross_entropy, mean, whole
-from jaxcl.types import Number, PyTree
+from jaxcl.types import PyTree
 
 
-def ewc(strength: Number = 0.7, gamma: Number = 1.0, online: bool = True) -> Strategy:
+def ewc(strength: float = 0.7, gamma: float = 1.0, online: bool = True) -> Strategy:
     def loss(params: PyTree, parts: Sequence[Part], context: Context) -> Share:
         (new,) = parts
         fisher, pulled = context.state["fisher"], context.state["pulled"]

@@ -90,8 +90,12 @@ def run_tasks(lanes: Lanes[TrainState], parts: Parts, progress: bool) -> list[di
     if parts.host is not None:
         lanes.sessions[0].serve(parts.host, int(state.step), state.staged)
     with lanes.phases("compile"):
-        first = lanes.batch([loader[0] for loader in own[0]])
-        step = parts.train_step.prepare(state, first, lanes.phases)
+        if parts.many_steps is None:
+            first = lanes.batch([loader[0] for loader in own[0]])
+            step = parts.train_step.prepare(state, first, lanes.phases)
+        else:
+            first, _ = parts.many_steps.feed(lanes, own[0])(0, 1)
+            step = parts.many_steps.prepare(state, first)
     name = lanes.configs[0].strategy if len(lanes) == 1 else f"{lanes.configs[0].strategy}, {len(lanes)} seeds"
     total = at.step + steps_to_do(lanes, own)
     with tqdm(total=total, initial=at.step, desc=name, unit="step", disable=not progress) as bar:

@@ -61,9 +61,8 @@ def open_builder(
                 labels = label_cache.cached(builder, split, len(examples.rows), examples.scan)
             check_labels(name, f"split {split}", labels, len(class_names))
             read = images.__getitem__ if cached else examples.read if image_size is None else examples.read_middle
-            sources.append(
-                Source(labels, shape, class_names, read, None if image_size is None else examples.read_random)
-            )
+            random = None if image_size is None else examples.read_random
+            sources.append(Source(labels, shape, class_names, read, random, in_memory=cached))
     train, test = sources
     return train, test
 
