@@ -29,14 +29,13 @@ from jaxcl.training.evaluate import make_evaluate
 from jaxcl.training.exemplars import Selection, make_store_exemplars
 from jaxcl.training.given import Numbers
 from jaxcl.training.learn import Bound
-from jaxcl.training.many import HELD, MOST, ManySteps, make_many_steps
-from jaxcl.training.sizes import bytes_of, check_on_devices, check_sizes, check_steps, check_tasks, free_on_device
+from jaxcl.training.many import ManySteps, choose_many_steps
+from jaxcl.training.sizes import check_sizes, check_steps, check_tasks
 from jaxcl.training.state import TrainState, initial_state, make_weights
 from jaxcl.training.step import TrainStep, make_train_step
 from jaxcl.types import PyTree
 
 _log = logging.getLogger("jaxcl")
-SHARE_ON_DEVICE = 1 / 16  # of what a device may hold: more than that of rows is not put there unasked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +173,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
             averaged=averaged,
         ),
         train_step=make_train_step(training, seed),
-        many_steps=_make_many_steps(config, training, seed, train, scenario),
+        many_steps=choose_many_steps(config, training, seed, train, scenario),
         review=None if buffer is None else _make_review(config, stepping, seed, new_weights),
         store_exemplars=store_exemplars,
         end_task=None if strategy.end_task is None else make_end_task(bound),
@@ -289,41 +288,6 @@ def _make_buffer(
         count_classes=prior_of(config, strategy) != "none",
         **{name: b[name] for name in as_named},
     )
-
-
-def _make_many_steps(
-    config: ConfigDict, bound: Bound, seed: int | Sequence[int], train: data.Source, scenario: data.Scenario
-) -> ManySteps | None:
-    """Calls of many steps; None where a call takes one.
-
-    Raises:
-      UserError: the rows of a task are to be on the devices and cannot be.
-    """
-    row = {"image": np.zeros(train.image_shape, np.uint8), "target": {k: x[0] for k, x in train.targets.items()}}
-    lanes = 1 if isinstance(seed, int) else len(seed)
-    rows = _rows_on_device(config, bound, train, scenario, bytes_of(row))
-    most = MOST if rows else min(MOST, HELD // max(lanes * config.batch_size * bytes_of(row), 1))
-    most = config.steps_per_call or most
-    if (bound.buffer is not None and bound.buffer.host is not None) or most <= 1:
-        return None
-    return make_many_steps(bound, seed, most, rows)
-
-
-def _rows_on_device(
-    config: ConfigDict, bound: Bound, train: data.Source, scenario: data.Scenario, row_bytes: int
-) -> int:
-    """Rows of the largest task, if the rows of a task are to be kept on every device; else 0."""
-    asked, appended = config.data.on_device, config.buffer.replay != "draw" and bool(config.buffer.selection.by)
-    rows = max(len(bound.strategy.rows(scenario, task)) for task in range(len(scenario.tasks)))
-    if asked == "auto":
-        few = rows * row_bytes <= SHARE_ON_DEVICE * free_on_device(bound.mesh)
-        return rows if few and train.in_memory and train.read_random is None and not appended else 0
-    if asked and (train.read_random is not None or appended):
-        what = "images are cut at random" if train.read_random is not None else "rows of the memory come among them"
-        raise UserError(f"data.on_device: True is not allowed where {what}, give auto")
-    if asked:
-        check_on_devices({"data.on_device": (True, rows * row_bytes)}, bound.mesh)
-    return rows if asked else 0
 
 
 def _make_review(config: ConfigDict, bound: Bound, seed: int | Sequence[int], new_weights: Callable) -> Review | None:

@@ -14,19 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
+from ml_collections import ConfigDict
 
 from jaxcl import data
+from jaxcl.errors import UserError
 from jaxcl.mesh import AXIS, WHOLE, on_mesh
 from jaxcl.runs.feed import Feed, Streamed
 from jaxcl.runs.lanes import Lanes
 from jaxcl.training.given import Given, Program, make_given
 from jaxcl.training.learn import Bound, Metrics
+from jaxcl.training.sizes import bytes_of, check_on_devices, free_on_device
 from jaxcl.training.state import TrainState, specs
 from jaxcl.training.step import device_step
 from jaxcl.types import Batch, PyTree
 
 MOST = 128  # steps a call: by then a dispatch weighs nothing
 HELD = 2**25  # bytes of a call's batches at most, where their rows are handed over
+SHARE_ON_DEVICE = 1 / 16  # of what a device may hold: more than that of rows is not put there unasked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +87,41 @@ class Resident:
             [{"place": self._place[loader.rows(t)]} for loader in self._loaders] for t in range(index, index + count)
         ]
         return self._lanes.batches(steps, self.most) | {"table": self._table}, count
+
+
+def choose_many_steps(
+    config: ConfigDict, bound: Bound, seed: int | Sequence[int], train: data.Source, scenario: data.Scenario
+) -> ManySteps | None:
+    """Calls of many steps; None where a call takes one.
+
+    Raises:
+      UserError: the rows of a task are to be on the devices and cannot be.
+    """
+    row = {"image": np.zeros(train.image_shape, np.uint8), "target": {k: x[0] for k, x in train.targets.items()}}
+    lanes = 1 if isinstance(seed, int) else len(seed)
+    rows = _rows_on_device(config, bound, train, scenario, bytes_of(row))
+    most = MOST if rows else min(MOST, HELD // max(lanes * config.batch_size * bytes_of(row), 1))
+    most = config.steps_per_call or most
+    if (bound.buffer is not None and bound.buffer.host is not None) or most <= 1:
+        return None
+    return make_many_steps(bound, seed, most, rows)
+
+
+def _rows_on_device(
+    config: ConfigDict, bound: Bound, train: data.Source, scenario: data.Scenario, row_bytes: int
+) -> int:
+    """Rows of the largest task, if the rows of a task are to be kept on every device; else 0."""
+    asked, appended = config.data.on_device, config.buffer.replay != "draw"
+    rows = max(len(bound.strategy.rows(scenario, task)) for task in range(len(scenario.tasks)))
+    if asked == "auto":
+        few = rows * row_bytes <= SHARE_ON_DEVICE * free_on_device(bound.mesh)
+        return rows if few and train.in_memory and train.read_random is None and not appended else 0
+    if asked and (train.read_random is not None or appended):
+        what = "images are cut at random" if train.read_random is not None else "rows of the memory come among them"
+        raise UserError(f"data.on_device: True is not allowed where {what}, give auto")
+    if asked:
+        check_on_devices({"data.on_device": (True, rows * row_bytes)}, bound.mesh)
+    return rows if asked else 0
 
 
 def make_many_steps(bound: Bound, seed: int | Sequence[int], most: int, rows: int) -> ManySteps:

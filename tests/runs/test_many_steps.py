@@ -69,9 +69,7 @@ def test_the_program_updates_the_buffer_in_place(mesh_of):
     def temporaries(capacity):
         config = whole.small(buffer__capacity=capacity, buffer__policy="reservoir")
         parts = build(config, jax.devices()[:2])
-        from jaxcl.training.state import initial_state
-
-        state = initial_state(parts.mesh, parts.new_weights(jax.random.key(0)), parts.buffer, parts.strategy)
+        state = parts.new_state(parts.new_weights(jax.random.key(0)))
         assert parts.many_steps is not None and parts.many_steps.rows
         n, b = parts.many_steps.most, config.batch_size
         rows = parts.many_steps.rows + 1
