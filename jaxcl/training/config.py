@@ -100,8 +100,7 @@ DATA = {
         "auto",
         "whether the rows of a task lie on every device, so that batches are handed over as numbers; auto: where they are "
         "few, decoded already, and not cut at random",
-        one_of(("auto", True, False)),
-        (bool, str),
+        one_of(("auto", "always", "never")),
     ),
     "augment": Field(
         (), "of new and replayed images: on device, afresh at every replay", each(found_in(AUGMENTATIONS))

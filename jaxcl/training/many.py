@@ -116,12 +116,13 @@ def _rows_on_device(
     if asked == "auto":
         few = rows * row_bytes <= SHARE_ON_DEVICE * free_on_device(bound.mesh)
         return rows if few and train.in_memory and train.read_random is None and not appended else 0
-    if asked and (train.read_random is not None or appended):
+    if asked == "never":
+        return 0
+    if train.read_random is not None or appended:
         what = "images are cut at random" if train.read_random is not None else "rows of the memory come among them"
-        raise UserError(f"data.on_device: True is not allowed where {what}, give auto")
-    if asked:
-        check_on_devices({"data.on_device": (True, rows * row_bytes)}, bound.mesh)
-    return rows if asked else 0
+        raise UserError(f"data.on_device: always is not allowed where {what}, give auto")
+    check_on_devices({"data.on_device": ("always", rows * row_bytes)}, bound.mesh)
+    return rows
 
 
 def make_many_steps(bound: Bound, seed: int | Sequence[int], most: int, rows: int) -> ManySteps:

@@ -12,7 +12,7 @@ from jaxcl.training.build import build
 from jaxcl.training.loop import train_and_evaluate
 from tests import whole
 
-WAYS = {"five": (5, "auto"), "all": (100, True), "handed over": (5, False), "by itself": (0, "auto")}
+WAYS = {"five": (5, "auto"), "all": (100, "always"), "handed over": (5, "never"), "by itself": (0, "auto")}
 
 
 def run(folder, devices, **changes):
@@ -50,7 +50,7 @@ def test_a_save_by_number_ends_a_call(tmp_path, mesh_of):
     assert set(range(7, last, 7)) <= steps
 
 
-@pytest.mark.parametrize("on_device", [True, False])
+@pytest.mark.parametrize("on_device", ["always", "never"])
 def test_seeds_side_by_side(on_device, tmp_path, mesh_of):
     mesh_of(2)
     found = {}
@@ -93,7 +93,7 @@ def test_the_program_updates_the_buffer_in_place(mesh_of):
     ("changes", "field"),
     [
         ({"steps_per_call": -1}, "steps_per_call"),
-        ({"data__on_device": "always"}, "data.on_device"),
+        ({"data__on_device": "sometimes"}, "data.on_device"),
     ],
 )
 def test_bad_values(changes, field):
