@@ -52,7 +52,7 @@ def use(folder: str | pathlib.Path | None = None) -> None:
     if folder == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if folder is None and jax.config.read("jax_compilation_cache_dir"):
+    if folder is None and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     folder = default_folder() if folder is None else pathlib.Path(folder).expanduser()
     try:

@@ -17,7 +17,7 @@ SCRIPT = f"""
 import json, sys
 import jax, jax.numpy as jnp
 from jaxcl import compilation
-compilation.use(sys.argv[1])
+compilation.use(sys.argv[1] or None)
 for i in range({PROGRAMS}):
     found = jax.jit(lambda x: jnp.sin(x) * (i + 1), donate_argnums=0)(jnp.ones(4))
 value = float(found.sum())
@@ -129,6 +129,14 @@ def test_a_folder_that_stays_locked_is_given_up_at_once(cache, filled):
         status, found, errors = run(cache, before=short)
     assert status == 0 and found["value"] == filled[1]["value"] and found["requests"] == 0
     assert len(errors) == 1 and "compiled programs are not kept" in errors[0]
+
+
+def test_without_a_folder_it_is_the_users(tmp_path):
+    place = f"import os; os.environ['XDG_CACHE_HOME'] = {str(tmp_path)!r}\n"
+    status, found, errors = run("", before=place)
+    assert (status, errors) == (0, [])
+    [folder] = tmp_path.glob("jaxcl/compiled/*")
+    assert len(entries(folder)) == found["requests"] > 0
 
 
 def test_off_keeps_nothing(tmp_path):
