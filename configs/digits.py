@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     config.data.tasks = 5
     config.model.name = "mlp"
     config.model.options = {"hidden": (128, 128)}
+    config.loss.prior = "balanced"
     config.optimizer.learning_rate = 0.1
     config.buffer.capacity = 200
     config.buffer.representatives = 32

@@ -31,6 +31,7 @@ def protocol(devices: int, learning_rate: float = 0.0125) -> ConfigDict:
     config.data.mean, config.data.std = MEAN, STD
     config.model.dtype = "bfloat16"
     scale = min(devices, 64)
+    config.loss.prior = "balanced"  # the paper has none
     config.optimizer.learning_rate = learning_rate * scale
     config.optimizer.warmup_from = 1 / scale
     config.optimizer.warmup_epochs = 5.0

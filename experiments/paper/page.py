@@ -9,6 +9,7 @@ import pathlib
 from experiments.pages import page
 from experiments.pages.page import Json
 from experiments.paper import accuracy, draw, memory, phases, scaling, sweep, uniformity
+from experiments.studies import rehearsal
 
 # Each has a TITLE, and measure(study) -> found, picture(found) and markdown(found).
 FIGURES = {one.__name__.rpartition(".")[2]: one for one in (accuracy, sweep, scaling, phases, memory, uniformity)}
@@ -22,8 +23,17 @@ def read(figure: str, results: pathlib.Path = page.RESULTS) -> Json | None:
 
 
 def sections(results: pathlib.Path = page.RESULTS) -> dict[str, str]:
-    """Figure -> what docs/paper.md shows of it."""
-    return {name: section(name, read(name, results)) for name in FIGURES}
+    """Mark -> what docs/paper.md shows there."""
+    return {name: section(name, read(name, results)) for name in FIGURES} | {"rehearsal": gap(results)}
+
+
+def gap(results: pathlib.Path = page.RESULTS) -> str:
+    """What `experiments.studies.rehearsal` found at the medium size."""
+    path = results / "rehearsal_medium.json"
+    if not path.is_file():
+        return "Not measured yet."
+    found = json.loads(path.read_text())
+    return f"{rehearsal.markdown(found)}\n\n{page.where(found)}"
 
 
 def section(figure: str, found: Json | None) -> str:

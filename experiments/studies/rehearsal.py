@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments.pages.page import Json
+from experiments.pages.page import Json, table
 from experiments.studies import grid
 from experiments.studies.grid import Fields, Setting
 from jaxcl import cli, report
@@ -130,6 +130,34 @@ def called_new(run: Json) -> float | None:
     new[run["tasks"][-1]] = True
     old = confusion[~new]
     return float(old[:, new].sum() / max(old.sum(), 1))
+
+
+def markdown(found: Json) -> str:
+    """A table of the rows, beside training from scratch."""
+    s, rows = found["sizes"], {one["row"]: one for one in found["rows"]}
+    scratch = rows.get("from_scratch")
+
+    def over(one: Json, key: str) -> str:
+        return "" if scratch is None else f"{100 * np.mean(one[key]) / np.mean(scratch[key]):.1f} %"
+
+    cells = [
+        (
+            *(name, len(one["top5"]), f"{one['steps'][0]:,}"),
+            *(report.spread(one[key], digits=1) for key in ("top5", "top1")),
+            *(over(one, key) for key in ("top5", "top1")),
+            "" if one["called_new"][0] is None else f"{100 * np.mean(one['called_new']):.0f} %",
+            f"{100 * np.mean(one['in_task']):.1f}",
+        )
+        for name, one in rows.items()
+    ]
+    head = (
+        *("trained", "seeds", "steps", "top-5, %", "top-1, %", "top-5 of from scratch", "top-1 of from scratch"),
+        *("old rows called a new class", "right within the task, %"),
+    )
+    return (
+        f"{found['name']}: {s['epochs']} epochs a task, b = {s['batch_size']}, r = {s['representatives']},"
+        f" a memory of {100 * s['share']:g} % unless a row says otherwise.\n\n{table(head, cells)}"
+    )
 
 
 def said(record: Json) -> str:

@@ -108,6 +108,19 @@ def test_the_choice_is_the_best_on_validation_rows_and_ranked_where_it_is_judged
     assert found["seconds_of_search"] == 6
 
 
+def test_the_table_of_rows_sets_them_beside_training_from_scratch():
+    def row(name, top5, top1, called):
+        same = {"steps": [1200], "in_task": [0.5] * len(top5)}
+        return {"row": name, "top5": top5, "top1": top1, "called_new": [called] * len(top5), **same}
+
+    rows = [row("from_scratch", [0.5], [0.25], 0.1), row("er", [0.2, 0.3], [0.1, 0.1], None)]
+    sizes = {"epochs": 3, "batch_size": 64, "representatives": 8, "share": 0.3}
+    text = rehearsal.markdown({"name": "a", "sizes": sizes, "rows": rows})
+    assert "| from_scratch | 1 | 1,200 | 50.0 | 25.0 | 100.0 % | 100.0 % | 10 % | 50.0 |" in text
+    assert "| er | 2 | 1,200 | 25.0 ± 7.1 | 10.0 ± 0.0 | 50.0 % | 40.0 % |  | 50.0 |" in text
+    assert "a: 3 epochs a task, b = 64, r = 8, a memory of 30 %" in text
+
+
 def test_rows_of_old_tasks_that_are_called_a_new_class_are_counted():
     confusion = [[1, 0, 3], [0, 4, 0], [0, 0, 9]]
     assert rehearsal.called_new({"confusion": confusion, "tasks": [[0, 1], [2]]}) == 3 / 8
