@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -143,5 +144,5 @@ def test_nothing_outlives_the_process_that_reads(how, tmp_path):
 def test_a_run_with_workers_is_the_run_without(tmp_path):
     for name, workers in (("threads", 0), ("workers", 2)):
         config = runs.small(seed=3, data__workers=workers)
-        train_and_evaluate(config, tmp_path / name, progress=False)
+        train_and_evaluate(config, tmp_path / name, devices=jax.devices()[:2], progress=False)
     runs.assert_same_run(tmp_path / "threads", tmp_path / "workers")
