@@ -9,6 +9,8 @@ import numbers
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
+import jax
+
 from jaxcl.errors import UserError
 
 MOST = 160  # characters of a value in a message
@@ -30,7 +32,7 @@ def check(field: str, value: Any, rule: Rule) -> None:
     """Raises:
     UserError: the value does not keep the rule.
     """
-    if not rule.ok(value):
+    if not isinstance(value, jax.core.Tracer) and not rule.ok(value):  # else it is traced: its value was checked before
         raise refused(field, value, rule.allowed)
 
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from jaxcl.types import Number
+
 # A masked logit: its probability underflows to exactly 0, yet 0 * loss stays 0 where -inf would make it NaN.
 _FAR = -1e30
 
@@ -56,7 +58,7 @@ def topk_correct(logits: jax.Array, labels: jax.Array, k: int = 1, class_mask: j
 
 
 def distillation(
-    logits: jax.Array, teacher: jax.Array, temperature: float = 1.0, class_mask: jax.Array | None = None
+    logits: jax.Array, teacher: jax.Array, temperature: Number = 1.0, class_mask: jax.Array | None = None
 ) -> jax.Array:
     """T^2 KL(softmax(teacher / T) || softmax(logits / T)) of each row. Hinton et al. 2015, Distilling the knowledge.
 

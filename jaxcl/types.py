@@ -13,5 +13,10 @@ Shapes stand in brackets behind the dtype: uint8 `[b, H, W, C]`. A letter means 
 
 from typing import Any
 
+import jax
+
 PyTree = Any  # nested containers of arrays
+Number = (
+    float | jax.Array
+)  # a number that may be traced; of a strategy's option: runs that differ in it share one program
 Batch = dict[str, Any]  # rows on their way to a step: "image", "label", "id", "valid", and "target" where there is one

@@ -41,7 +41,7 @@ FLAGS = {
 LIMIT = 10.0  # seconds from a signal to the end
 # Of a result, what differs between equal runs.
 TIMES = (
-    *("seconds", "seconds_by_phase", "background_seconds", "images_per_second"),
+    *("seconds", "seconds_by_phase", "background_seconds", "images_per_second", "compilation"),
     *("finished", "command", "checksum"),
 )
 REPO = pathlib.Path(__file__).resolve().parents[2]

@@ -17,8 +17,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from jaxcl import compilation, mesh, shipped, signals
 from jaxcl import fields as fields_lib
-from jaxcl import mesh, shipped, signals
 from jaxcl.check import NOT_NEGATIVE, POSITIVE, Rule, at_least, between, check
 from jaxcl.cli import streams
 from jaxcl.cli.config_file import brief, explain
@@ -66,6 +66,11 @@ STOP = flags.DEFINE_float(
     "stop_seconds",
     8.0,
     "how long a run that is told to stop may take to come to a step where it saves, before it ends unsaved",
+)
+CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "folder that keeps compiled programs, or off; default: JAX_COMPILATION_CACHE_DIR, else in the user's cache folder",
 )
 HELP_CONFIG = flags.DEFINE_bool("help_config", False, "print every field of the config and end")
 
@@ -191,6 +196,7 @@ def _begin(argv: list[str], positional: bool, takes: Sequence[flags.FlagHolder] 
         if flag.value is not None:
             check(f"--{flag.name}", flag.value, rule)
     signals.wait_at_most(STOP.value)
+    compilation.use(CACHE.value)
     if DEVICES.value is not None:
         mesh.use_fake_devices(DEVICES.value)
     explicit = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)

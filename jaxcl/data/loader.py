@@ -5,18 +5,21 @@ on the number of devices or processes. Each process reads its own contiguous sli
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
-import grain
 import numpy as np
 
 from jaxcl.check import at_least, between, check, refused
 from jaxcl.data.source import Source
-from jaxcl.data.workers import WorkerIterator
 from jaxcl.errors import UserError
 from jaxcl.types import Batch
+
+if TYPE_CHECKING:
+    import grain
+
+    from jaxcl.data.workers import WorkerIterator
 
 
 class Reading(TypedDict, total=False):
@@ -87,7 +90,12 @@ class Loader:
     def __len__(self) -> int:
         return self.epochs * self.steps_per_epoch
 
-    def __getitem__(self, t: int) -> Batch:
+    def rows(self, t: int) -> np.ndarray:
+        """The rows of this process's slice of batch t, int64 `[b]`, -1 for padding."""
+        return _pad(self._rows(t), self.batch_size // self.process_count, -1)
+
+    def _rows(self, t: int) -> np.ndarray:
+        """The same without padding: short, or empty, at the end of an epoch."""
         if not 0 <= t < len(self):
             raise IndexError(f"batch {t} of {len(self)}")
         epoch, step = divmod(t, self.steps_per_epoch)
@@ -95,11 +103,14 @@ class Loader:
         if self.by_class:
             rows = rows[np.argsort(self.source.labels[rows], kind="stable")]
         size = self.batch_size // self.process_count
-        rows = rows[self.process_index * size :][:size]  # short, or empty, at the end of an epoch
+        return rows[self.process_index * size :][:size]
+
+    def __getitem__(self, t: int) -> Batch:
+        rows, size = self._rows(t), self.batch_size // self.process_count
         if self.window_seed is None or self.source.read_random is None:
             images = self.source.read(rows)
         else:
-            images = self.source.read_random(rows, (*self.window_seed, epoch))
+            images = self.source.read_random(rows, (*self.window_seed, t // self.steps_per_epoch))
         batch: Batch = {
             "image": _pad(images, size, 0),
             "label": _pad(self.source.labels[rows], size, 0),
@@ -110,7 +121,19 @@ class Loader:
             batch["target"] = {name: _pad(x[rows], size, 0) for name, x in self.source.targets.items()}
         return batch
 
+    def begin(self, t: int) -> Iterator[Batch]:
+        """The batches from t on; read ahead, unless they only have to be copied."""
+        if self.source.in_memory and not self.num_workers:
+            return map(self.__getitem__, range(t, len(self)))
+        iterator = iter(self)
+        iterator.set_state({"next_index": t})
+        return iterator
+
     def __iter__(self) -> "grain.DatasetIterator[Batch] | WorkerIterator":
+        import grain
+
+        from jaxcl.data.workers import WorkerIterator
+
         options = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=2 * self.num_threads)
         if self.num_workers:
             return WorkerIterator(self, self.num_workers, options)

@@ -24,6 +24,7 @@ class Source:
       read_random: `read_random(indices, seed)`, the same of a window of each image that seed and index choose; for training
         on images of many sizes. None where an image is read whole.
       targets: what a model is to reconstruct from each image, float32 `[n, ...]` by name; {} where it classifies.
+      in_memory: whether `read` copies rows that are decoded already, so that no thread has to read ahead.
     """
 
     labels: np.ndarray
@@ -32,6 +33,7 @@ class Source:
     read: Callable[[np.ndarray], np.ndarray]
     read_random: Callable[[np.ndarray, tuple[int, ...]], np.ndarray] | None = None
     targets: Mapping[str, np.ndarray] = field(default_factory=dict)
+    in_memory: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -50,13 +52,15 @@ class Source:
             lambda indices: self.read(rows[indices]),
             None if random is None else lambda indices, seed: random(rows[indices], seed),
             {name: values[rows] for name, values in self.targets.items()},
+            self.in_memory,
         )
 
 
 def array_source(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Source:
     """A source over arrays in memory: images uint8 `[n, H, W, C]`, labels int `[n]` in 0..K-1."""
     # Indexing with an array copies, so no caller can write into the set. What is mapped gives plain arrays.
-    return Source(labels.astype(np.int32), images.shape[1:], tuple(class_names), np.asarray(images).__getitem__)
+    read, in_memory = np.asarray(images).__getitem__, not isinstance(images, np.memmap)
+    return Source(labels.astype(np.int32), images.shape[1:], tuple(class_names), read, in_memory=in_memory)
 
 
 def rows_of_each(numbers: np.ndarray, count: int) -> list[np.ndarray]:

@@ -4,11 +4,18 @@ A run is a folder with result.json. Runs of one strategy that differ only in the
 and standard deviation over seeds); where a strategy ran in several configurations, its label names what differs.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jaxcl.report.page import Section, check_out, write_report
-from jaxcl.report.pictures import classes_over_time
 from jaxcl.report.runs import Group, Run, group_runs, load_runs
-from jaxcl.report.style import color_of, png
 from jaxcl.report.tables import spread, table, text_table
+
+if TYPE_CHECKING:
+    from jaxcl.report.pictures import classes_over_time
+    from jaxcl.report.style import color_of, png
+
+_DRAWING = {"classes_over_time": "pictures", "color_of": "style", "png": "style"}  # and their files
 
 __all__ = [
     "Group",
@@ -25,3 +32,10 @@ __all__ = [
     "text_table",
     "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What draws, imported when it is first asked for: Matplotlib takes a second."""
+    if name not in _DRAWING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"jaxcl.report.{_DRAWING[name]}"), name)

@@ -10,10 +10,9 @@ from pathlib import Path
 from jaxcl import marks
 from jaxcl.errors import StorageError, UserError
 from jaxcl.report.facts import definitions, differences_table, facts, seeds_table, tasks_table, title
-from jaxcl.report.gallery import PICTURES
+from jaxcl.report.gallery import PICTURES, drawer
 from jaxcl.report.look import CSS, SCRIPT
 from jaxcl.report.runs import Group, Run, common_measure, group_runs
-from jaxcl.report.style import color_of, drawn
 from jaxcl.report.tables import rows_of, unfinished
 
 PAGE = "report.html"
@@ -87,6 +86,8 @@ def write_report(runs: Sequence[Run], out: str | Path, sections: Sequence[Sectio
 
 def _files(runs: Sequence[Run], sections: Sequence[Section], out: Path) -> dict[str, bytes]:
     """What a report consists of, by the names of its files."""
+    from jaxcl.report.style import color_of  # here, as it imports Matplotlib
+
     files: dict[str, bytes] = {}
     groups = group_runs(runs)
     name = title(groups)
@@ -129,10 +130,12 @@ def _files(runs: Sequence[Run], sections: Sequence[Section], out: Path) -> dict[
 
 def _pictures(groups: Sequence[Group]) -> tuple[dict[str, bytes], list[str]]:
     """The files of the pictures, and the parts of the page that show them."""
+    from jaxcl.report.style import drawn
+
     files, parts, measure = {}, [], common_measure(groups)
-    for name, (draw, *texts) in PICTURES.items():
+    for name, (_, *texts) in PICTURES.items():
         heading, caption = (text.format(measure=measure) for text in texts)
-        images = [drawn(functools.partial(draw, groups), dark) for dark in (False, True)]
+        images = [drawn(functools.partial(drawer(name), groups), dark) for dark in (False, True)]
         if images[0] is not None and images[1] is not None:
             files[f"{name}.png"] = images[0]
             parts.append(_html_picture(heading[0].upper() + heading[1:], caption, images[0], images[1]))

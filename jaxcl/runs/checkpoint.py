@@ -10,6 +10,7 @@ another name, which its manifest tells. Where it has the name of a checkpoint th
 """
 
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -23,7 +24,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 import jaxcl
 from jaxcl.errors import PeerLost, RunError, StorageError, UserError
@@ -148,12 +148,17 @@ class Checkpoints:
     ):
         self._folder, self._keep = pathlib.Path(folder).absolute(), keep
         self._same = {"version": jaxcl.__version__, "config": config, **(more or {})}  # in every manifest
-        # What a save takes of the processor, the training may miss: images do not compress, and plain files, one an array and
-        # shard, need no gathering into few (OCDBT).
-        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
-        self._orbax = ocp.AsyncCheckpointer(handler)
         self._commit_thread: threading.Thread | None = None
         self._error: Exception | None = None
+
+    @functools.cached_property
+    def _orbax(self) -> Any:
+        """Imported and made as the first checkpoint is saved or read."""
+        import orbax.checkpoint as ocp
+
+        # What a save takes of the processor, the training may miss: images do not compress, and plain files, one an array and
+        # shard, need no gathering into few (OCDBT).
+        return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False))
 
     def save(self, name: str, state: PyTree, run: dict[str, Any], rows: Mapping[int, np.ndarray] | None = None) -> None:
         """Starts to write a checkpoint and returns when `state` may be donated; waits for an unfinished save before it.
@@ -167,6 +172,8 @@ class Checkpoints:
         Raises:
           StorageError: this save or the one before failed; what was saved before is kept.
         """
+        import orbax.checkpoint as ocp
+
         self.wait()
         flat = flatten(state)
         arrays = {key: {"shape": list(x.shape), "dtype": str(x.dtype)} for key, x in flat.items()}
@@ -206,7 +213,8 @@ class Checkpoints:
         """Ends the threads; errors of a last save that nobody waited for are dropped."""
         if self._commit_thread is not None:
             self._commit_thread.join()
-        self._orbax.close()
+        if "_orbax" in vars(self):  # it was made
+            self._orbax.close()
 
     def restore(
         self,
@@ -226,6 +234,8 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint holds other arrays than are wanted.
         """
+        import orbax.checkpoint as ocp
+
         wanted, stored = flatten(target), manifest["arrays"]
         path = self._folder / manifest["name"]
         arguments: Flat = {}
@@ -251,6 +261,8 @@ class Checkpoints:
 
     def read(self, manifest: dict[str, Any], names: Iterable[str]) -> dict[str, np.ndarray]:
         """Some arrays of a checkpoint by their paths, as NumPy arrays."""
+        import orbax.checkpoint as ocp
+
         stored = {name: manifest["arrays"][name] for name in names}
         shapes = {name: jax.ShapeDtypeStruct(tuple(x["shape"]), x["dtype"]) for name, x in stored.items()}
         plain = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in stored}

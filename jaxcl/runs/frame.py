@@ -11,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 import jaxcl
+from jaxcl import compilation
 from jaxcl.check import NOT_NEGATIVE, check
 from jaxcl.runs import files, workdir
 from jaxcl.runs.origin import command, commit
@@ -49,6 +50,7 @@ def in_sessions(
         check("stall_seconds", stall_seconds, NOT_NEGATIVE)
     with contextlib.ExitStack() as stack:
         sessions: list[Session] = []
+        before = compilation.spent()
         for config, folder in zip(configs, folders, strict=True):
             stack.enter_context(files.full_disk_is_a_storage_error(folder))
             options: Any = {"begin": begin, "overwrite": overwrite}
@@ -58,9 +60,11 @@ def in_sessions(
                 assert len(configs) == 1, "a finished run is not continued"
                 return [session]
             sessions.append(session)
+        found = carry_out(sessions)
+        compiled = {"compilation": compilation.spent(before)}  # of this session, and of all runs that went side by side
         results = [
-            sealed(result | times(result["images"], session) | made_by(session))
-            for session, result in zip(sessions, carry_out(sessions), strict=True)
+            sealed(result | times(result["images"], session) | made_by(session) | compiled)
+            for session, result in zip(sessions, found, strict=True)
         ]
         if jax.process_index() == 0:
             for folder, result in zip(folders, results, strict=True):

@@ -31,6 +31,8 @@ class Lanes(Generic[S]):
       at: the progress of the first, which as to step, task and batch is that of all.
     """
 
+    _rows_spec = PartitionSpec(AXIS)  # of a batch
+
     def __init__(self, mesh: Mesh, configs: Sequence[ConfigDict], sessions: Sequence[Session]):
         self.configs, self.sessions, self._mesh = configs, sessions, mesh
 
@@ -83,7 +85,34 @@ class Lanes(Generic[S]):
 
     def batch(self, rows: Sequence[data.Batch]) -> PyTree:
         """Every lane's rows `[b, ...]` on the devices, split along b."""
-        return mesh_lib.shard_rows(self._mesh, rows[0])
+        return self._put(self._side_by_side(rows), self._rows_spec)
+
+    def batches(self, steps: Sequence[Sequence[data.Batch]], room: int) -> PyTree:
+        """The rows of several steps, with a leading axis of `room` steps at least as many; the rest is 0."""
+
+        def stacked(*each: np.ndarray) -> np.ndarray:
+            found = np.zeros((room, *each[0].shape), each[0].dtype)
+            np.stack(each, out=found[: len(each)])
+            return found
+
+        together = jax.tree.map(stacked, *map(self._side_by_side, steps))
+        return self._put(together, PartitionSpec(None, *self._rows_spec))
+
+    def whole(self, tree: PyTree) -> PyTree:
+        """Host arrays, the same for all lanes and processes, whole on every device."""
+        return mesh_lib.replicate(self._mesh, tree)
+
+    def strongest(self, number: int) -> int:
+        """The largest of all processes; every one must call it alike."""
+        return self.sessions[0].strongest(number)
+
+    def _put(self, local: PyTree, spec: PartitionSpec) -> PyTree:
+        sharding = NamedSharding(self._mesh, spec)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
+
+    def _side_by_side(self, rows: Sequence[data.Batch]) -> PyTree:
+        """The host arrays of every lane's batch as one pytree."""
+        return rows[0]
 
     def number(self, x: int) -> jax.Array:
         """An int32 of the state, the same for all lanes."""
@@ -101,6 +130,7 @@ class Lanes(Generic[S]):
 class Together(Lanes[S]):
     """Several seeds, in a process that is alone."""
 
+    _rows_spec = PartitionSpec(None, AXIS)
     _join: Callable[..., S] | None = None  # compiled once, for the shardings of the first states
 
     def join(self, states: Sequence[S]) -> S:
@@ -117,9 +147,8 @@ class Together(Lanes[S]):
     def weights(self, each: Sequence[PyTree]) -> PyTree:
         return jax.jit(_stack, out_shardings=mesh_lib.replicated(self._mesh))(*each)
 
-    def batch(self, rows: Sequence[data.Batch]) -> PyTree:
-        sharding = NamedSharding(self._mesh, PartitionSpec(None, AXIS))
-        return jax.tree.map(lambda *x: jax.device_put(np.stack(x), sharding), *rows)
+    def _side_by_side(self, rows: Sequence[data.Batch]) -> PyTree:
+        return jax.tree.map(lambda *x: np.stack(x), *rows)
 
     def number(self, x: int) -> jax.Array:
         return mesh_lib.replicate(self._mesh, np.full(len(self), x, np.int32))

@@ -49,9 +49,9 @@ class Bar:
     def __init__(self, name: str, bar: tqdm, lines: bool) -> None:
         self._name, self._bar, self._lines = name, bar, lines
 
-    def update(self) -> None:
-        """A step is done."""
-        self._bar.update()
+    def update(self, steps: int = 1) -> None:
+        """So many steps are done."""
+        self._bar.update(steps)
 
     def grow(self, steps: int) -> None:
         """There are so many more steps than was thought."""

@@ -176,6 +176,10 @@ class Session:
         at_number = self._config.every_steps and step % self._config.every_steps == 0
         return max(answer, control.SAVE) if at_number else answer
 
+    def strongest(self, number: int) -> int:
+        """The largest of all processes; every one must call it alike."""
+        return self._agreement.now(number)
+
     def watched(self, items: Iterable[T], what: str) -> Iterator[T]:
         """The items; each shows the watchdog that the run goes on."""
         for item in items:

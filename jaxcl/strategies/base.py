@@ -20,7 +20,7 @@ from jaxcl import losses
 from jaxcl.data.scenarios import Scenario
 from jaxcl.errors import UserError
 from jaxcl.mesh import AXIS
-from jaxcl.types import PyTree
+from jaxcl.types import Number, PyTree
 
 Outputs = dict[str, jax.Array]
 
@@ -264,7 +264,7 @@ class Strategy(NamedTuple):
     record: Callable[[jax.Array, Outputs], PyTree] = image_only
     stores_outputs: bool = False
     loss: Loss = pooled
-    weights: tuple[float, ...] | None = None
+    weights: tuple[Number, ...] | None = None
     own_bias: str = ""
     last_weights: str = ""
     head: bool = False

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.strategies.base import Context, Outputs, Part, Share, Strategy, cross_entropy, mean
-from jaxcl.types import PyTree
+from jaxcl.types import Number, PyTree
 
 
-def der(alpha: float = 0.3) -> Strategy:
+def der(alpha: Number = 0.3) -> Strategy:
     def loss(params: PyTree, parts: Sequence[Part], context: Context) -> Share:
         new, replay = parts
         return Share(mean(cross_entropy(new), new.valid) + alpha * mean(logit_distance(replay), replay.valid))

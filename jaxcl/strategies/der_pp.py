@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from jaxcl.strategies.base import Context, Part, Share, Strategy, cross_entropy, mean
 from jaxcl.strategies.der import logit_distance, with_logits
-from jaxcl.types import PyTree
+from jaxcl.types import Number, PyTree
 
 
-def der_pp(alpha: float = 0.1, beta: float = 0.5) -> Strategy:
+def der_pp(alpha: Number = 0.1, beta: Number = 0.5) -> Strategy:
     def loss(params: PyTree, parts: Sequence[Part], context: Context) -> Share:
         new, first, second = parts
         value = mean(cross_entropy(new), new.valid)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from jaxcl.strategies.base import Context, Part, Share, Strategy, cross_entropy, mean
 from jaxcl.strategies.lwf import answers, keep_model, snapshot
-from jaxcl.types import PyTree
+from jaxcl.types import Number, PyTree
 
 
-def feature_distillation(strength: float = 0.1) -> Strategy:
+def feature_distillation(strength: Number = 0.1) -> Strategy:
     def loss(params: PyTree, parts: Sequence[Part], context: Context) -> Share:
         (new,) = parts
         old = answers(context, context.state, new.image)["features"]

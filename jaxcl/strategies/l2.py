@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.strategies.base import Context, End, Part, Share, Strategy, cross_entropy, mean, whole
-from jaxcl.types import PyTree
+from jaxcl.types import Number, PyTree
 
 
-def l2(strength: float = 0.01) -> Strategy:
+def l2(strength: Number = 0.01) -> Strategy:
     def loss(params: PyTree, parts: Sequence[Part], context: Context) -> Share:
         (new,) = parts
         squares = jax.tree.map(lambda w, old: jnp.sum(jnp.square(w - old)), params, context.state)

@@ -13,10 +13,10 @@ import jax
 
 from jaxcl import losses
 from jaxcl.strategies.base import Context, End, Outputs, Part, Share, Strategy, cross_entropy, mean
-from jaxcl.types import PyTree
+from jaxcl.types import Number, PyTree
 
 
-def lwf(alpha: float = 1.0, temperature: float = 2.0) -> Strategy:
+def lwf(alpha: Number = 1.0, temperature: Number = 2.0) -> Strategy:
     def loss(params: PyTree, parts: Sequence[Part], context: Context) -> Share:
         (new,) = parts
         old = answers(context, context.state, new.image)["logits"]

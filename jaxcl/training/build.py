@@ -19,15 +19,17 @@ from jaxcl.check import refused
 from jaxcl.errors import UserError
 from jaxcl.mesh import AXIS
 from jaxcl.models import Model, make_model
-from jaxcl.optimizer import make_optimizer, make_schedule
+from jaxcl.optimizer import make_optimizer, make_schedule, numbers_of
 from jaxcl.registry import short
-from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
+from jaxcl.strategies import STRATEGIES, Strategy, make_strategy, number_options
 from jaxcl.training.class_means import make_class_means
 from jaxcl.training.config import check_config, means_asked, prior_of
 from jaxcl.training.end_task import make_end_task
 from jaxcl.training.evaluate import make_evaluate
 from jaxcl.training.exemplars import Selection, make_store_exemplars
+from jaxcl.training.given import Numbers
 from jaxcl.training.learn import Bound
+from jaxcl.training.many import ManySteps, choose_many_steps
 from jaxcl.training.sizes import check_sizes, check_steps, check_tasks
 from jaxcl.training.state import TrainState, initial_state, make_weights
 from jaxcl.training.step import TrainStep, make_train_step
@@ -61,6 +63,7 @@ class Parts:
       prior: `loss.prior` as it applies.
       new_state: `(weights) -> state` before the first step, see `initial_state`.
       new_weights, train_step, evaluate: made by the functions called `make_` and that name.
+      many_steps: calls of many steps over a task's own rows; None where a call takes one.
       review: None for a task of one phase.
       store_exemplars: made likewise; None where rows enter the memory as they arrive.
       end_task: made likewise; None where the strategy does nothing then.
@@ -77,6 +80,7 @@ class Parts:
     new_weights: Callable[[jax.Array], tuple[PyTree, PyTree, PyTree]]
     new_state: Callable[[tuple[PyTree, PyTree, PyTree]], TrainState]
     train_step: TrainStep
+    many_steps: ManySteps | None
     review: Review | None
     store_exemplars: Callable | None
     end_task: Callable | None
@@ -130,14 +134,14 @@ def build(
         _log.info("loss.prior = %s leaves %s as it is: it %s", config.loss.prior, config.strategy, strategy.own_bias)
     if buffer is not None and config.buffer.replay != "draw":  # the memory's rows come among the task's own
         strategy = strategy._replace(draws=0)
-    schedule = make_schedule(config.optimizer, strategy.rehearse or config.epochs)
+    epochs = strategy.rehearse or config.epochs
     bound = Bound(
         mesh,
         model,
         strategy,
         buffer,
         optimizer,
-        schedule,
+        make_schedule(config.optimizer, epochs),
         augment,
         normalize,
         classes,
@@ -146,6 +150,8 @@ def build(
         replay_weight=config.loss.replay_weight,
         later_tasks=config.optimizer.later_tasks,
         average=config.optimizer.average,
+        numbers=config_numbers(config),
+        rebind=functools.partial(with_numbers, config, epochs),
     )
     store_exemplars = None
     if buffer is not None and strategy.selection:
@@ -154,6 +160,7 @@ def build(
     counted = None if prior == "none" else train.num_classes
     stepping = dataclasses.replace(bound, buffer=buffer if strategy.draws else None)
     seed = config.seed if seeds is None else tuple(seeds)
+    training = dataclasses.replace(stepping, learn=not strategy.rehearse)
     return Parts(
         mesh=mesh,
         strategy=strategy,
@@ -171,7 +178,8 @@ def build(
             counted_classes=counted,
             averaged=averaged,
         ),
-        train_step=make_train_step(dataclasses.replace(stepping, learn=not strategy.rehearse), seed),
+        train_step=make_train_step(training, seed),
+        many_steps=choose_many_steps(config, training, seed, train, scenario),
         review=None if buffer is None else _make_review(config, stepping, seed, new_weights),
         store_exemplars=store_exemplars,
         end_task=None if strategy.end_task is None else make_end_task(bound),
@@ -215,6 +223,31 @@ def strategy_of(config: ConfigDict) -> Strategy:
     """The strategy of a run, with the selection that the config chooses."""
     strategy = make_strategy(config.strategy, config.strategies.get(short(config.strategy), {}))
     return strategy._replace(selection=config.buffer.selection.by or strategy.selection)
+
+
+def config_numbers(config: ConfigDict) -> dict[str, float]:
+    """The numbers of a config by which runs may differ that share their programs, by the field."""
+    found = {f"optimizer.{name}": x for name, x in numbers_of(config.optimizer).items()}
+    found["finetune.learning_rate"] = config.finetune.learning_rate or config.optimizer.learning_rate
+    options = STRATEGIES.options(config.strategy) | dict(config.strategies.get(short(config.strategy), {}))
+    return found | {f"strategy.{name}": options[name] for name in number_options(config.strategy)}
+
+
+def with_numbers(config: ConfigDict, epochs: int, bound: Bound, numbers: Numbers) -> Bound:
+    """The same with these numbers, traced or not, in place of those of the config."""
+
+    def group(name: str) -> dict[str, Any]:
+        return {field.removeprefix(name): x for field, x in numbers.items() if field.startswith(name)}
+
+    optimizer, given = config.optimizer, config.strategies.get(short(config.strategy), {})
+    strategy = make_strategy(config.strategy, {**given, **group("strategy.")})
+    schedule = make_schedule(optimizer, epochs, group("optimizer."))
+    return dataclasses.replace(
+        bound,
+        strategy=strategy._replace(selection=bound.strategy.selection, draws=bound.strategy.draws),
+        optimizer=make_optimizer(optimizer, group("optimizer.")),
+        schedule=optax.constant_schedule(numbers["finetune.learning_rate"]) if bound.tuning else schedule,
+    )
 
 
 def policy_of(config: ConfigDict, strategy: Strategy) -> str:

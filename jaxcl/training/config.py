@@ -108,6 +108,12 @@ DATA = {
     "placement": Field(
         "shuffled", "by_class: every batch is handed to the devices sorted by class", one_of(("shuffled", "by_class"))
     ),
+    "on_device": Field(
+        "auto",
+        "whether the rows of a task lie on every device, so that batches are handed over as numbers; auto: where they are "
+        "few, decoded already, and not cut at random",
+        one_of(("auto", "always", "never")),
+    ),
     "augment": Field(
         (), "of new and replayed images: on device, afresh at every replay", each(found_in(AUGMENTATIONS))
     ),
@@ -173,6 +179,12 @@ def fields(outside: Fields | None = None) -> Fields:
         "strategies": {name: found for name, found in options.items() if found} | dict(outside or {}),
         "batch_size": Field(64, "new rows a step", POSITIVE),
         "epochs": Field(1, "passes over a task's data", POSITIVE),
+        "steps_per_call": Field(
+            0,
+            "steps that a program takes at once, at most; checkpoints and stops wait for its end; "
+            "0: as many as take about 0.2 s together. In the host tier one",
+            NOT_NEGATIVE,
+        ),
         **LOG,
         "data": DATA,
         "model": {

@@ -13,6 +13,7 @@ from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Shard
 from jaxcl.mesh import AXIS, ROWS, WHOLE, on_mesh
 from jaxcl.strategies import End, Part
+from jaxcl.training.given import Numbers, make_given
 from jaxcl.training.learn import Bound
 from jaxcl.training.state import TrainState, Weights
 from jaxcl.types import Batch, PyTree
@@ -28,8 +29,9 @@ def make_end_task(bound: Bound) -> Callable[[TrainState, Batches], TrainState]:
     visits the task's rows. The state passed in is used up.
     """
     mesh, visit = bound.mesh, visit_shard if bound.strategy.visits == "buffer" else visit_batch
-    add = on_mesh(mesh, functools.partial(visit, bound), (WHOLE, WHOLE, ROWS), WHOLE, donate=1)
-    conclude = jax.jit(functools.partial(finish, bound), out_shardings=mesh_lib.replicated(mesh))
+    numbers = make_given(mesh, 0, bound.numbers).numbers
+    add = on_mesh(mesh, functools.partial(with_numbers, visit, bound), (WHOLE, WHOLE, WHOLE, ROWS), WHOLE, donate=2)
+    conclude = jax.jit(functools.partial(with_numbers, finish, bound), out_shardings=mesh_lib.replicated(mesh))
 
     def end_task(state: TrainState, batches: Batches) -> TrainState:
         for _ in range(bound.strategy.rounds):
@@ -38,12 +40,17 @@ def make_end_task(bound: Bound) -> Callable[[TrainState, Batches], TrainState]:
                 if visited is None:
                     shapes = jax.eval_shape(functools.partial(visit_rows, bound), weights, like)
                     visited = mesh_lib.replicate(mesh, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
-                visited = add(weights, visited, rows)
-            params, own = conclude(weights, visited)
+                visited = add(numbers, weights, visited, rows)
+            params, own = conclude(numbers, weights, visited)
             state = dataclasses.replace(state, params=params, strategy_state=own)
         return state
 
     return end_task
+
+
+def with_numbers(function: Callable, bound: Bound, numbers: Numbers, *args: PyTree) -> PyTree:
+    """`function(bound, *args)`, with these numbers in the place of those of the config."""
+    return function(bound.rebind(bound, numbers), *args)
 
 
 def to_visit(bound: Bound, state: TrainState, batches: Batches) -> Iterable[tuple[Shard | Batch, Batch]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxcl.strategies import Context, Descent, Part, Strategy
 from jaxcl.strategies.base import Outputs
 from jaxcl.training import prior
 from jaxcl.training.average import averaged
+from jaxcl.training.given import Numbers
 from jaxcl.training.state import Clock, TrainState
 from jaxcl.types import Batch, PyTree
 
@@ -49,6 +50,8 @@ class Bound:
       prior: one of `prior.PRIORS`.
       replay_weight: of a replayed row in a mean over all rows, where a new one weighs 1.
       average: the decay of the average of the weights, where the state has one.
+      numbers: of the config, which programs are given as arguments, see `Given`.
+      rebind: `(bound, numbers) -> bound`: the same with these numbers, which may be traced.
     """
 
     mesh: Mesh
@@ -68,6 +71,8 @@ class Bound:
     replay_weight: float = 1.0
     later_tasks: float = 1.0
     average: float = 0.0
+    numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    rebind: Callable[["Bound", Numbers], "Bound"] = lambda bound, numbers: bound
 
     def predict(self, params: PyTree, batch_stats: PyTree, images: jax.Array) -> Outputs:
         """The model's outputs as in evaluation, by running statistics."""

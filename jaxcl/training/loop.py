@@ -117,8 +117,12 @@ def run_tasks(lanes: Lanes[TrainState], parts: Parts, name: str, progress: bool)
     if parts.host is not None:
         lanes.sessions[0].serve(parts.host, int(state.step), state.staged)
     with lanes.phases("compile"):
-        first = lanes.batch([loader[0] for loader in own[0]])
-        step = parts.train_step.prepare(state, first, lanes.phases)
+        if parts.many_steps is None:
+            first = lanes.batch([loader[0] for loader in own[0]])
+            step = parts.train_step.prepare(state, first, lanes.phases)
+        else:
+            first, _ = parts.many_steps.feed(lanes, own[0])(0, 1)
+            step = parts.many_steps.prepare(state, first)
     with shown(name, at.step + steps_to_do(lanes, own), at.step, progress and jax.process_index() == 0) as bar:
         course = Course(lanes, parts, step, bar)
         for task in range(at.task, len(tasks)):

@@ -91,12 +91,15 @@ def check_sizes(
 
 def check_on_devices(parts: Mapping[str, tuple[Any, int]], mesh: Mesh) -> None:
     """As `check_memory`, of what each device has to hold; CPU devices share the memory of their process."""
+    check_memory(parts, free_on_device(mesh), " on each device")
+
+
+def free_on_device(mesh: Mesh) -> int:
+    """Bytes that each device may hold."""
     device = mesh.local_devices[0]
     if device.platform == "cpu":
-        there = free_memory() // len(mesh.local_devices)
-    else:
-        there = (device.memory_stats() or {}).get("bytes_limit", 2**63)
-    check_memory(parts, there, " on each device")
+        return free_memory() // len(mesh.local_devices)
+    return (device.memory_stats() or {}).get("bytes_limit", 2**63)
 
 
 def check_memory(parts: Mapping[str, tuple[Any, int]], there: int, where: str = "") -> None:

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxcl.mesh import ROWS, WHOLE, on_mesh
+from jaxcl.training.given import Given, Program, make_given
 from jaxcl.training.learn import Bound, Metrics, candidates, drawn_classes, learn, step_keys
 from jaxcl.training.state import ROWS_OF_SEEDS, TrainState, specs
 from jaxcl.training.step_host import HostStep, Phase, make_host_step
@@ -38,12 +38,11 @@ def train_step(bound: Bound, key: jax.Array, state: TrainState, batch: Batch) ->
     return after, metrics
 
 
-def device_step(bound: Bound, seed: int | Sequence[int], state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    """The same from the run's seed; of several seeds a step for each."""
-    if isinstance(seed, int):
-        return train_step(bound, jax.random.key(seed), state, batch)
-    keys = jnp.stack([jax.random.key(one) for one in seed])
-    return jax.vmap(functools.partial(train_step, bound))(keys, state, batch)
+def device_step(bound: Bound, given: Given, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """The same with what the run is given; of several seeds a step for each."""
+    step = functools.partial(train_step, bound.rebind(bound, given.numbers))
+    keys = jax.random.wrap_key_data(given.key)
+    return step(keys, state, batch) if keys.ndim == 0 else jax.vmap(step)(keys, state, batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +65,7 @@ class DeviceStep:
         del phase
         return self.lower(state, batch)[0].compile()
 
-    def lower(self, state: TrainState, batch: Batch) -> list[jax.stages.Lowered]:
+    def lower(self, state: TrainState, batch: Batch) -> list[Any]:
         """What `prepare` compiles."""
         return [self.program.lower(state, batch)]
 
@@ -91,5 +90,6 @@ def make_train_step(bound: Bound, seed: int | Sequence[int]) -> TrainStep:
     if isinstance(seed, int) and bound.buffer is not None and bound.buffer.host is not None:
         return make_host_step(bound, seed)
     state, rows = (specs(), ROWS) if isinstance(seed, int) else (specs(seeds=True), ROWS_OF_SEEDS)
-    function = functools.partial(device_step, bound, seed)
-    return DeviceStep(on_mesh(bound.mesh, function, (state, rows), (state, WHOLE), donate=0))
+    function = functools.partial(device_step, bound)
+    given = make_given(bound.mesh, seed, bound.numbers)
+    return DeviceStep(Program(on_mesh(bound.mesh, function, (WHOLE, state, rows), (state, WHOLE), donate=1), given))

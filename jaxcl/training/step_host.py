@@ -20,6 +20,7 @@ from jaxcl.buffer import Shard, Staged
 from jaxcl.buffer.host import Handover, Store
 from jaxcl.mesh import ROWS, WHOLE, on_mesh
 from jaxcl.strategies.base import Outputs
+from jaxcl.training.given import Given, Program, make_given
 from jaxcl.training.learn import Bound, Metrics, candidates, drawn_classes, learn, step_keys
 from jaxcl.training.state import Clock, TrainState, specs
 from jaxcl.types import Batch, PyTree
@@ -32,65 +33,65 @@ Told = tuple[Clock, jax.Array | None]  # and what `drawn_classes` says
 def make_host_step(bound: Bound, seed: int) -> "HostStep":
     """The training step with a buffer in host memory."""
     assert bound.buffer is not None and bound.buffer.host is not None
-    store, mesh = bound.buffer.host, bound.mesh
+    store, mesh, given = bound.buffer.host, bound.mesh, make_given(bound.mesh, seed, bound.numbers)
     if bound.learn and bound.strategy.stores_outputs:
-        step = functools.partial(train_and_turn, bound, seed)
-        return HostStep(store, on_mesh(mesh, step, (specs(), ROWS, ROWS), (specs(), WHOLE, ROWS), donate=0))
-    turn_ahead, train_behind = functools.partial(ahead, bound, seed), functools.partial(train, bound, seed)
-    return HostStep(
-        store,
-        on_mesh(mesh, train_behind, (specs(), WHOLE, ROWS, ROWS, ROWS), (specs(), WHOLE), donate=0),
-        on_mesh(mesh, turn_ahead, (ROWS, WHOLE, ROWS), (ROWS, WHOLE, ROWS, ROWS), donate=0),
-    )
+        step = functools.partial(train_and_turn, bound)
+        program = on_mesh(mesh, step, (WHOLE, specs(), ROWS, ROWS), (specs(), WHOLE, ROWS), donate=1)
+        return HostStep(store, Program(program, given))
+    turn_ahead, train_behind = functools.partial(ahead, bound), functools.partial(train, bound)
+    behind = on_mesh(mesh, train_behind, (WHOLE, specs(), WHOLE, ROWS, ROWS, ROWS), (specs(), WHOLE), donate=1)
+    first = on_mesh(mesh, turn_ahead, (WHOLE, ROWS, WHOLE, ROWS), (ROWS, WHOLE, ROWS, ROWS), donate=1)
+    return HostStep(store, Program(behind, given), Program(first, given))
 
 
 # --- the programs, on a device's part of everything ------------------------------------------------------------------
 
 
 def turn(
-    bound: Bound, seed: int, shard: Shard, clock: Clock, batch: Batch, outputs: Outputs
+    bound: Bound, given: Given, shard: Shard, clock: Clock, batch: Batch, outputs: Outputs
 ) -> tuple[Shard, Staged, Handed]:
     """Insert, then draw; the rows are handed over to the host."""
     assert bound.buffer is not None
-    _, insert_key, *draw_keys = step_keys(jax.random.key(seed), clock.step, bound.strategy.draws)
+    _, insert_key, *draw_keys = step_keys(jax.random.wrap_key_data(given.key), clock.step, bound.strategy.draws)
     rows = candidates(bound, clock, batch, outputs)
     return bound.buffer.local.turn(shard, rows, insert_key, draw_keys, clock.step)
 
 
 def train_on(
-    bound: Bound, seed: int, state: TrainState, batch: Batch, arrived: jax.Array | None, drawn: jax.Array | None
+    bound: Bound, given: Given, state: TrainState, batch: Batch, arrived: jax.Array | None, drawn: jax.Array | None
 ) -> tuple[TrainState, Outputs, Metrics]:
     """`learn` on the new rows and on the draws, whose rows have `arrived` from the host: exchange, then training."""
     assert bound.buffer is not None
     staged = bound.buffer.local.receive(state.staged, arrived)
-    augment_key = step_keys(jax.random.key(seed), state.step, bound.strategy.draws)[0]
-    return learn(bound, augment_key, dataclasses.replace(state, staged=staged), batch, drawn)
+    augment_key = step_keys(jax.random.wrap_key_data(given.key), state.step, bound.strategy.draws)[0]
+    state = dataclasses.replace(state, staged=staged)
+    return learn(bound.rebind(bound, given.numbers), augment_key, state, batch, drawn)
 
 
 def train_and_turn(
-    bound: Bound, seed: int, state: TrainState, batch: Batch, arrived: jax.Array | None
+    bound: Bound, given: Given, state: TrainState, batch: Batch, arrived: jax.Array | None
 ) -> tuple[TrainState, Metrics, Handed]:
     """A whole step as one program."""
     assert state.buffer is not None
-    after, outputs, metrics = train_on(bound, seed, state, batch, arrived, drawn_classes(bound, state.buffer))
-    shard, staged, handed = turn(bound, seed, state.buffer, state.clock, batch, outputs)
+    after, outputs, metrics = train_on(bound, given, state, batch, arrived, drawn_classes(bound, state.buffer))
+    shard, staged, handed = turn(bound, given, state.buffer, state.clock, batch, outputs)
     return dataclasses.replace(after, buffer=shard, staged=staged), metrics, handed
 
 
-def ahead(bound: Bound, seed: int, shard: Shard, clock: Clock, batch: Batch) -> tuple[Shard, Told, Staged, Handed]:
+def ahead(bound: Bound, given: Given, shard: Shard, clock: Clock, batch: Batch) -> tuple[Shard, Told, Staged, Handed]:
     """The first of two programs. It hands the clock on, so that on every device the second one starts behind it."""
     told = clock, drawn_classes(bound, shard)
-    shard, staged, handed = turn(bound, seed, shard, clock, batch, {})
+    shard, staged, handed = turn(bound, given, shard, clock, batch, {})
     return shard, told, staged, handed
 
 
 def train(
-    bound: Bound, seed: int, rest: TrainState, told: Told, staged: Staged, batch: Batch, arrived: jax.Array | None
+    bound: Bound, given: Given, rest: TrainState, told: Told, staged: Staged, batch: Batch, arrived: jax.Array | None
 ) -> tuple[TrainState, Metrics]:
     """The second of two programs, which needs nothing of the first but what it is told; `rest`: see `rest_of`."""
     clock, drawn = told
     state = dataclasses.replace(rest, **clock._asdict(), staged=staged)
-    after, _, metrics = train_on(bound, seed, state, batch, arrived, drawn)
+    after, _, metrics = train_on(bound, given, state, batch, arrived, drawn)
     return dataclasses.replace(after, staged=()), metrics
 
 
@@ -116,7 +117,7 @@ class HostStep:
         """See `DeviceStep`. Raises what the writer of the store has met with."""
         return Fed(self, state, batch, phase)
 
-    def lower(self, state: PyTree, batch: PyTree) -> list[jax.stages.Lowered]:
+    def lower(self, state: PyTree, batch: PyTree) -> list[Any]:
         return [program.lower(*args) for program, args in self.calls(state, batch, self.store.take())]
 
     def calls(self, state: Any, batch: PyTree, arrived: jax.Array | None) -> list[tuple[Any, tuple[PyTree, ...]]]:

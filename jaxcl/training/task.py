@@ -84,7 +84,11 @@ def train(course: Course, state: TrainState, task: int, own: Loaders) -> TrainSt
         course.bar.grow(len(own[0]) - before)
     if begins:
         state = begin(lanes, state, task, own)
-    state = take_steps(lanes, course.step, state, own, course.bar)
+    feed, steps_per_call = None, lanes.configs[0].steps_per_call
+    if parts.many_steps is not None:
+        with lanes.phases("load"):
+            feed = parts.many_steps.feed(lanes, own)
+    state = take_steps(lanes, course.step, state, own, course.bar, feed, steps_per_call)
     for i, session in enumerate(lanes.sessions):
         count_rows(lanes.configs[i], parts, session.progress, lanes.one(state, i), own[i])
     return state

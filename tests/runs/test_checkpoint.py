@@ -179,9 +179,10 @@ def test_a_save_that_fails_for_a_lost_process_is_not_a_full_disk(state, tmp_path
         raise broken
 
     checkpoints = checkpoint.Checkpoints(tmp_path, 2)
+    orbax = checkpoints._orbax  # made by one process alone
     monkeypatch.setattr(checkpoint.jax, "process_count", lambda: 2)
     for failure in (direct, passed_on):
-        monkeypatch.setattr(checkpoints._orbax, "save", failure)
+        monkeypatch.setattr(orbax, "save", failure)
         with pytest.raises(PeerLost, match=r"another process has died: .*those before it are kept"):
             checkpoints.save(A, state, {})
     checkpoints.close()

@@ -10,7 +10,7 @@ REPO = pathlib.Path(__file__).resolve().parents[2]
 # A file imports from rooms of a lower floor, or from its own room.
 FLOORS = {
     **dict.fromkeys(("errors", "types"), 0),
-    **dict.fromkeys(("check", "marks", "registry", "mesh", "sealed", "memory", "signals"), 1),
+    **dict.fromkeys(("check", "marks", "registry", "mesh", "sealed", "memory", "signals", "compilation"), 1),
     **dict.fromkeys(("fields", "losses", "nearest_mean", "optimizer", "shipped", "summaries"), 2),
     **dict.fromkeys(("buffer", "data", "metrics", "models", "report"), 3),
     "strategies": 4,

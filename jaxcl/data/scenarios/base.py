@@ -225,4 +225,5 @@ def _repeated(source: Source, tasks: int, change: Change) -> Source:
             images[here] = change(int(task), images[here])
         return images
 
-    return Source(np.tile(source.labels, tasks), source.image_shape, source.class_names, read)
+    labels = np.tile(source.labels, tasks)
+    return Source(labels, source.image_shape, source.class_names, read, in_memory=source.in_memory)

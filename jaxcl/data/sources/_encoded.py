@@ -45,7 +45,7 @@ class Encoded:
         """The source of labels int32 `[n]` and of `images` uint8 `[n, H, W, C]` that are decoded, or of those that are yet to
         be: whole, or with an `image_size` cut, in training at random."""
         if images is not None:
-            return Source(labels, self.shape, class_names, images.__getitem__)
+            return Source(labels, self.shape, class_names, images.__getitem__, in_memory=True)
         if image_size is None:
             return Source(labels, self.shape, class_names, self.read)
         vectorised()  # says now what it has to say
