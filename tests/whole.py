@@ -138,9 +138,10 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
     assert lines(one, "train", "evaluation") == lines(other, "train", "evaluation")
     ra, rb = (json.loads((folder / "result.json").read_text()) for folder in (one, other))
     times = ("seconds", "seconds_by_phase", "images_per_second", "background_seconds", "finished", "compilation")
-    for name in (*times, "config", "checksum", "command", "code"):  # a command's code has its config file
+    code = ("command", "code", "earlier_code")  # a command's code has its config file
+    for name in (*times, *code, "config", "checksum"):
         ra.pop(name, None), rb.pop(name, None)
-    assert ra == rb
+    assert ra == rb, {name: (ra.get(name), rb.get(name)) for name in {*ra, *rb} if ra.get(name) != rb.get(name)}
 
 
 def stop_at(monkeypatch: Any, steps: Iterable[int]) -> None:

@@ -60,6 +60,7 @@ def rows_of(config: ConfigDict) -> Mapping[str, Fields]:
         "er+balanced r=b:2": balanced | {"buffer.representatives": b // 2},
         "er+balanced memory 0.05": balanced | {"buffer.share": 0.05},
         "er+balanced memory 1.0": balanced | {"buffer.share": 1.0},
+        "er+balanced r=b memory 1.0": balanced | {"buffer.representatives": b, "buffer.share": 1.0},
         "er+balanced 2x steps": balanced | more_epochs(config, 2),
         "er+balanced r=half": balanced | {"buffer.representatives": max(r // 2, 1)},
     }

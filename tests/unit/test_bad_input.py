@@ -45,6 +45,7 @@ TOO = {
     "a number above 0 and at most 1": (0.0, -0.5, 1.0001),
     "a share above 0 and below 1": (0.0, 1.0, -1.0, 2.0),
     "a number from 1 to 256": (0, -1, 257, 2**40),
+    "a number from 0 to 256": (-1, 257, 2**40),
     "a number from 1 to 65536": (0, -1, 2**17),
     "a number from 2 to 268435456": (1, 0, -1, 2**40),
     "a whole number from 0 to 2^31 - 1": (-1, 2**31, 2**32, 2**62),

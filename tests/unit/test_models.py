@@ -311,7 +311,7 @@ def test_zero_init_makes_blocks_the_identity():
             10,
             "float32",
             {"dtype": "float32"},
-            "model.options.dtype: convnet has no such option, allowed are norm, width",
+            "model.options.dtype: convnet has no such option, allowed are fold, norm, width",
         ),
         ("resnet18", 10, "float32", {"width": True}, "model.options.width: True is not allowed, give a positive int"),
         ("resnet18", 10, "float32", {"width": 2.0}, "model.options.width: 2.0 is not allowed, give a positive int"),
