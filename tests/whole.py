@@ -23,6 +23,7 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 SMALL = {
     "batch_size": 16,
     "epochs": 1,
+    "steps_per_call": 1,  # a test's moments are steps
     "log_every": 3,
     "eval.batch_size": 64,
     "data.tasks": 3,

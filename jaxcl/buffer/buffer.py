@@ -181,7 +181,8 @@ def choose(sizes: Sizes, state: Shard, rows: Rows, key: jax.Array) -> tuple[jax.
 def write(sizes: Sizes, state: Shard, rows: Rows, slot: jax.Array) -> Shard:
     """Stores the rows at these slots."""
     if state.class_rows is not None:
-        state = dataclasses.replace(state, class_rows=class_rows.counted(state, rows, slot))
+        counts, slot = class_rows.counted(state, rows, slot)
+        state = dataclasses.replace(state, class_rows=counts)
     state = shard.write(state, rows, slot)
     if state.weights is not None:
         state = dataclasses.replace(state, weights=weights.put(state.weights, slot, rows.weight))

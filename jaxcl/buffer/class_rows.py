@@ -13,17 +13,19 @@ from jaxcl.buffer.draw import expected_shares
 from jaxcl.buffer.shard import Rows, Shard
 
 
-def counted(state: Shard, rows: Rows, slot: jax.Array) -> jax.Array:
-    """The counts `[1, K]` of a shard into which these rows are about to be written, see `shard.write`."""
+def counted(state: Shard, rows: Rows, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The counts `[1, K]` of a shard into which these rows are about to be written, see `shard.write`; and `slot` as it was.
+
+    The write has to use the `slot` that is returned: it waits for what is read here. Of a shard that might be read after it is
+    written, XLA would keep a copy.
+    """
     counts, slots = state.class_rows, len(state.id)
     classes, written = counts.shape[1], slot < slots
-    replaced = written & (state.id.at[slot].get(mode="clip") >= 0)
-
-    def at(label: jax.Array, there: jax.Array) -> jax.Array:
-        return jnp.where(there & (label >= 0), label, classes)  # beyond the classes: not counted
-
-    counts = counts.at[0, at(rows.label, written)].add(1, mode="drop")
-    return counts.at[0, at(state.label.at[slot].get(mode="clip"), replaced)].add(-1, mode="drop")
+    ident, label = state.id.at[slot].get(mode="clip"), state.label.at[slot].get(mode="clip")
+    gone = jnp.where(written & (ident >= 0) & (label >= 0), label, classes)  # beyond the classes: not counted
+    slot = slot + jnp.minimum(gone, 0)
+    come = jnp.where(written & (rows.label >= 0), rows.label, classes)
+    return counts.at[0, come].add(1, mode="drop").at[0, gone].add(-1, mode="drop"), slot
 
 
 def without(state: Shard, gone: jax.Array) -> jax.Array:

@@ -94,10 +94,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_saved(every_s
     """The weights explode in the second task, after the checkpoint at the end of the first."""
     original = task.take_steps
 
-    def take_steps(lanes, step, state, loaders, bar):
+    def take_steps(lanes, step, state, *others):
         if lanes.at.task == 1:
             state = dataclasses.replace(state, params=jax.tree.map(lambda x: x * 1e30, state.params))
-        return original(lanes, step, state, loaders, bar)
+        return original(lanes, step, state, *others)
 
     monkeypatch.setattr(task, "take_steps", take_steps)
     config = runs.small(checkpoint__every_steps=every_steps)
@@ -228,7 +228,7 @@ def test_a_full_disk_ends_the_run_and_the_last_checkpoint_is_whole(tmp_path):
 @pytest.mark.slow
 def test_ten_kills_change_nothing(tmp_path):
     """SIGKILL at ten random moments, four of them while a checkpoint is being written, and once a damaged one on top."""
-    changes = {"epochs": 4, "checkpoint__every_steps": 5}
+    changes = {"epochs": 4, "checkpoint__every_steps": 5, "steps_per_call": 0}
     train(runs.small(**changes), tmp_path / "whole")
     killed, rng = tmp_path / "killed", random.Random(0)
     folder, moments = killed / "checkpoints", []
@@ -275,7 +275,7 @@ def test_the_command_says_what_ended_it_with_its_status(tmp_path):
 @pytest.mark.slow
 def test_a_signal_at_any_time_is_answered_and_the_run_goes_on(tmp_path):
     """While modules are imported, programs compiled, steps taken, a checkpoint is written, the test rows are evaluated."""
-    changes = {"epochs": 2, "checkpoint__every_steps": 5}
+    changes = {"epochs": 2, "checkpoint__every_steps": 5, "steps_per_call": 0}
     folder = tmp_path / "run"
     steps = train(runs.small(**changes), tmp_path / "whole")["steps"]
     writing = lambda: any("tmp" in path.name for path in (folder / "checkpoints").glob("*"))  # noqa: E731

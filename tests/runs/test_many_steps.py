@@ -67,7 +67,7 @@ def test_the_program_updates_the_buffer_in_place(mesh_of):
     """A loop that copied the memory would need room for a second one."""
 
     def temporaries(capacity):
-        config = whole.small(buffer__capacity=capacity, buffer__policy="reservoir")
+        config = whole.small(buffer__capacity=capacity, buffer__policy="reservoir", steps_per_call=100)
         parts = build(config, jax.devices()[:2])
         state = parts.new_state(parts.new_weights(jax.random.key(0)))
         assert parts.many_steps is not None and parts.many_steps.rows

@@ -47,16 +47,16 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("devices", "memory", "draws"),
-    [(0, "sharded", False), pytest.param(0, "sharded", True, marks=SLOW)]
-    + [pytest.param(4, m, d, marks=SLOW) for m in MEMORIES for d in (False, True)],
+    ("devices", "memory", "draws", "counts"),
+    [(0, "sharded", False, False), (0, "sharded", False, True), pytest.param(0, "sharded", True, False, marks=SLOW)]
+    + [pytest.param(4, m, d, d, marks=SLOW) for m in MEMORIES for d in (False, True)],
 )
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_no_leaf_of_any_type_is_copied(policy, form, devices, memory, draws, mesh_of):
+def test_no_leaf_of_any_type_is_copied(policy, form, devices, memory, draws, counts, mesh_of):
     """Law 5. A copy of any leaf or list of slots has a byte or more for each slot; all temporaries together have fewer."""
     mesh = mesh_of(devices) if devices else None
-    buffer = make(policy, mesh=mesh, memory=memory)
+    buffer = make(policy, mesh=mesh, memory=memory, count_classes=counts)
     rows = Rows(
         jax.tree.map(lambda s: jax.ShapeDtypeStruct((BATCH, *s.shape), s.dtype), RECORD), spec(BATCH), spec(BATCH)
     )
