@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 from experiments.bench import harness
 from experiments.pages.page import ROOT, Json
-from experiments.studies.references import mammoth_protocol
+from experiments.studies.mammoth import mammoth_protocol
 from jaxcl.check import refused
 from jaxcl.errors import UserError
 from jaxcl.runs.steps import STEPPING

@@ -173,9 +173,6 @@ def main() -> None:
         check("--parts", part, one_of(parts))
     if jax.device_count() < max(DEVICES):
         raise refused("--devices", jax.device_count(), f"at least {max(DEVICES)}")
-    # Runs that differ in their seed alone share their programs.
-    jax.config.update("jax_compilation_cache_dir", str(study.workdir / "programs"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     path = pathlib.Path(cli.JSON.value or study.workdir / "memory_bank.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     for part in PARTS.value:

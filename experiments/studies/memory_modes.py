@@ -230,9 +230,6 @@ def main() -> None:
     study = grid.from_flags(seeds=3, least=2, train=train_seeds)
     capacity = study.config.buffer.capacity
     counts, selections = check_flags(capacity), SELECT.value
-    # Settings differ in data more than in steps.
-    jax.config.update("jax_compilation_cache_dir", str(study.workdir / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     of_grid, apart = modes(counts, selections), changes(selections[-1], max(counts))
     of_apart = list(dict.fromkeys(x for _, *pair in apart for x in pair))
     every = list(dict.fromkeys([*of_apart, *of_grid]))

@@ -12,7 +12,6 @@ experiments/results/PROTOCOL.reference.json.
 
 import importlib
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -25,8 +24,8 @@ from ml_collections import ConfigDict
 from experiments.pages import page
 from experiments.pages.page import Json
 from experiments.studies.grid import ROWS, Grid
-from jaxcl import cli, data, summaries
-from jaxcl.check import refused
+from experiments.studies.mammoth import mammoth_protocol
+from jaxcl import cli, summaries
 from jaxcl.errors import UserError
 
 PAGE = page.ROOT / "docs" / "benchmarks.md"
@@ -87,33 +86,6 @@ def config_of(module: Any, row: str) -> ConfigDict:
     config.data.source = SOURCE.value or config.data.source
     config.data.data_dir = DATA_DIR.value
     return config
-
-
-def mammoth_protocol(config: ConfigDict) -> Json:
-    """A row's config in the words of `experiments/bench/peers/mammoth_accuracy.py`."""
-    kind, _, file = config.data.source.partition(":")
-    if kind != "npz":
-        raise UserError(f"--source: {config.data.source} is not allowed with --mammoth, give npz:FILE")
-    if config.data.scenario not in ("class", "permuted"):
-        raise refused("data.scenario", config.data.scenario, "class or permuted with --mammoth")
-    train, test = data.open_source(config.data.source)
-    scenario, _, _ = data.make_scenario(train, test, config.data.scenario, config.data.tasks)
-    return {
-        "data": os.path.abspath(file),
-        "strategy": config.strategy,
-        "options": dict(config.strategies.get(config.strategy, {})),
-        "capacity": config.buffer.capacity,
-        "replayed": config.buffer.representatives,
-        "batch_size": config.batch_size,
-        "epochs": config.epochs,
-        "learning_rate": config.optimizer.learning_rate,
-        "momentum": config.optimizer.momentum,
-        "model": {"name": config.model.name, **config.model.options},
-        "mean": config.data.mean,
-        "std": config.data.std,
-        "tasks": [list(task.classes) for task in scenario.tasks],
-        "permuted": config.data.scenario == "permuted",
-    }
 
 
 def accuracies(accuracy: list[float]) -> Json:

@@ -76,7 +76,7 @@ HELP_CONFIG = flags.DEFINE_bool("help_config", False, "print every field of the 
 
 # The flags of a command that makes runs.
 RUN: tuple[flags.FlagHolder, ...] = (
-    *(CONFIG, WORKDIR, DEVICES, OVERWRITE, HELP_CONFIG),
+    *(CONFIG, WORKDIR, DEVICES, OVERWRITE, CACHE, HELP_CONFIG),
     *(DISTRIBUTED, COORDINATOR, NUM_PROCESSES, PROCESS_ID, HEARTBEAT, START, STALL, STOP),
 )
 MOST_DEVICES = 512  # a step of 1,000 takes a minute to start or aborts in XLA's CPU runtime, 100,000 never start

@@ -116,4 +116,4 @@ def write_json(path: str, model: Trained, names: list[str], probabilities: np.nd
 
 
 def command() -> None:
-    cli.run(main, positional=True, takes=(TOP, cli.JSON, cli.DEVICES))
+    cli.run(main, positional=True, takes=(TOP, cli.JSON, cli.DEVICES, cli.CACHE))

@@ -8,6 +8,7 @@ import pytest
 
 from experiments.pages import page
 from experiments.studies import references, small_pack
+from experiments.studies.mammoth import mammoth_protocol
 from jaxcl.data import array_source
 from jaxcl.errors import UserError
 from jaxcl.training.config import check_config, default_config
@@ -48,14 +49,14 @@ def test_the_reference_is_asked_for_what_our_row_runs(tmp_path):
     np.savez(tmp_path / "pack.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     config = importlib.import_module("configs.split_cifar10_small").get_config("der_pp-500")
     config.data.source = f"npz:{tmp_path / 'pack.npz'}"
-    asked = references.mammoth_protocol(config)
+    asked = mammoth_protocol(config)
     assert asked["strategy"] == "der_pp" and asked["options"] == {"alpha": 0.2, "beta": 0.5}
     assert (asked["capacity"], asked["replayed"], asked["batch_size"], asked["learning_rate"]) == (500, 10, 10, 0.03)
     assert asked["tasks"] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
     assert json.loads(json.dumps(asked))["model"] == {"name": "mlp", "hidden": [100, 100], "kernel_init": "xavier"}
     config.data.source = "tfds:mnist"
     with pytest.raises(UserError, match=r"^--source: tfds:mnist is not allowed with --mammoth, give npz:FILE"):
-        references.mammoth_protocol(config)
+        mammoth_protocol(config)
 
 
 def test_a_small_pack_holds_the_first_rows_of_each_class():
