@@ -124,6 +124,17 @@ def test_the_table_of_rows_sets_them_beside_training_from_scratch():
     )
 
 
+def test_rows_that_the_file_holds_stay_if_they_are_of_the_same_sizes(tmp_path):
+    path, order = tmp_path / "found.json", ("from_scratch", "er", "joint")
+    new = {"name": "a", "sizes": {"epochs": 3}, "rows": [{"row": "er", "top5": [0.5]}]}
+    assert rehearsal.merged(path, new, order) == new
+    old = {"name": "a", "sizes": {"epochs": 3}, "rows": [{"row": "joint", "top5": [0.1]}, {"row": "er", "top5": [0.2]}]}
+    path.write_text(json.dumps(old))
+    assert rehearsal.merged(path, new, order)["rows"] == [*new["rows"], old["rows"][0]]
+    path.write_text(json.dumps(old | {"sizes": {"epochs": 4}}))
+    assert rehearsal.merged(path, new, order) == new
+
+
 def test_rows_of_old_tasks_that_are_called_a_new_class_are_counted():
     confusion = [[1, 0, 3], [0, 4, 0], [0, 0, 9]]
     assert rehearsal.called_new({"confusion": confusion, "tasks": [[0, 1], [2]]}) == 3 / 8
