@@ -5,7 +5,7 @@
 
 The yardsticks are training from scratch at every task, the same with as many steps as rehearsal takes in all ("equal steps"),
 and joint training on all tasks at once. Every other row changes the config's plain rehearsal by what its name says. A row's
-runs lie in a folder of its name; finished ones are read again. Other rows that the file of --json holds stay in it: some rows may
+runs lie in a folder of its name; finished ones are read again. Other rows that the file of --json holds stay in it: some may
 have more seeds than others.
 """
 
