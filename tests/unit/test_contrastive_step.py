@@ -33,7 +33,7 @@ def make_batch(seed, pairs="captions"):
     }
 
 
-def run(mesh, negatives, steps=3, pairs="captions", rows=32, batches=None, **options):
+def run(mesh, negatives, steps=3, pairs="captions", rows=32, temperature=0.2, **options):
     """The states after each step, on the host."""
     bank = None
     if negatives in ("fifo", "momentum"):
@@ -42,7 +42,7 @@ def run(mesh, negatives, steps=3, pairs="captions", rows=32, batches=None, **opt
         bank = make_bank("slots", capacity=N, dim=DIM, mesh=mesh, drawn=12)
     optimizer = optax.identity()
     shapes = {"image": SHAPE} | ({"text": (LENGTH,)} if pairs == "captions" else {})
-    start = {"seed": 3, "temperature": 0.2, "batch_size": B, "momentum": negatives == "momentum"}
+    start = {"seed": 3, "temperature": temperature, "batch_size": B, "momentum": negatives == "momentum"}
     state = initial_state(mesh, TOWERS, optimizer, bank, shapes, **start)
     augment = make_augment(("crop",), SHAPE)
     step = make_step(
@@ -109,3 +109,10 @@ def test_passes_are_steps_on_one_batch(mesh_of):
             state, metrics = step(state, mesh_lib.shard_rows(mesh, make_batch(0)))
         found.append((state.params, state.opt_state, metrics["loss"]))
     close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_the_learned_scale_is_held_at_a_hundred(mesh_of):
+    """Beyond the bound neither the loss nor a gradient knows the temperature any more."""
+    ((state, metrics),) = run(mesh_of(1), "gathered", steps=1, temperature=1e-3)
+    assert float(metrics["scale"]) == 100
+    assert float(state.params["log_scale"]) == pytest.approx(np.log(1e3), rel=1e-6)  # as it began
