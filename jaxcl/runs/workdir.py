@@ -273,9 +273,9 @@ def check_same(theirs: dict[str, Any], config: ConfigDict, problem: str, advice:
     Raises:
       UserError: they differ; `problem`, the first field that does, `advice`.
     """
-    both = theirs, resolved(config)
-    own = {short(str(one.get("strategy"))) for one in both}
-    difference = _difference(*(_used(one, own) for one in both))
+    mine = resolved(config)
+    own = {short(str(one.get("strategy"))) for one in (theirs, mine)}
+    difference = _difference(_used(theirs, own), _used(mine, own))
     if difference:
         raise UserError(f"{problem} ({difference}){advice}")
 
