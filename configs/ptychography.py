@@ -6,7 +6,8 @@
 The generative case of Bouvier et al.: a record is three tensors (pattern, amplitude, phase), new instances of one kind of
 data arrive, and the loss is the mean absolute error of amplitude and phase together. Labels are the specimens' numbers; they
 divide the data into tasks and the memory into parts, and the network never sees them. `--config.data.scenario=instance`
-instead brings new scans of all specimens in every task. Optimiser: Adam, 5e-4. The data are simulated from a fixed seed, see
+instead brings new scans of all specimens in every task. Optimiser: Adam at a constant 5e-4, where the authors of PtychoNN let
+the learning rate go up and down in cycles of several epochs. The data are simulated from a fixed seed, see
 jaxcl/data/sources/ptychography.py.
 
 `:cpu` has 32x32 patterns, a network of an eighth of the width and fewer epochs.

@@ -8,7 +8,7 @@
 MLP of 2 x 100 with Xavier-uniform weights, float32, SGD without momentum, a reservoir; coefficients are those of the DER
 paper's Split-CIFAR-10 (ResNet-18, 50 epochs), whose accuracies are out of reach here: the rows compare two programs, not
 methods. A net without a norm, because Mammoth's DER sends new and replayed rows through it one after the other, and a batch
-norm then sees each by itself; here all rows pass together. Time: about 6 s a run on one quiet CPU core.
+norm then sees each by itself; here all rows pass together. Time: the last column of the table in docs/benchmarks.md.
 """
 
 from ml_collections import ConfigDict

@@ -6,7 +6,7 @@
 5 tasks of 2 classes, one epoch in batches of 10 + 10, an MLP of 2 x 100 with Xavier-uniform weights, SGD without momentum,
 images in 0..1, a reservoir; learning rates and coefficients are those of Mammoth's best arguments.
 Data: `tfds:mnist`, prepared in TFDS_DIR (TFDS's default folder if not given), or `--config.data.source=npz:FILE`.
-Time: about 10 s a run on one CPU core.
+Time: the last column of the table in docs/benchmarks.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """A small problem for tests of steps and strategies: model, buffer and step on n devices, the same rows for every n."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -40,10 +40,13 @@ class Rig:
         capacity: int = 48,
         memory: Mapping[str, Any] = MappingProxyType({}),
         optimizer: optax.GradientTransformation | None = None,
+        network: Mapping[str, Any] = MappingProxyType({}),
+        augment: Sequence[str] = (),
         **options: Any,
     ):
         self.mesh, self.strategy = mesh, strategy
-        self.model = make_model(model, K, options=MODELS[model], axis_name=mesh_lib.AXIS, classes=CLASSES)
+        network = {**MODELS[model], **network}
+        self.model = make_model(model, K, options=network, axis_name=mesh_lib.AXIS, classes=CLASSES)
         self.buffer = None
         if strategy.draws:
             variables = self.model.init(jax.random.key(0), SHAPE)
@@ -54,7 +57,7 @@ class Rig:
             self.buffer = make_buffer(record, capacity=capacity, representatives=DRAWN, mesh=mesh, **counted, **memory)
         optimizer = optimizer or optax.identity()
         self.new_weights = make_weights(mesh, self.model, optimizer, SHAPE)
-        images = make_augment((), SHAPE), make_normalize(SHAPE)
+        images = make_augment(augment, SHAPE), make_normalize(SHAPE)
         self.bound = Bound(
             mesh, self.model, strategy, self.buffer, optimizer, lambda epoch: RATE, *images, CLASSES, **options
         )

@@ -66,9 +66,32 @@ def about(part: Json) -> str:
 
 
 def short(settings: list[Json]) -> str:
+    """A line a setting, with its difference to the first one of the same augmentation: the batch alone."""
     names = ("devices", "negatives_of_an_anchor", "steps")
-    found = ((one["negatives"], option(one), *(one[name] for name in names), recall(one)) for one in settings)
-    return table(("negatives", "option", "devices", "negatives of an anchor", "steps", "image to text @10"), found)
+    alone: dict[tuple[str, ...], Json] = {}
+    found = []
+    for one in settings:
+        base = alone.setdefault(tuple(one.get("data.augment", ())), one)
+        found.append((one["negatives"], option(one), *(one[x] for x in names), recall(one), over(one, base)))
+    head = (
+        "negatives",
+        "option",
+        "devices",
+        "negatives of an anchor",
+        "steps",
+        "image to text @10",
+        "over the batch alone",
+    )
+    return table(head, found)
+
+
+def over(one: Json, base: Json) -> str:
+    """The difference of the mean recalls in points, with the deviation of a difference of two runs; "" of the base itself."""
+    if one is base:
+        return ""
+    mine, its = (100 * np.array(x["recall"][SHOWN]) for x in (one, base))
+    deviation = np.sqrt(mine.var(ddof=1) + its.var(ddof=1)) if len(mine) > 1 else np.nan
+    return f"{mine.mean() - its.mean():+.1f} ± {deviation:.1f}"
 
 
 def equal(part: Json) -> str:

@@ -156,6 +156,8 @@ def storage_error(kind: str) -> float:
 def negatives_of(config: Json) -> int:
     """How many negatives an anchor has, but for those that match it by chance."""
     bank = config["bank"]
+    if config["negatives"] == "moco":
+        return bank["capacity"]
     stored = {"fifo": bank["capacity"], "momentum": bank["capacity"], "full_bank": bank["drawn"]}
     return config["batch_size"] * (2 if config["same_side"] else 1) - 1 + stored.get(config["negatives"], 0)
 

@@ -19,7 +19,7 @@ from jaxcl.check import (
     one_of,
     refused,
 )
-from jaxcl.contrastive.step import NEGATIVES, PAIRS
+from jaxcl.contrastive.step import NEGATIVES, PAIRS, WITH_KEYS
 from jaxcl.contrastive.storage import STORAGES
 from jaxcl.data import AUGMENTATIONS
 from jaxcl.errors import UserError
@@ -34,7 +34,8 @@ from jaxcl.training.config import (
     check_writers,
 )
 
-BANKED = ("fifo", "full_bank", "momentum")
+QUEUED = ("fifo", *WITH_KEYS)
+BANKED = ("full_bank", *QUEUED)
 BETWEEN = Rule(lambda x: is_number(x) and 0 < x < 1, "a share above 0 and below 1")
 
 
@@ -50,10 +51,10 @@ def fields() -> Fields:
         "dim": Field(64, "of the embeddings", COUNT),
         "temperature": Field(0.07, "the first; it is learned", POSITIVE),
         "same_side": Field(False, "the other rows of an anchor's own side are negatives too: SimCLR"),
-        "momentum": Field(0.999, "of negatives = momentum: the key encoders' moving average", FRACTION),
+        "momentum": Field(0.999, "of negatives = momentum or moco: the key encoders' moving average", FRACTION),
         **LOG,
         "bank": {
-            "capacity": Field(1024, "of fifo and momentum: rows of the union of all devices", POSITIVE),
+            "capacity": Field(1024, "of fifo, momentum and moco: rows of the union of all devices", POSITIVE),
             "drawn": Field(
                 256, "of full_bank: rows drawn without replacement as a step's negatives; 0: all", NOT_NEGATIVE
             ),
@@ -114,7 +115,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
     check_writers(config)
     check_optimizer(config)
     sizes = ["batch_size", "eval.batch_size"]
-    if config.negatives in ("fifo", "momentum"):
+    if config.negatives in QUEUED:
         sizes.append("bank.capacity")
         if config.bank.capacity < config.batch_size:
             raise refused("bank.capacity", config.bank.capacity, f"at least batch_size = {config.batch_size}")
@@ -125,5 +126,9 @@ def check_config(config: ConfigDict, devices: int) -> None:
         )
     if config.epochs % config.eval.rounds:
         raise refused("eval.rounds", config.eval.rounds, f"a divisor of epochs = {config.epochs}")
+    if config.same_side and config.negatives == "moco":
+        raise UserError(
+            "same_side: True is not allowed with negatives = moco, whose negatives are those of the queue alone"
+        )
     if config.same_side and config.data.pairs == "captions":
         raise UserError("same_side: True is not allowed with data.pairs = captions, whose sides are of two kinds")

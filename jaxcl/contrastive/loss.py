@@ -32,6 +32,7 @@ def info_nce(
     valid: jax.Array,
     *,
     gather: bool,
+    batch: bool = True,
     same_side: bool = False,
     bank: Bank | None = None,
     state: BankState | None = None,
@@ -48,6 +49,7 @@ def info_nce(
       key: int32 `[b]`; rows of one key match each other and are no negatives of each other.
       valid: bool `[b]`; other rows are nobody's candidates.
       gather: whether the candidates of all devices count, or this device's alone.
+      batch: whether other rows of the batch are candidates, or beside the own positive the bank's alone (MoCo, He et al. 2020).
       same_side: whether the other anchors of the same side are candidates too (SimCLR's NT-Xent, Chen et al. 2020).
       bank, state, draw_key: whose rows are candidates beside the current ones; needs `gather`.
       used: bool, the same on all devices, whether the stored rows are candidates already.
@@ -59,7 +61,7 @@ def info_nce(
         everyone = (lax.all_gather(anchors[0], AXIS, tiled=True), lax.all_gather(anchors[1], AXIS, tiled=True))
         every_key = lax.all_gather(key, AXIS, tiled=True)
     own = jnp.arange(len(every_key))[:, None] == me * b + jnp.arange(b)[None, :]  # [B, b]
-    other = (every_key[:, None] != key[None, :]) & valid[None, :]
+    other = (every_key[:, None] != key[None, :]) & valid[None, :] & batch
 
     def current(side: int) -> jax.Array:
         scores = jnp.where(own | other, scale * everyone[side] @ candidates[1 - side].T, FAR)

@@ -29,7 +29,8 @@ from jaxcl.mesh import AXIS, ROWS, WHOLE, on_mesh
 from jaxcl.models import Towers
 from jaxcl.types import Batch, PyTree
 
-NEGATIVES = ("in_batch", "gathered", "fifo", "full_bank", "momentum")
+NEGATIVES = ("in_batch", "gathered", "fifo", "full_bank", "momentum", "moco")
+WITH_KEYS = ("momentum", "moco")  # anchors are compared with what momentum encoders make
 PAIRS = ("captions", "views", "styles")
 MAX_SCALE = 100.0  # of the inverse temperature, as in CLIP: beyond it training may become unstable
 
@@ -134,7 +135,7 @@ class Bound:
       same_side: see `loss.info_nce`.
       proximal: lambda, of "full_bank".
       bank_start: the epoch from which the bank's rows are negatives; until then it only takes them in.
-      momentum: m of the key encoders, of "momentum".
+      momentum: m of the key encoders, of "momentum" and "moco".
     """
 
     towers: Towers
@@ -196,7 +197,7 @@ def train_step(bound: Bound, state: ContrastiveState, batch: Batch) -> tuple[Con
     def one_pass(carry: tuple[PyTree, ...], i: jax.Array) -> tuple[tuple[PyTree, ...], tuple[loss_lib.Pair, PyTree]]:
         """Pass `i`: the new weights; the embeddings that the bank takes in, and the metrics."""
         params, opt_state, keys = carry
-        stored = bound.embed(keys, inputs) if bound.negatives == "momentum" else None
+        stored = bound.embed(keys, inputs) if bound.negatives in WITH_KEYS else None
         pass_key, used = jax.random.fold_in(draw_key, i), epoch >= bound.bank_start
         share = functools.partial(loss_share, bound, batch, inputs, stored, held, pass_key, used)
         (value, (pair, scale, means)), grads = jax.value_and_grad(share, has_aux=True)(params)
@@ -239,6 +240,7 @@ def loss_share(
     scale = jnp.minimum(jnp.exp(params["log_scale"]), MAX_SCALE)
     candidates: Any = {"gather": bound.negatives != "in_batch", "same_side": bound.same_side}
     candidates |= {"bank": bound.bank, "state": held, "draw_key": draw_key, "used": used}
+    candidates |= {"batch": bound.negatives != "moco"}
     losses = loss_lib.info_nce(pair, stored or pair, scale, batch["label"], valid, **candidates)
     moved = jnp.zeros_like(losses)
     if bound.proximal:

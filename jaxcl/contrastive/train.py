@@ -21,7 +21,7 @@ from jaxcl.check import refused
 from jaxcl.contrastive.bank import make_bank
 from jaxcl.contrastive.config import BANKED, check_config
 from jaxcl.contrastive.evaluate import Embed, make_embed, make_staleness, retrieval
-from jaxcl.contrastive.step import ContrastiveState, initial_state, make_step
+from jaxcl.contrastive.step import WITH_KEYS, ContrastiveState, initial_state, make_step
 from jaxcl.data.pairs import open_pairs
 from jaxcl.errors import UserError
 from jaxcl.models import make_towers
@@ -83,7 +83,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
         shapes["text"] = (d.length,)
 
     start = {name: config[name] for name in ("seed", "temperature", "batch_size")}
-    start["momentum"] = config.negatives == "momentum"
+    start["momentum"] = config.negatives in WITH_KEYS
     new_state = functools.partial(initial_state, mesh, towers, optimizer, bank, shapes, **start)
     state, row = jax.eval_shape(new_state), 2 * sizes.PIXEL * math.prod(train.image_shape)
     held = {

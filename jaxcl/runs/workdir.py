@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 import jaxcl
 from jaxcl.errors import UserError
+from jaxcl.registry import short
 from jaxcl.runs import checkpoint, files, log
 from jaxcl.runs.code import Code, changed_modules, code_of
 from jaxcl.runs.writers import csv
@@ -267,14 +268,24 @@ def _usable(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def check_same(theirs: dict[str, Any], config: ConfigDict, problem: str, advice: str = "") -> None:
-    """Compares a resolved config with this one, but for the fields that a run may change.
+    """Compares a resolved config with this one, but for the fields that a run may change and those it does not use.
 
     Raises:
       UserError: they differ; `problem`, the first field that does, `advice`.
     """
-    difference = _difference(theirs, resolved(config))
+    mine = resolved(config)
+    own = {short(str(one.get("strategy"))) for one in (theirs, mine)}
+    difference = _difference(_used(theirs, own), _used(mine, own))
     if difference:
         raise UserError(f"{problem} ({difference}){advice}")
+
+
+def _used(config: dict[str, Any], own: set[str]) -> dict[str, Any]:
+    """A resolved config with the options of these strategies alone: those of others come and go with their files."""
+    options = config.get("strategies")
+    if not isinstance(options, dict):
+        return config
+    return config | {"strategies": {name: given for name, given in options.items() if name in own}}
 
 
 def _difference(theirs: Any, mine: Any, path: str = "config") -> str | None:

@@ -14,6 +14,9 @@ are selected by the embeddings of all tasks so far, by herding unless the config
 `mixup` > 0 mixes every row of a batch with the one at its mirror place, of all devices, in a proportion drawn once a step from
 Beta(mixup, mixup), and smooths the labels by `smoothing`. A row whose partner is padding stays as it is.
 
+The binary cross-entropy is over the classes seen that `data.loss_classes` allows a row, l and the other terms are as above
+whatever it is. MixUp, which gives a row labels of two tasks, is refused with one head a task.
+
 With a model other than dytox it is the same without divergence and without anything held.
 """
 
@@ -25,9 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from ml_collections import ConfigDict
 
 from jaxcl import losses
-from jaxcl.check import NOT_NEGATIVE, POSITIVE, check
+from jaxcl.check import NOT_NEGATIVE, POSITIVE, check, refused
 from jaxcl.mesh import AXIS
 from jaxcl.strategies.base import Context, Descend, Descent, End, Outputs, Part, Share, Strategy, pooled_mean
 from jaxcl.strategies.lwf import answers, snapshot
@@ -42,7 +46,7 @@ def dytox(divergence: float = 0.1, temperature: float = 1.0, mixup: float = 0.0,
     def loss(params: PyTree, parts: Sequence[Part], context: Context) -> Share:
         def row_loss(part: Part) -> jax.Array:
             wanted = targets(part, context)
-            value = binary(part.logits, wanted, context.seen)
+            value = binary(part.logits, wanted, context.seen if part.allowed is None else context.seen & part.allowed)
             if context.tuning:
                 return value
             share = jnp.sum(context.old) / jnp.sum(context.seen)
@@ -74,10 +78,17 @@ def dytox(divergence: float = 0.1, temperature: float = 1.0, mixup: float = 0.0,
     def scores(outputs: Outputs, state: PyTree) -> jax.Array:
         return jnp.where(state["seen"], outputs["logits"], -1e30)
 
+    def fits(config: ConfigDict) -> None:
+        if mixup and config.data.loss_classes == "task":
+            raise refused(
+                "strategies.dytox.mixup", mixup, "0 with data.loss_classes = task, which mixes labels of two tasks"
+            )
+
     return Strategy(
         draws=1,
         selection="icarl",
         features=features,
+        check=fits,
         loss=loss,
         own_bias="learns each class apart, by binary cross-entropy",
         gradients=gradients,
@@ -97,9 +108,11 @@ def targets(part: Part, context: Context) -> jax.Array:
 
 
 def binary(logits: jax.Array, wanted: jax.Array, counted: jax.Array) -> jax.Array:
-    """Each row's mean binary cross-entropy over the outputs that are `counted` (bool `[K]`)."""
+    """Each row's mean binary cross-entropy over the outputs that are `counted` (bool `[K]` or `[b, K]`)."""
     entropy = optax.sigmoid_binary_cross_entropy(logits, wanted)
-    return jnp.sum(jnp.where(counted, entropy, 0.0), axis=1) / jnp.sum(counted)
+    return jnp.sum(jnp.where(counted, entropy, 0.0), axis=1) / jnp.maximum(
+        jnp.sum(counted, axis=-1), 1
+    )  # no row that is valid has none
 
 
 def apart(logits: jax.Array, wanted: jax.Array, context: Context) -> jax.Array:

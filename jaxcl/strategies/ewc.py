@@ -9,7 +9,8 @@ and, for a penalty a task, the sum of these over the tasks, which is again a qua
 sum_t F_t w*_t gives its exact gradient in memory that does not grow with the tasks.
 
 The Fisher diagonal is the mean over the task's rows (x, y) of p(y|x) (d log p(y|x) / dw)^2, the labelled term of the
-expectation over y, as in Mammoth. Rows are differentiated one by one, so a batch costs the memory of one gradient.
+expectation over y, as in Mammoth, with p among the classes that take part in training (`data.loss_classes`). Rows are
+differentiated one by one, so a batch costs the memory of one gradient.
 """
 
 from collections.abc import Sequence
@@ -53,15 +54,15 @@ def ewc(strength: float = 0.7, gamma: float = 1.0, online: bool = True) -> Strat
 def fisher_sum(params: PyTree, batch_stats: PyTree, part: Part, context: Context) -> tuple[PyTree, jax.Array]:
     """Sum over the valid rows of p(y|x) (d log p(y|x) / dw)^2, and their number."""
 
-    def log_likelihood(params: PyTree, image: jax.Array, label: jax.Array) -> jax.Array:
+    def log_likelihood(params: PyTree, image: jax.Array, label: jax.Array, allowed: jax.Array | None) -> jax.Array:
         logits = context.predict(params, batch_stats, image[None])["logits"]
-        return -losses.cross_entropy(logits, label[None])[0]
+        return -losses.cross_entropy(logits, label[None], allowed)[0]
 
-    def add(sums: PyTree, row: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[PyTree, None]:
-        image, label, valid = row
-        value, grads = jax.value_and_grad(log_likelihood)(params, image, label)
+    def add(sums: PyTree, row: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> tuple[PyTree, None]:
+        image, label, valid, allowed = row
+        value, grads = jax.value_and_grad(log_likelihood)(params, image, label, allowed)
         weight = jnp.where(valid, jnp.exp(value), 0.0)
         return jax.tree.map(lambda s, g: s + weight * jnp.square(g), sums, grads), None
 
-    sums, _ = lax.scan(add, jax.tree.map(jnp.zeros_like, params), (part.image, part.label, part.valid))
+    sums, _ = lax.scan(add, jax.tree.map(jnp.zeros_like, params), (part.image, part.label, part.valid, part.allowed))
     return sums, jnp.sum(part.valid, dtype=jnp.float32)

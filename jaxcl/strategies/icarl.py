@@ -2,8 +2,10 @@
 
 Rebuffi et al. 2017, iCaRL: incremental classifier and representation learning. All rows, new and replayed, learn by
 binary cross-entropy, summed over the classes seen, of sigmoid(logits) with their labels for new classes and with
-sigmoid(old model's logits) for old ones (section 2.3, algorithm 3). At a task's end the features of the buffer's rows,
-scaled to length 1, are averaged class by class; evaluation ranks classes by the distance to these means (algorithm 1).
+sigmoid(old model's logits) for old ones (section 2.3, algorithm 3). `data.loss_classes` restricts the labels' part alone: with
+one head a task a row has no terms of the new classes of other tasks, and keeps those of all old ones. At a task's end the
+features of the buffer's rows, scaled to length 1, are averaged class by class; evaluation ranks classes by the distance to
+these means (algorithm 1).
 
 The memory changes at a task's end only: of all rows of the task herding takes those whose mean features come nearest to
 the mean of their class, and the old classes give up their last (algorithms 4 and 5). While a task lasts the memory thus
@@ -29,7 +31,8 @@ def icarl() -> Strategy:
             before = jax.nn.sigmoid(answers(context, context.state["model"], part.image)["logits"])
             target = jnp.where(context.old, before, jax.nn.one_hot(part.label, before.shape[1]))
             entropy = optax.sigmoid_binary_cross_entropy(part.logits, target)
-            return jnp.sum(jnp.where(context.seen, entropy, 0.0), axis=1)
+            counted = context.seen if part.allowed is None else context.seen & (context.old | part.allowed)
+            return jnp.sum(jnp.where(counted, entropy, 0.0), axis=1)
 
         return pooled_mean(row_loss, parts)
 

@@ -4,7 +4,8 @@ Li & Hoiem 2017, equations 2-4, with a single head. From the second task on
 
     mean CE + alpha * T^2 * mean over rows of KL(softmax(old logits / T) || softmax(logits / T)), among the old classes
 
-T^2 keeps the gradient's scale whatever the temperature T (Hinton et al. 2015).
+T^2 keeps the gradient's scale whatever the temperature T (Hinton et al. 2015). The paper first trains the new classes' part of
+the head alone until it converges (its warm-up, section 3), then all weights; here all weights are trained from the first step.
 """
 
 from collections.abc import Sequence

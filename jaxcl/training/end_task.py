@@ -14,7 +14,7 @@ from jaxcl.buffer import Shard
 from jaxcl.mesh import AXIS, ROWS, WHOLE, on_mesh
 from jaxcl.strategies import End, Part
 from jaxcl.training.given import Numbers, make_given
-from jaxcl.training.learn import Bound
+from jaxcl.training.learn import Bound, allowed_classes
 from jaxcl.training.state import TrainState, Weights
 from jaxcl.types import Batch, PyTree
 
@@ -70,8 +70,10 @@ def visit_rows(bound: Bound, weights: Weights, rows: Batch) -> PyTree:
     """What the strategy gathers from rows of this device."""
     assert bound.strategy.visit is not None
     params, batch_stats, own, task = weights
-    part = Part(bound.normalize(rows["image"]), rows["label"], rows["valid"], rows["id"])
-    return bound.strategy.visit(params, batch_stats, part, bound.context(own, task))
+    context = bound.context(own, task)
+    allowed = allowed_classes(bound, rows["label"], context)
+    part = Part(bound.normalize(rows["image"]), rows["label"], rows["valid"], rows["id"], allowed=allowed)
+    return bound.strategy.visit(params, batch_stats, part, context)
 
 
 def visit_batch(bound: Bound, weights: Weights, total: PyTree, batch: Batch) -> PyTree:

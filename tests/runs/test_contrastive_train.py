@@ -151,6 +151,7 @@ BAD = {
     "rounds": ({"eval.rounds": 3}, ("eval.rounds", "3", "epochs = 4")),
     "passes": ({"passes": 0}, ("passes", "0", "from 1 to")),
     "same side": ({"same_side": True}, ("same_side", "captions")),
+    "same side of moco": ({"same_side": True, "negatives": "moco", "data.pairs": "views"}, ("same_side", "moco")),
     "schedule": ({"optimizer.schedule": "steps"}, ("optimizer.schedule", "steps", "cosine")),
     "styles of others": ({"data.source": "digits", "data.pairs": "styles"}, ("data.pairs", "styles", "emoji")),
     "file": ({"data.source": "emoji:nowhere.npz"}, ("nowhere.npz",)),

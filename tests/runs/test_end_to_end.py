@@ -1,4 +1,4 @@
-"""Whole runs: every config that ships, shrunk; what a run leaves; the commands; mistakes in one line."""
+"""Whole runs: the configs of README and docs/configs.md, shrunk; what a run leaves; the commands; mistakes in one line."""
 
 import importlib
 import json
@@ -53,7 +53,7 @@ def shrunk(module: str, images: pathlib.Path, *arguments: str):
 @pytest.mark.parametrize(
     "shipped", [("digits",), ("split_mnist",), ("split_cifar10", "cpu"), ("split_cifar10", "gpu")], ids="-".join
 )
-def test_every_config_runs(shipped, strategy, images, tmp_path, mesh_of):
+def test_a_shrunk_config_runs(shipped, strategy, images, tmp_path, mesh_of):
     if shipped[-1] == "gpu" and strategy != "er":
         pytest.skip("ResNet-18 compiles slowly; its strategies differ in nothing the small net does not show")
     config = shrunk(shipped[0], images, *shipped[1:])

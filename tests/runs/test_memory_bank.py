@@ -39,5 +39,18 @@ def test_the_page_is_that_of_the_result_file():
     assert text == page.filled(text, memory_bank_page.sections(page.load("memory_bank")))
 
 
+def test_a_difference_is_to_the_batch_alone_of_the_same_images():
+    """Points, with the deviation of a difference; with crops to the first setting with crops."""
+
+    def one(devices, *recall, **changes):
+        counts = {"negatives": "fifo", "devices": devices, "negatives_of_an_anchor": 3, "steps": 4}
+        return counts | {"recall": {memory_bank_page.SHOWN: recall}} | changes
+
+    crop = {"data.augment": ["crop"]}
+    settings = [one(1, 0.2, 0.4), one(2, 0.5, 0.5), one(3, 0.1, 0.1, **crop), one(4, 0.2, 0.4, **crop)]
+    last = [line.split("|")[-2].strip() for line in memory_bank_page.short(settings).splitlines()[2:]]
+    assert last == ["", "+20.0 ± 14.1", "", "+20.0 ± 14.1"]
+
+
 def test_a_part_that_is_not_measured_is_said_to_be_so():
     assert set(memory_bank_page.sections({}).values()) == {"Not measured yet."}

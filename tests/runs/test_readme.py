@@ -1,4 +1,4 @@
-"""The README's program runs as printed, and configs expect the accuracies that it and docs/configs.md show."""
+"""The README's program runs; its links and anchors lead somewhere; configs expect the accuracies of their tables."""
 
 import importlib
 import pathlib
@@ -22,19 +22,37 @@ def test_the_library_example_runs():
     command = [sys.executable, "-W", "error", "-c", start + program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert "'rows': 2000" in done.stdout and "(32, 28, 28, 1)" in done.stdout
+    stats, shape, ids = re.fullmatch(r"(\{.*\}) (\(.*?\)) \[(.*)\]\n", done.stdout, re.DOTALL).groups()
+    assert "'rows': 2000" in stats and shape == "(32, 28, 28, 1)" and len(ids.split()) == 32
 
 
 def test_the_readme_stays_short_and_its_links_lead_somewhere():
     assert "@@" not in README and len(README.splitlines()) <= 120
-    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", README)]
-    assert links and not [link for link in links if not (ROOT / link).exists()]
+    links = [link.partition("#")[::2] for link in re.findall(r"\]\(([^)]+)\)", README)]
+    assert links and not [path for path, _ in links if not (ROOT / path).exists()]
+    for path, anchor in links:
+        assert not anchor or anchor in anchors((ROOT / path).read_text()), (path, anchor)
 
 
-@pytest.mark.parametrize(("number", "config"), list(enumerate(["digits", "split_mnist", "split_cifar10"])))
-def test_a_config_expects_the_accuracies_of_its_table(number, config):
-    tables = re.findall(
-        r"^from_scratch +\d+ +([\d.]+).*\nincremental +\d+ +([\d.]+).*\ner +\d+ +([\d.]+)", README + CONFIGS, re.M
-    )
+def anchors(text):
+    """Of a page's headings, as GitHub and the site make them."""
+    return [
+        re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-")
+        for line in re.findall(r"^#+ .*", text, re.M)
+    ]
+
+
+TABLES = {  # of a config: the text its table is in, and what stands before it there
+    "digits": (README, "jaxcl compare --config=digits "),
+    "split_mnist": (CONFIGS, "jaxcl compare --config=configs/split_mnist.py "),
+    "split_cifar10": (CONFIGS, "with `configs/split_cifar10.py:cpu`"),
+}
+
+
+@pytest.mark.parametrize("config", TABLES)
+def test_a_config_expects_the_accuracies_of_its_table(config):
+    text, before = TABLES[config]
+    rows = r"^from_scratch +\d+ +([\d.]+).*\nincremental +\d+ +([\d.]+).*\ner +\d+ +([\d.]+)"
+    shown = re.search(rows, text[text.index(before) :], re.M).groups()
     expected = importlib.import_module(f"configs.{config}").__doc__.partition("Expected:")[2]
-    assert tuple(re.findall(r"([\d.]+) %", expected)) == tables[number]
+    assert tuple(re.findall(r"([\d.]+) %", expected)) == shown

@@ -98,6 +98,41 @@ def test_two_hops_are_taken_where_devices_outnumber_rows():
         assert two.rows_moved <= 1024 / 2  # one hop would move at least a row to each of 1,024 devices
 
 
+def tight_hops(per_device, shards, axis):
+    """An exchange of two hops that many draws overflow, at either hop: no config chooses two hops on so few devices."""
+    tight, full = Hops(shards, 4, 2, 2), Hops(shards, shards, per_device, per_device)
+    return mix_route(tight, per_device, axis), mix_route(full, per_device, axis)
+
+
+def test_two_hops_in_a_buffer_draw_what_one_hop_draws():
+    """Whether a draw fits the compact hops, overflows the first alone, the second alone or both: the same rows everywhere."""
+    shards, per_device = 8, 3
+    assert compact_hops(per_device, shards).along == 1
+    one_hop, insert, sample, place = setup(shards, "reservoir", 480, shards * per_device)
+    two_hops, _, sample_two, _ = setup(shards, "reservoir", 480, shards * per_device, exchange=f"{__name__}:tight_hops")
+    assert two_hops.traffic["rows_moved"] < one_hop.traffic["rows_moved"]
+    found = set()
+    fills = (
+        (6,) * 8,
+        (6, 6, 6, 6, 1, 1, 1, 1),
+        (20, 1, 1, 1, 5, 5, 5, 5),
+        (20, 5, 5, 5, 1, 1, 1, 1),
+        (2,) * 8,
+        (0,) * 8,
+    )
+    for counts in fills:
+        state = fill(insert, place, one_hop.init(), counts, shards)
+        for seed in range(12):
+            key = jax.random.key(seed)
+            expected, drawn = jax.device_get((sample(state, key), sample_two(state, key)))
+            jax.tree.map(np.testing.assert_array_equal, drawn, expected)
+            check_draw(drawn, stored_ids(state, shards), shards * per_device)
+            supplied = np.bincount(expected.shard[expected.valid], minlength=shards)
+            near, far = (-(-supplied // 4)).max() <= 2, (-(-supplied.reshape(2, 4).sum(1) // 8)).max() <= 2
+            found.add((bool(near), bool(far)))
+    assert found == {(True, True), (True, False), (False, True), (False, False)}
+
+
 def sharing(state):
     """Ids held by each shard."""
     return [set(store.values()) for store in stored_ids(state, 4)]

@@ -11,6 +11,7 @@ from experiments.pages import config as config_page
 from experiments.pages import page
 from jaxcl import check as rules
 from jaxcl import fields as fields_lib
+from jaxcl import shipped
 from jaxcl.contrastive import config as contrastive
 from jaxcl.contrastive.train import build as build_pairs
 from jaxcl.errors import UserError
@@ -237,3 +238,9 @@ def test_contrastive_sizes_too(field, changes, monkeypatch):
     monkeypatch.setattr(sizes, "free_memory", lambda: 2**34)
     with pytest.raises(UserError, match=rf"^{field}: .* is not allowed, give less: "):
         build_pairs(changed(contrastive.default_config(), **changes), jax.devices()[:4])
+
+
+@pytest.mark.parametrize("name", shipped.names())
+def test_every_config_that_ships_is_allowed(name):
+    config = shipped.load(name).get_config()
+    KINDS["contrastive" if "negatives" in config else "training"].check_config(config, devices=1)

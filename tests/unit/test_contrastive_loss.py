@@ -66,11 +66,11 @@ def make_case(seed, momentum=False):
     return Case(left, right, *keys, key, np.arange(B) % 5 != 3)
 
 
-def expected(case, own_group, stored=None, same_side=False, detached=False, sides=SIDES):
+def expected(case, own_group, stored=None, same_side=False, detached=False, sides=SIDES, batch=True):
     """Loss and gradients: rows of `own_group[i] == own_group[j]` see each other; `stored` = (left, right, key) rows, of
     which `sides` are there."""
     seen = own_group[:, None] == own_group[None, :]
-    other = (case.key[:, None] != case.key[None, :]) & case.valid[None, :] & seen
+    other = (case.key[:, None] != case.key[None, :]) & case.valid[None, :] & seen & batch
     grads, losses, d_scale = {"left": 0, "right": 0}, 0, 0.0
     weight = case.valid / 2  # the mean of both ways, summed over valid rows
     for one, two in (("left", "right"), ("right", "left")):
@@ -100,13 +100,13 @@ def expected(case, own_group, stored=None, same_side=False, detached=False, side
     return losses * (weight > 0), grads["left"], grads["right"], d_scale
 
 
-def computed(mesh, case, bank=None, state=None, key=None, gather=True, same_side=False, detached=False, used=True):
+def computed(mesh, case, bank=None, state=None, key=None, gather=True, detached=False, used=True, **more):
     """The same of `info_nce` on the devices of `mesh`."""
 
     def local(left, right, left_keys, right_keys, row_key, valid, scale, state):
         def share(left, right, scale):
             candidates = (left_keys, right_keys) if detached else (left, right)
-            options = {"gather": gather, "same_side": same_side, "bank": bank, "state": state, "draw_key": key}
+            options = {"gather": gather, "bank": bank, "state": state, "draw_key": key, **more}
             options["used"] = jnp.bool_(used)
             losses = loss_lib.info_nce((left, right), candidates, scale, row_key, valid, **options)
             return jnp.sum(losses, where=valid), jnp.where(valid, losses, 0)
@@ -143,6 +143,17 @@ def test_in_batch_sees_its_own_device_alone(mesh_of):
 def test_keys_of_a_momentum_encoder_take_no_gradient(mesh_of):
     case = make_case(2, momentum=True)
     assert_close(computed(mesh_of(4), case, detached=True), expected(case, np.zeros(B), detached=True))
+
+
+def test_a_queue_alone_has_no_negatives_of_the_batch(mesh_of):
+    """MoCo: an anchor, its own key and the stored rows of other keys; without stored rows the positive alone, a loss of 0."""
+    case, mesh = make_case(2, momentum=True), mesh_of(4)
+    bank = make_bank("fifo", capacity=64, dim=D, mesh=mesh, chunk=3)
+    state, rows = filled(mesh, bank, count=40)
+    found = computed(mesh, case, bank, state, jax.random.key(0), detached=True, batch=False)
+    assert_close(found, expected(case, np.zeros(B), stored=rows[:3], detached=True, batch=False))
+    empty = computed(mesh, case, bank, bank.init(), jax.random.key(0), detached=True, batch=False)
+    assert all(np.abs(x).max() < 1e-5 for x in empty)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import pytest
 
 from jaxcl import mesh as mesh_lib
 from jaxcl.contrastive.bank import make_bank
-from jaxcl.contrastive.step import initial_state, make_step
+from jaxcl.contrastive.step import WITH_KEYS, initial_state, make_step
 from jaxcl.data import make_augment
 from jaxcl.models import make_towers
 from tests.rig import close
@@ -33,16 +33,16 @@ def make_batch(seed, pairs="captions"):
     }
 
 
-def run(mesh, negatives, steps=3, pairs="captions", rows=32, batches=None, **options):
+def run(mesh, negatives, steps=3, pairs="captions", rows=32, temperature=0.2, **options):
     """The states after each step, on the host."""
     bank = None
-    if negatives in ("fifo", "momentum"):
+    if negatives in ("fifo", *WITH_KEYS):
         bank = make_bank("fifo", capacity=rows, dim=DIM, mesh=mesh, chunk=5)
     elif negatives == "full_bank":
         bank = make_bank("slots", capacity=N, dim=DIM, mesh=mesh, drawn=12)
     optimizer = optax.identity()
     shapes = {"image": SHAPE} | ({"text": (LENGTH,)} if pairs == "captions" else {})
-    start = {"seed": 3, "temperature": 0.2, "batch_size": B, "momentum": negatives == "momentum"}
+    start = {"seed": 3, "temperature": temperature, "batch_size": B, "momentum": negatives in WITH_KEYS}
     state = initial_state(mesh, TOWERS, optimizer, bank, shapes, **start)
     augment = make_augment(("crop",), SHAPE)
     step = make_step(
@@ -59,6 +59,7 @@ CASES = {
     "views, both sides": pytest.param("gathered", {"pairs": "views", "same_side": True}, marks=pytest.mark.slow),
     "full bank": ("full_bank", {"proximal": 0.5, "passes": 2}),
     "momentum": ("momentum", {"momentum": 0.8}),
+    "moco": pytest.param("moco", {"momentum": 0.8}, marks=pytest.mark.slow),
 }
 
 
@@ -109,3 +110,16 @@ def test_passes_are_steps_on_one_batch(mesh_of):
             state, metrics = step(state, mesh_lib.shard_rows(mesh, make_batch(0)))
         found.append((state.params, state.opt_state, metrics["loss"]))
     close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_the_learned_scale_is_held_at_a_hundred(mesh_of):
+    """Beyond the bound neither the loss nor a gradient knows the temperature any more."""
+    ((state, metrics),) = run(mesh_of(1), "gathered", steps=1, temperature=1e-3)
+    assert float(metrics["scale"]) == 100
+    assert float(state.params["log_scale"]) == pytest.approx(np.log(1e3), rel=1e-6)  # as it began
+
+
+def test_moco_learns_from_the_queue_alone(mesh_of):
+    """The first step finds an empty queue and has nothing to tell its positives from; the third has the rows of the first."""
+    (_, first), (_, second), (_, third) = run(mesh_of(1), "moco", momentum=0.8)
+    assert abs(float(first["loss"])) < 1e-5 and float(second["loss"]) > 0.1 and float(third["loss"]) > 0.1

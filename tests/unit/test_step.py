@@ -33,6 +33,49 @@ def test_any_number_of_devices_takes_the_same_step(name, model, devices, mesh_of
     close(jax.device_get(found), jax.device_get(expected))
 
 
+def test_a_row_is_augmented_alike_on_any_number_of_devices(mesh_of):
+    """New and replayed rows are numbered in the global batch: every crop and mirror is that of one device."""
+    rows = {"batch": make_batch(0), "draw": make_draw(1), "augment": ("crop", "flip")}
+    one, many = (one_step(mesh_of(n), "er", "mlp", **rows)[0] for n in (1, 4))
+    close(learnt(many), learnt(one))
+    plain, _ = one_step(mesh_of(1), "er", "mlp", **rows | {"augment": ()})
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (learnt(plain), learnt(one))), strict=True))
+
+
+def test_local_statistics_are_those_of_each_device_and_their_mean_is_kept(mesh_of):
+    """norm = local on four devices, one of them without a valid row, against one device after the other."""
+    devices, batch, draw = 4, make_batch(0), make_draw(1)
+    rig = Rig(mesh_of(devices), make_strategy("er"), "convnet", network={"norm": "local"})
+    state = rig.stage(rig.state(stored=False), [draw])
+    before = jax.device_get((state.params, state.batch_stats))
+    after, _ = rig.step(state, rig.rows(batch))
+
+    def by_device(new, drawn):
+        return np.concatenate([x.reshape(devices, -1, *x.shape[1:]) for x in (new, drawn)], axis=1)
+
+    image, label, valid = (
+        by_device(batch["image"], draw.record["image"]) / np.float32(255),
+        by_device(batch["label"], draw.label),
+        by_device(batch["valid"], draw.valid),
+    )
+
+    def loss(params):
+        def one_device(image, valid):
+            return rig.model.apply(params, before[1], image, train=True, mask=valid)
+
+        outputs, stats = jax.vmap(one_device)(image, valid)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(outputs["logits"]), label[..., None], axis=2)[..., 0]
+        return -jnp.sum(jnp.where(valid, picked, 0.0)) / valid.sum(), stats
+
+    grads, stats = jax.jit(jax.grad(loss, has_aux=True))(before[0])
+    close(jax.device_get(after.params), jax.tree.map(lambda w, g: w - RATE * g, before[0], grads), atol=1e-5)
+    close(jax.device_get(after.batch_stats), jax.tree.map(lambda x: np.mean(x, axis=0), stats), atol=1e-5)
+    assert all((np.std(x, axis=0) > 0).any() for x in jax.tree.leaves(stats))  # there is something to average
+    for leaf in jax.tree.leaves(after.batch_stats):  # and every device has the mean
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(shard.data, leaf)
+
+
 @pytest.mark.parametrize("name", ["incremental", "er"])
 def test_the_loss_is_the_mean_over_all_valid_rows(name, mesh_of):
     """Against cross-entropy written out over the valid rows alone, and its gradient by JAX on one device."""

@@ -66,11 +66,16 @@ def own_state(name: str, rig: Rig):
 
 
 def prepared(mesh, name: str):
-    """A rig, and its state in task 1 with rows to replay; without a buffer to insert into, which these tests don't need."""
+    """A rig, and its state in task 1 with rows to replay."""
     rig = rig_of(mesh, name)
+    return rig, *waiting(rig, name)
+
+
+def waiting(rig: Rig, name: str):
+    """A state in task 1 with rows to replay, and these; without a buffer to insert into, which these tests don't need."""
     draws = [make_draw(10 + i, logits=True, classes=(0, 1, 2, 3)) for i in range(rig.strategy.draws)]
     state = rig.state(stored=False, task=np.int32(1), strategy_state=own_state(name, rig))
-    return rig, rig.stage(state, draws), draws
+    return rig.stage(state, draws), draws
 
 
 @pytest.mark.parametrize("name", STEPPED)
@@ -174,6 +179,28 @@ def dytox(new, replay, ask, params, old):
 FORMULAS = (er_ace, uer, der, der_pp, l2, ewc, lwf, feature_distillation, icarl, bic, dytox)
 
 
+def icarl_one_head_a_task(new, replay, ask, params, old):
+    """Labels among the classes of a row's own task; the old model's answers for all old classes, as ever."""
+    losses = []
+    for part in (new, replay):
+        q, own = 1 / (1 + jnp.exp(-ask(params, part))), part.label[:, None] // 2 == np.arange(K) // 2
+        target = jnp.where(OLD, 1 / (1 + jnp.exp(-ask(old, part))), part.label[:, None] == np.arange(K))
+        counted = SEEN & (OLD | own)
+        losses.append(-jnp.where(counted, target * jnp.log(q) + (1 - target) * jnp.log(1 - q), 0).sum(1))
+    return jnp.concatenate(losses).mean()
+
+
+def dytox_one_head_a_task(new, replay, ask, params, old):
+    losses = []
+    for part in (new, replay):
+        q, own = 1 / (1 + jnp.exp(-ask(params, part))), part.label[:, None] // 2 == np.arange(K) // 2
+        target = part.label[:, None] == np.arange(K)
+        binary = -jnp.where(own, target * jnp.log(q) + (1 - target) * jnp.log(1 - q), 0).sum(1) / 2
+        p, q = (jax.nn.softmax(ask(weights, part)[:, :2] / 3.0) for weights in (old, params))
+        losses.append(0.5 * binary + 0.5 * 9.0 * (p * jnp.log(p / q)).mean(1))
+    return jnp.concatenate(losses).mean()
+
+
 def only_valid(rows):
     """The valid rows, as something with the attributes of a Drawn."""
     if isinstance(rows, dict):
@@ -186,7 +213,11 @@ def only_valid(rows):
 
 @pytest.mark.parametrize("formula", FORMULAS, ids=lambda f: f.__name__)
 def test_a_step_follows_the_formula(formula, mesh_of):
-    rig, state, draws = prepared(mesh_of(4), formula.__name__)
+    follows(*prepared(mesh_of(4), formula.__name__), formula)
+
+
+def follows(rig: Rig, state, draws, formula):
+    """Asserts that a step from this state descends the formula's gradient."""
     batch = make_batch(0, (2, 3))
     old, _ = old_model(rig)
 
@@ -200,6 +231,13 @@ def test_a_step_follows_the_formula(formula, mesh_of):
     close(after.params, jax.tree.map(lambda w, g: w - RATE * g, before, grads), atol=1e-5)
     if formula is not ewc:  # whose loss lacks a constant
         assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-4)
+
+
+@pytest.mark.parametrize("formula", [icarl_one_head_a_task, dytox_one_head_a_task], ids=lambda f: f.__name__)
+def test_one_head_a_task_restricts_the_labels_part(formula, mesh_of):
+    name = formula.__name__.partition("_")[0]
+    rig = Rig(mesh_of(4), make_strategy(name, OPTIONS.get(name)), loss_classes="task")
+    follows(rig, *waiting(rig, name), formula)
 
 
 def test_a_vector_of_no_length_has_no_angle():
@@ -299,9 +337,3 @@ def test_the_logits_stored_are_those_of_the_step_that_saw_the_row(name, mesh_of)
     assert len(stored) == batch["valid"].sum()
     if name == "der_pp":  # two independent draws: equal ones would have probability 1 / 8!
         assert (np.asarray(state.staged[0].id) != np.asarray(state.staged[1].id)).any()
-
-
-# --- the end of a task ------------------------------------------------------------------------------------------------
-
-
-# --- the table of strategies ------------------------------------------------------------------------------------------

@@ -74,6 +74,15 @@ def test_mir_cannot_replay_more_rows_than_a_step_draws():
     assert str(info.value) == ("strategies.mir.replayed: 99 is not allowed, give at most buffer.representatives = 64")
 
 
+def test_dytox_mixes_no_labels_of_two_heads():
+    config = ConfigDict({"data": {"loss_classes": "task"}})
+    make_strategy("dytox").check(config)
+    with pytest.raises(
+        UserError, match=r"^strategies.dytox.mixup: 0.8 is not allowed, give 0 with data.loss_classes = task"
+    ):
+        make_strategy("dytox", {"mixup": 0.8}).check(config)
+
+
 def test_a_strategy_from_outside(tmp_path, monkeypatch):
     (tmp_path / "outside_strategy.py").write_text(
         "from jaxcl.strategies import Strategy\n\n\ndef twice(draws: int = 2) -> Strategy:\n    return Strategy(draws=draws)\n"

@@ -86,6 +86,41 @@ def test_without_config_json_another_config_is_refused_all_the_same(there, chang
     assert (claim(folder).found is None) == (there == "finished")
 
 
+OPTIONS = {"der": {"alpha": 0.3}, "mir": {"replayed": 8}}
+
+
+def with_strategies(**changes):
+    """Fields of a config with the options of its strategy and of others."""
+    return {"strategy": "der", "strategies": {**OPTIONS, **changes}}
+
+
+@pytest.mark.parametrize("lost", [(), ("config.json",)], ids=["whole", "without config.json"])
+@pytest.mark.parametrize("there", ["unfinished", "finished"])
+def test_a_run_is_bound_to_the_options_of_its_own_strategy(there, lost, tmp_path, monkeypatch):
+    """A strategy's file more or less, or other options of another strategy, are no other run; its own option is."""
+    plain = config
+    monkeypatch.setattr(folders, "config", lambda **changes: plain(**with_strategies() | changes))
+    folder = begin(tmp_path / "run")
+    folder = finish(folder) if there == "finished" else folder
+    for name in lost:
+        (folder / name).unlink()
+    refused(folder, r"config.strategies.der.alpha is 0.3 there, 0.5 here", **with_strategies(der={"alpha": 0.5}))
+    refused(
+        folder,
+        r"config.strategies.der.beta is None there, 1.0 here",
+        **with_strategies(der={"alpha": 0.3, "beta": 1.0}),
+    )
+    refused(folder, r"config.strategy is 'der' there, 'mir' here", **with_strategies() | {"strategy": "mir"})
+    refused(folder, r"config.seed is 0 there, 1 here", seed=1)
+    refused(folder, r"config.rate is 0.1 there, 0.2 here", rate=0.2)
+    for other in ({"mir": {"replayed": 9}}, {"new": {"gamma": 1.0}}):
+        assert (claim(folder, **with_strategies(**other)).found is None) == (there == "finished")
+    monkeypatch.setattr(
+        folders, "config", lambda **changes: plain(**{**with_strategies(), "strategies": {"der": OPTIONS["der"]}})
+    )
+    assert (claim(folder).found is None) == (there == "finished")  # mir's file is gone
+
+
 def other_digit(raw):
     return raw.replace(b"0.8125", b"0.8126")
 

@@ -1,0 +1,83 @@
+"""The figures in the prose of docs and README are those of their result files, and marks that lead nowhere are refused."""
+
+import re
+
+import numpy as np
+import pytest
+
+from experiments.pages import figures
+from experiments.pages.page import PLACE
+
+
+@pytest.mark.parametrize("path", figures.pages(), ids=lambda path: path.name)
+def test_a_page_has_the_figures_of_its_result_files(path):
+    text = path.read_text()
+    assert figures.filled(text) == text
+
+
+@pytest.mark.parametrize("path", figures.pages(), ids=lambda path: path.name)
+def test_prose_that_names_a_result_file_marks_its_figures(path):
+    prose = PLACE.sub("", path.read_text())
+    named = set(re.findall(r"experiments/results/(\w+)\.json", prose))
+    assert named <= {file for _, file, _, _ in figures.FIGURE.findall(prose)}
+
+
+RESULT = {
+    "rate": 0.034141,
+    "seconds": [0.9, 0.02, 0.04],
+    "rows": 1234567,
+    "records": [
+        {"name": "one, plain", "loss": [1.0, 2.0]},
+        {"name": "two", "size": 3, "loss": [0.1, 0.3]},
+        {"name": "two", "size": 4},
+    ],
+}
+
+
+@pytest.fixture
+def result(monkeypatch):
+    monkeypatch.setattr(figures, "_load", {"some": RESULT}.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("where", "written", "expected"),
+    [
+        ("rate x100", "9.9", "3.4"),
+        ("rate x100", "9", "3"),
+        ("seconds median", "9.99", "0.04"),
+        ("seconds max", "0.9", "0.9"),
+        ("seconds min x1000", "1", "20"),
+        ("seconds", "1.00 ± 1.00", "0.32 ± 0.50"),
+        ("rows", "1,000", "1,234,567"),
+        ("records[name=one, plain].loss", "0.0 ± 0.0", "1.5 ± 0.7"),
+        ("records[name=two;size=3].loss x100", "-1 ± 9", "20 ± 14"),
+        ("records[loss=;name=two].size", "7", "4"),
+    ],
+)
+def test_a_figure_is_written_as_it_was(where, written, expected, result):
+    before, after = (f"it took <!--= some {where} -->{x}, they say." for x in (written, expected))
+    assert figures.filled(before) == after == figures.filled(after)
+
+
+@pytest.mark.parametrize(
+    ("where", "written", "words"),
+    [
+        ("speed", "1", "'speed'"),
+        ("rate", "much", "no figure stands behind it"),
+        ("seconds", "1.0", "3 numbers do not make 1.0"),
+        ("rate", "1.0 ± 0.1", "1 numbers do not make"),
+        ("records[name=two].size", "3", "2 records have"),
+        ("records[name=three].size", "3", "0 records have"),
+    ],
+)
+def test_a_mark_that_leads_to_no_number_is_refused(where, written, words, result):
+    with pytest.raises(ValueError, match=words) as error:
+        figures.filled(f"<!--= some {where} -->{written}")
+    assert f"some {where}" in str(error.value)
+
+
+def test_a_mark_may_stand_on_two_lines(result):
+    assert figures.filled("<!--= some records[name=one,\nplain].loss -->1 ± 1") == (
+        "<!--= some records[name=one,\nplain].loss -->2 ± 1"
+    )
+    assert np.isclose(figures.value(RESULT, "records[name=two;size=4].size"), 4)
