@@ -75,7 +75,8 @@ def _executed(bodies: Mapping[str, Sequence[str]], name: str, places: Mapping[st
             found += _executed(bodies, called, places)
         branches = [x.strip(" %") for listed, one in _BRANCHES.findall(line) for x in (listed or one).split(",")]
         ways: list[list[Collective]] = [_executed(bodies, x, places) for x in branches]
-        found += max(ways, key=len) if ways else []
+        longest = max(ways, key=len, default=[])
+        found += longest
     return found
 
 
