@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
@@ -239,6 +240,26 @@ def varying(axis: Axis | None, tree: PyTree) -> PyTree:
     for name in names_of(axis or ()):
         tree = jax.tree.map(functools.partial(cast, name=name), tree)
     return tree
+
+
+EXACT = 2**24  # float32 holds every integer up to here
+
+
+def sum_counts(axis: Axis, counts: jax.Array, most: int) -> jax.Array:
+    """The sum of counts int32 over the devices along an axis; it is at most `most`.
+
+    As float32 where that is exact: XLA joins all-reduces of one type that do not wait for each other, so that the counts travel
+    with what else is summed, above all with the gradients.
+    """
+    if most > EXACT:
+        return lax.psum(counts, axis)
+    return lax.psum(counts.astype(jnp.float32), axis).astype(jnp.int32)
+
+
+def gather_counts(axis: Axis, counts: jax.Array, most: int) -> jax.Array:
+    """Counts int32 `[...]`, each at most `most`, of all devices along an axis, `[N, ...]`, by `sum_counts`."""
+    mine = jnp.zeros((lax.axis_size(axis), *counts.shape), jnp.int32).at[lax.axis_index(axis)].set(counts)
+    return varying(axis, sum_counts(axis, mine, most))
 
 
 def over_mesh(mesh: Mesh, function: Callable, in_specs: PyTree, out_specs: PyTree) -> Callable:

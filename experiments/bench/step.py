@@ -7,7 +7,8 @@ turn by turn, so that what else the machine does hits all. The plain step trains
 insert, draw and exchange. Two more steps say how to read the ratio: a second plain step, compiled and allocated anew (the
 control: how far from 1 a ratio of equals comes out), and a plain step with nothing but the bare collectives beside it, as
 many bytes as the exchange sends (the floor: no exchange on these devices can cost less). Beside the ratios: images a second,
-and the time of insert and draw compiled alone. On a GPU give --dtype=bfloat16 and larger sizes; the goal is a ratio of 1.02.
+the collectives of a step, and the time of insert and draw compiled alone. On a GPU give --dtype=bfloat16 and larger sizes; the
+goal is a ratio of 1.02.
 
 With --host also the tier in host memory, by either way of handing rows over: its step time over that of the device tier
 (goal 1.05), how long the loop waits, and how much of the writer's work (storing, gathering, starting the transfer) the step
@@ -15,6 +16,7 @@ hides: in further turns that wait for every step to end, the share of that work 
 """
 
 import dataclasses
+import functools
 import time
 from typing import Annotated, Any, Literal
 
@@ -25,7 +27,7 @@ import optax
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
-from experiments.bench import harness
+from experiments.bench import harness, hlo
 from experiments.bench.harness import CLASSES, SHAPE, Contender
 from experiments.pages.page import Json
 from jaxcl import data
@@ -37,9 +39,11 @@ from jaxcl.models import make_model
 from jaxcl.runs.session import Phases
 from jaxcl.strategies import make_strategy
 from jaxcl.training.learn import Bound
-from jaxcl.training.state import initial_state, make_weights
-from jaxcl.training.step import make_train_step
+from jaxcl.training.state import TrainState, initial_state, make_weights
+from jaxcl.training.step import joins, make_train_step
+from jaxcl.types import Batch, PyTree
 
+IMAGE = {"image": jax.ShapeDtypeStruct(SHAPE, np.uint8)}
 KINDS = {
     "overhead": ("rehearsal", "#0072B2"),
     "floor": ("bare collectives", "#D55E00"),
@@ -60,9 +64,9 @@ class Sizes:
     runs: int
     steps: int
 
-    def buffer(self, **options: Any) -> Buffer:
+    def buffer(self, record: PyTree = IMAGE, **options: Any) -> Buffer:
         return make_buffer(
-            {"image": jax.ShapeDtypeStruct(SHAPE, np.uint8)},
+            record,
             capacity=self.capacity * self.mesh.size,
             representatives=self.drawn * self.mesh.size,
             policy="class_random",
@@ -73,22 +77,29 @@ class Sizes:
         )
 
     def contender(self, model_name: str, buffer: Buffer | None) -> Contender:
-        """The step of `make_train_step`, of the device tier its program: rehearsal with `buffer` on b rows a device, or plain
-        on b + r."""
-        options: dict[str, Any] = {"hidden": (100, 100)} if model_name == "mlp" else {"width": self.width}
-        model = make_model(model_name, CLASSES, options=options, dtype=self.dtype, axis_name=AXIS)
-        strategy = make_strategy("incremental" if buffer is None else "er")
-        optimizer, schedule = optax.trace(0.9), optax.constant_schedule(0.01)
-        images, classes = (data.make_augment((), SHAPE), data.make_normalize(SHAPE)), np.ones((1, CLASSES), bool)
-        bound = Bound(self.mesh, model, strategy, buffer, optimizer, schedule, *images, classes)
-        step = make_train_step(bound, 0)
-        weights = make_weights(self.mesh, model, optimizer, SHAPE)(jax.random.key(0))
-        state = initial_state(self.mesh, weights, buffer, strategy)
+        """Rehearsal with a full `buffer` on b rows a device, or a plain step on b + r."""
+        strategy = "incremental" if buffer is None else "er"
+        program, state, batch = self.step(model_name, buffer, strategy=strategy)
         if buffer is not None:
             state = dataclasses.replace(state, buffer=full(buffer, self.mesh))
+        return Contender(program, state, batch)
+
+    def step(
+        self, model_name: str, buffer: Buffer | None, *, strategy: str, prior: str = "none"
+    ) -> tuple[Any, TrainState, Batch]:
+        """The step of `make_train_step`, of the device tier its program, with a state and a batch for it."""
+        options: dict[str, Any] = {"hidden": (100, 100)} if model_name == "mlp" else {"width": self.width}
+        model = make_model(model_name, CLASSES, options=options, dtype=self.dtype, axis_name=AXIS)
+        rule = make_strategy(strategy)
+        optimizer, schedule = optax.trace(0.9), optax.constant_schedule(0.01)
+        images, classes = (data.make_augment((), SHAPE), data.make_normalize(SHAPE)), np.ones((1, CLASSES), bool)
+        bound = Bound(self.mesh, model, rule, buffer, optimizer, schedule, *images, classes, prior=prior)
+        step = make_train_step(bound, 0)
+        weights = make_weights(self.mesh, model, optimizer, SHAPE)(jax.random.key(0))
+        state = initial_state(self.mesh, weights, buffer, rule, None if prior == "none" else CLASSES)
         rows = self.new + (self.drawn if buffer is None else 0)
         program: Any = step if buffer is not None and buffer.host is not None else step.program
-        return Contender(program, state, harness.made_up(self.mesh, rows * self.mesh.size))
+        return program, state, harness.made_up(self.mesh, rows * self.mesh.size)
 
 
 def measure(
@@ -134,6 +145,7 @@ def one_model(sizes: Sizes, model: str) -> Json:
         "floor": harness.ratio(floor, plain),
         "images_per_second": {kind: 1e3 * rows / ms["median"] for kind, ms in step_ms.items()},
         "alone_ms": alone(sizes, buffer),
+        "collectives": {kind: hlo.counts(hlo.collectives(x.as_text())) for kind, x in programs.items()},
         "temp_bytes": {kind: x.memory_analysis().temp_size_in_bytes for kind, x in programs.items()},
         "buffer_bytes": buffer.num_bytes,
     }
@@ -144,11 +156,12 @@ def compiled(one: Contender) -> Contender:
 
 
 def with_bare_collectives(mesh: Mesh, plain: Contender, traffic: dict[str, int]) -> Contender:
-    """The plain step and, in the same program, an all-gather of a number and an all-to-all of the exchange's bytes."""
-    size = mesh_lib.shard_rows(mesh, np.ones(mesh.size, np.int32))
+    """The plain step and, in the same program, every shard's size known to all, and an all-to-all of the exchange's bytes."""
+    size, joined = mesh_lib.shard_rows(mesh, np.ones(mesh.size, np.int32)), joins(plain.state.params)
     rows = traffic["rows_moved"] // mesh.size * mesh.size
     packed = mesh_lib.shard_rows(mesh, np.zeros((rows * mesh.size, traffic["row_bytes"]), np.uint8))
-    bare, train = mesh_lib.over_mesh(mesh, collectives, (ROWS, ROWS), (ROWS, ROWS)), plain.step
+    alone = functools.partial(collectives, joined)
+    bare, train = mesh_lib.over_mesh(mesh, alone, (ROWS, ROWS), (ROWS, ROWS)), plain.step
 
     def step(state: Any, batch: Any) -> Any:
         trained, sent = state
@@ -158,8 +171,9 @@ def with_bare_collectives(mesh: Mesh, plain: Contender, traffic: dict[str, int])
     return compiled(Contender(jax.jit(step, donate_argnums=0), (plain.state, (size, packed)), plain.batch))
 
 
-def collectives(size: jax.Array, packed: jax.Array) -> tuple[jax.Array, jax.Array]:
-    total = jax.lax.all_gather(size, AXIS).sum()
+def collectives(joined: bool, size: jax.Array, packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As a step makes them, see `joins`."""
+    total = (mesh_lib.gather_counts(AXIS, size, 1000) if joined else jax.lax.all_gather(size, AXIS)).sum()
     moved = jax.lax.all_to_all(packed + total.astype(jnp.uint8), AXIS, 0, 0, tiled=True)
     return size + total % 2, moved
 

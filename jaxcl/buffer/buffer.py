@@ -1,8 +1,8 @@
-"""The functions of the buffer: init, insert, draw and stats. `make_buffer` (`make.py`) binds them to their sizes.
+"""The functions of the buffer: init, insert and draw. `make_buffer` (`make.py`) binds them to their sizes.
 
-All but `stats` work on one device's part of their arguments, inside `shard_map` where there is a mesh. An insert lets the
-policy choose a slot for each row and writes it there. A draw plans which rows of the union are drawn, alike on all devices
-(`draw.py`), finds where they lie, and carries them to where they are wanted (`exchange/`).
+They work on one device's part of their arguments, inside `shard_map` where there is a mesh. An insert lets the policy choose a
+slot for each row and writes it there. A draw plans which rows of the union are drawn, alike on all devices (`draw.py`), finds
+where they lie, and carries them to where they are wanted (`exchange/`).
 """
 
 import dataclasses
@@ -12,9 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.experimental import multihost_utils
 
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import bits, class_rows, repeats, shard, weights, windows
@@ -197,8 +195,17 @@ def write(sizes: Sizes, state: Shard, rows: Rows, slot: jax.Array) -> Shard:
 
 def draw(sizes: Sizes, state: Shard, key: jax.Array) -> Drawn:
     """This device's r of R drawn rows; invalid where the memory holds fewer. No gradient passes."""
-    plan = pick(sizes, state, key)
-    return bring(sizes, plan, functools.partial(read, sizes, state, plan))
+    return stage(sizes, state, [key])[0]
+
+
+def stage(sizes: Sizes, state: Shard, keys: Sequence[jax.Array], *, joined: bool = False) -> tuple[Drawn, ...]:
+    """A draw for each key, as a training step leaves it for the next one; their rows travel together.
+
+    `joined`: the sizes of the shards travel with what else the program sums over the devices, see `mesh.sum_counts`. That saves
+    a message, and the draws wait for what is summed.
+    """
+    plans = [pick(sizes, state, key, joined=joined) for key in keys]
+    return bring(sizes, plans, [functools.partial(read, sizes, state, plan) for plan in plans])
 
 
 def read(sizes: Sizes, state: Shard, plan: Plan, position: jax.Array) -> tuple[PyTree, jax.Array, jax.Array, dict]:
@@ -217,10 +224,10 @@ def read(sizes: Sizes, state: Shard, plan: Plan, position: jax.Array) -> tuple[P
     return record, label, ident, more
 
 
-def pick(sizes: Sizes, state: Shard, key: jax.Array) -> Plan:
-    """What is drawn: a plan over all shards where there are routes, else one of this device's own rows."""
+def pick(sizes: Sizes, state: Shard, key: jax.Array, *, joined: bool = False) -> Plan:
+    """What is drawn: a plan over all shards where there are routes, else one of this device's own rows; see `stage`."""
     if sizes.routes:
-        return _plan(sizes, state, key, sizes.axis, sizes.representatives)
+        return _plan(sizes, state, key, sizes.axis, sizes.representatives, joined=joined)
     if sizes.alone:
         if sizes.shards > 1:
             # N first, which is no device's number: an insert with the same key chooses by other random numbers.
@@ -235,20 +242,25 @@ def pick(sizes: Sizes, state: Shard, key: jax.Array) -> Plan:
     return draw_lib.own_plan(*jax.tree.map(lambda x: x[mine], (plan.rank, plan.supply)))
 
 
-def _plan(sizes: Sizes, state: Shard, key: jax.Array, axis: mesh_lib.Axis | None, count: int) -> Plan:
+def _plan(
+    sizes: Sizes, state: Shard, key: jax.Array, axis: mesh_lib.Axis | None, count: int, *, joined: bool = False
+) -> Plan:
     """A draw of `count` rows from the shards along `axis`, or from this device's alone."""
     rule = sizes.policy
 
     def over(x: jax.Array) -> jax.Array:
         return x[None] if axis is None else lax.all_gather(x, axis)
 
+    def known(rows: jax.Array) -> jax.Array:
+        return over(rows) if axis is None or not joined else mesh_lib.gather_counts(axis, rows, sizes.capacity)
+
     if state.weights is not None:
         me, replace = sizes.holder(), sizes.replaces
         return weights.make_weighted_plan(key, state.weights, count, me=me, over=over, replace=replace)
     if sizes.sampling == "class_balanced" and rule.class_sizes is not None:
-        return draw_lib.make_balanced_plan(key, over(rule.class_sizes(state.meta)), count)
+        return draw_lib.make_balanced_plan(key, known(rule.class_sizes(state.meta)), count)
     make = draw_lib.make_plan_with_replacement if sizes.replaces else draw_lib.make_plan
-    return make(key, over(rule.size(state.meta, sizes.part())), count)
+    return make(key, known(rule.size(state.meta, sizes.part())), count)
 
 
 def locate(sizes: Sizes, state: Shard, plan: Plan, position: jax.Array) -> jax.Array:
@@ -259,22 +271,27 @@ def locate(sizes: Sizes, state: Shard, plan: Plan, position: jax.Array) -> jax.A
     return sizes.policy.locate(state.meta, sizes.part(), rank)
 
 
-def bring(sizes: Sizes, plan: Plan, read: Read, unpacked: Callable[[Any], PyTree] = lambda record: record) -> Drawn:
+def bring(
+    sizes: Sizes,
+    plans: Sequence[Plan],
+    reads: Sequence[Read],
+    unpacked: Callable[[Any], PyTree] = lambda record: record,
+) -> tuple[Drawn, ...]:
     """Carries what is drawn to where it is wanted.
 
-    `read` gives (record, label, id) and possibly further fields, see `exchange.base.run`; `unpacked` makes of its record the
-    one that is stored.
+    Each of `reads` gives (record, label, id) and possibly further fields, see `exchange.base.run`; `unpacked` makes of its
+    record the one that is stored.
     """
-    (record, label, ident, *more), source, valid = exchange.run(sizes.routes, plan, sizes.device(), read)
+    carried = exchange.run(sizes.routes, plans, sizes.device(), reads) if plans else ()
+    return tuple(_drawn(sizes, unpacked, *each) for each in carried)
+
+
+def _drawn(sizes: Sizes, unpacked: Callable, rows: PyTree, source: jax.Array, valid: jax.Array) -> Drawn:
+    record, label, ident, *more = rows
     record = jax.tree.map(bits.from_bits, sizes.record, unpacked(record))
     valid &= ident >= 0  # the place of a removed row is empty
     label, source = jnp.where(valid, label, 0), jnp.where(valid, source, -1)
     return Drawn(record, label, jnp.where(valid, ident, -1), valid, source, **(more[0] if more else {}))
-
-
-def stage(sizes: Sizes, state: Shard, keys: Sequence[jax.Array]) -> tuple[Drawn, ...]:
-    """A draw for each key, as a training step leaves it for the next one."""
-    return tuple(draw(sizes, state, key) for key in keys)
 
 
 def expected(sizes: Sizes, state: Shard) -> jax.Array:
@@ -289,7 +306,8 @@ def expected(sizes: Sizes, state: Shard) -> jax.Array:
         raise refused("buffer.count_classes", False, "True, so that expected rows of each class are known")
     held, drawn = state.class_rows[0], sizes.per_device if sizes.alone else sizes.representatives
     if sizes.routes:
-        held = lax.psum(held, sizes.axis)
+        assert sizes.axis is not None
+        held = mesh_lib.sum_counts(sizes.axis, held, sizes.capacity)
     rows = class_rows.drawn_of(held, drawn, sizes.sampling)
     return lax.psum(rows, sizes.axis) if sizes.alone and sizes.axis is not None else rows
 
@@ -320,7 +338,7 @@ class Local:
     insert: Callable[[Shard, Rows, jax.Array], Shard]
     keep: Callable[[Shard, Rows, jax.Array], Shard]
     draw: Callable[[Shard, jax.Array], Drawn]
-    stage: Callable[[Shard, Sequence[jax.Array]], Staged]
+    stage: Callable[..., Staged]
     no_rows: Callable[[], Any]
     expected: Callable[[Shard], jax.Array]
     update_weights: Any = None
@@ -333,61 +351,3 @@ def bind(sizes: Sizes) -> Local:
     functions: tuple[Callable, ...] = (init, insert, keep, draw, stage, no_rows, expected)
     bound: dict[str, Any] = {f.__name__: functools.partial(f, sizes) for f in functions}
     return Local(**bound)
-
-
-def held_here(sizes: Sizes, state: Shard) -> jax.Array:
-    """Rows that this device holds, int32 `[1]`; slots of removed rows are none, so all ids are counted."""
-    return jnp.sum(state.id >= 0, dtype=jnp.int32)[None]
-
-
-def size(sizes: Sizes, held: jax.Array) -> jax.Array:
-    """Rows stored over all devices, copies included, int32 scalar; `held` int32 `[N]`."""
-    return held[0] if sizes.memory == "replicated" else jnp.sum(held, dtype=jnp.int32)
-
-
-def drawable_here(sizes: Sizes, state: Shard) -> jax.Array:
-    """Rows that this device holds and may draw, int32 `[1]`: those of weight 0 are none."""
-    return held_here(sizes, state) if state.weights is None else state.weights.positive
-
-
-def can_draw(sizes: Sizes, held: jax.Array) -> jax.Array:
-    """Whether there are as many rows as a draw asks for, bool scalar; `held` int32 `[N]`, see `drawable_here`."""
-    if sizes.alone:
-        return jnp.min(held) >= (1 if sizes.replaces else sizes.per_device)
-    return size(sizes, held) >= (1 if sizes.replaces else sizes.representatives)
-
-
-def stats(sizes: Sizes, state: Shard) -> dict[str, Any]:
-    """Plain numbers about what the shards of all devices hold.
-
-    Reads every slot's label and id on the host: for reports, not for every step. In a run of several processes all must call
-    it.
-
-    Returns:
-      rows: stored rows over all devices, copies included; rows_per_shard; distinct_ids: different ids among them;
-      overlap: of the rows of a shard, the share that a given other shard holds too, averaged over pairs of shards;
-      refused: valid rows that could not be stored: a label outside [0, K) given to a policy that chooses by class, a negative
-      id, or one beyond `num_ids`, a negative weight or one that is not finite; class_histogram: stored rows of each class in
-      [0, K), where `num_classes` is known.
-    """
-    shards = sizes.shards
-    ids, label, refused = (
-        np.asarray(multihost_utils.process_allgather(x, tiled=True)) for x in (state.id, state.label, state.refused)
-    )
-    written = ids >= 0
-    held = [np.unique(row[row >= 0]) for row in ids.reshape(shards, -1)]
-    every = np.concatenate(held)
-    # An id held by c shards makes c (c - 1) of the ordered pairs (row of a shard, other shard that holds it too).
-    copies = np.unique(every, return_counts=True)[1].astype(np.int64)
-    pairs = len(every) * (shards - 1)
-    found = {
-        "rows": int(written.sum()),
-        "rows_per_shard": written.reshape(shards, -1).sum(axis=1).tolist(),
-        "distinct_ids": len(copies),
-        "overlap": float((copies * (copies - 1)).sum() / pairs) if pairs else 0.0,
-        "refused": int(refused.sum() if sizes.memory == "sharded" else refused[0]),
-    }
-    if sizes.num_classes is not None:
-        known = label[written & (label >= 0) & (label < sizes.num_classes)]
-        found["class_histogram"] = np.bincount(known, minlength=sizes.num_classes).tolist()
-    return found

@@ -21,11 +21,6 @@ from jaxcl.buffer.buffer import (
     Local,
     Sizes,
     Staged,
-    can_draw,
-    drawable_here,
-    held_here,
-    size,
-    stats,
 )
 from jaxcl.buffer.exchange import EXCHANGES
 from jaxcl.buffer.held import Memory
@@ -39,6 +34,7 @@ from jaxcl.buffer.policy.base import INT32_MAX
 from jaxcl.buffer.repeats import REPEATS
 from jaxcl.buffer.rows import check_rows
 from jaxcl.buffer.shard import Drawn, Rows, Shard
+from jaxcl.buffer.stats import can_draw, drawable_here, held_here, size, stats
 from jaxcl.buffer.update import update_weights
 from jaxcl.buffer.windows import make_window
 from jaxcl.check import Rule, check, one_of, refused
@@ -71,7 +67,7 @@ class Buffer:
       can_draw: `(state) -> bool scalar`, whether every row of a draw would be valid.
       expected: `(state) -> float32 [K]`, rows of each class that a draw from this state is expected to hold, of a buffer that
         counts classes.
-      stats: `(state) -> dict` of plain numbers, see `buffer.stats`.
+      stats: `(state) -> dict` of plain numbers, see `stats.stats`.
       select: `(state, predicate) -> Rows`, the stored rows for which `predicate(record, label, id)` holds, on the host.
       remove: `(state, ids) -> state` without the rows of these ids, see `remove`; donated.
       save, load: `(state, folder, overwrite=False)` writes the memory into files and `(folder) -> state` reads it, see `files`.

@@ -31,6 +31,7 @@ from jax import lax
 from ml_collections import ConfigDict
 
 from jaxcl import losses
+from jaxcl.buffer.exchange.base import pack
 from jaxcl.check import NOT_NEGATIVE, POSITIVE, check, refused
 from jaxcl.mesh import AXIS
 from jaxcl.strategies.base import Context, Descend, Descent, End, Outputs, Part, Share, Strategy, pooled_mean
@@ -65,7 +66,8 @@ def dytox(divergence: float = 0.1, temperature: float = 1.0, mixup: float = 0.0,
         if mixup:
             assert context.key is not None
             share = jax.random.beta(context.key, mixup, mixup)
-            parts = tuple(mixed(part, share, smoothing, context.seen) for part in parts)
+            pairs = zip(parts, mirrored(parts), strict=True)
+            parts = tuple(mixed(part, its, share, smoothing, context.seen) for part, its in pairs)
         return descend(params, batch_stats, parts)
 
     def init(params: PyTree, batch_stats: PyTree) -> PyTree:
@@ -135,24 +137,30 @@ def apart(logits: jax.Array, wanted: jax.Array, context: Context) -> jax.Array:
     return jnp.where(context.task > 0, value, 0.0)
 
 
-def mixed(part: Part, share: jax.Array, smoothing: float, seen: jax.Array) -> Part:
-    """The rows, each mixed with the one at the mirror place of the batch of all devices; their labels go to the record.
+def mirrored(parts: Sequence[Part]) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """Of each part the (image, label, valid) at the mirror place of its batch of all devices; one message."""
+    devices = lax.axis_size(AXIS)
+    rows = [(part.image[::-1], part.label[::-1], part.valid[::-1]) for part in parts]
+    packed, unpacked = pack(jax.tree.map(lambda *x: jnp.concatenate(x), *rows))
+    came = unpacked(lax.ppermute(packed, AXIS, [(i, devices - 1 - i) for i in range(devices)]))
+    borders = np.cumsum([len(part.label) for part in parts])[:-1]
+    return list(zip(*(jnp.split(x, borders) for x in came), strict=True))
+
+
+def mixed(part: Part, its: Sequence[jax.Array], share: jax.Array, smoothing: float, seen: jax.Array) -> Part:
+    """The rows, each mixed with its partner; their labels go to the record.
 
     Args:
+      its: the partners, see `mirrored`.
       share: of a row itself, the same on every device.
       smoothing: the share of a label that is spread over the classes `seen`, bool `[K]`.
     """
-    devices = lax.axis_size(AXIS)
-
-    def mirrored(x: jax.Array) -> jax.Array:
-        return lax.ppermute(x[::-1], AXIS, [(i, devices - 1 - i) for i in range(devices)])
-
-    image, label, valid = (mirrored(x) for x in (part.image, part.label, part.valid))
-    mine, its = (
+    image, label, valid = its
+    mine, other = (
         jax.nn.one_hot(x, len(seen)) * (1 - smoothing) + smoothing * seen / jnp.sum(seen) for x in (part.label, label)
     )
     mix = share * part.image + (1 - share) * image
-    wanted = jnp.where(valid[:, None], share * mine + (1 - share) * its, mine)
+    wanted = jnp.where(valid[:, None], share * mine + (1 - share) * other, mine)
     record = {**(part.record or {}), "mixed": wanted}
     return dataclasses.replace(part, image=jnp.where(valid[:, None, None, None], mix, part.image), record=record)
 

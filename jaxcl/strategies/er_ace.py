@@ -33,7 +33,7 @@ def in_batch(part: Part) -> jax.Array:
     """bool `[K]`: the classes of the valid rows of all devices."""
     classes = jnp.arange(part.logits.shape[1])
     here = jnp.any((part.label[:, None] == classes) & part.valid[:, None], axis=0)
-    return lax.pmax(here.astype(jnp.int32), AXIS) > 0
+    return lax.psum(here.astype(jnp.float32), AXIS) > 0  # of the type of the other sums, so that XLA joins them
 
 
 def _entropy(part: Part, classes: jax.Array) -> jax.Array:

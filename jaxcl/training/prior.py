@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcl.mesh import AXIS
+from jaxcl.mesh import AXIS, sum_counts
 from jaxcl.strategies import Part
 from jaxcl.types import Batch
 
@@ -32,7 +32,8 @@ NONE = 1e-30
 def arrived_with(arrived: jax.Array, task_step: jax.Array, batch: Batch) -> jax.Array:
     """Valid new rows of each class that the task has had, int32 `[K]`, this batch included."""
     here = jnp.zeros_like(arrived).at[batch["label"]].add(batch["valid"].astype(arrived.dtype), mode="drop")
-    return jnp.where(task_step == 0, 0, arrived) + lax.psum(here, AXIS)
+    rows = lax.axis_size(AXIS) * len(batch["valid"])
+    return jnp.where(task_step == 0, 0, arrived) + sum_counts(AXIS, here, rows)
 
 
 def with_shares(parts: Sequence[Part], arrived: jax.Array | None, drawn: jax.Array | None) -> list[Part]:

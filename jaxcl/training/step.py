@@ -6,7 +6,8 @@
 Nothing that the gradients need waits for the draw, so the compiler may overlap exchange and computation: step t replays
 what was drawn from the buffer as it stood after the insert of step t - 1 (the asynchrony of Bouvier et al. 2024, exact
 here). The buffer is written before it is read; the other order would copy it whole. A record may hold the model's outputs
-for the new rows (DER): such an insert, and the draw behind it, then wait for the forward pass, not for the update.
+for the new rows (DER): such an insert, and the draw behind it, then wait for the forward pass, not for the update. With a
+small network messages cost more than what they could overlap with: there the draw waits for the gradients, see `joins`.
 
 The first line is `jaxcl.training.learn`. With the buffer in host memory the step is another, see `jaxcl.training.step_host`.
 """
@@ -21,9 +22,18 @@ import jax
 from jaxcl.mesh import ROWS, WHOLE, on_mesh
 from jaxcl.training.given import Given, Program, make_given
 from jaxcl.training.learn import Bound, Metrics, candidates, drawn_classes, learn, step_keys
+from jaxcl.training.sizes import bytes_of
 from jaxcl.training.state import ROWS_OF_SEEDS, TrainState, specs
 from jaxcl.training.step_host import HostStep, Phase, make_host_step
-from jaxcl.types import Batch
+from jaxcl.types import Batch, PyTree
+
+SMALL = 2**22  # bytes of gradients that take no longer to be summed than a message of a few bytes
+
+
+def joins(params: PyTree) -> bool:
+    """Whether the sizes of the shards are summed with the gradients, see `buffer.stage`: one message less, yet the draw waits
+    for the gradients. With a large network it should not, since its exchange can go on beside the backward pass."""
+    return bytes_of(params) <= SMALL
 
 
 def train_step(bound: Bound, key: jax.Array, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -33,7 +43,7 @@ def train_step(bound: Bound, key: jax.Array, state: TrainState, batch: Batch) ->
     if bound.buffer is not None and state.buffer is not None:
         rows = candidates(bound, state.clock, batch, outputs)
         shard = bound.buffer.local.insert(state.buffer, rows, insert_key)
-        staged = tuple(bound.buffer.local.draw(shard, draw_key) for draw_key in draw_keys)  # and its exchange
+        staged = bound.buffer.local.stage(shard, draw_keys, joined=joins(state.params))  # and its exchange
         after = dataclasses.replace(after, buffer=shard, staged=staged)
     return after, metrics
 

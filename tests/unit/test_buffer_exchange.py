@@ -41,7 +41,7 @@ def carrier(name):
             mine = (position >= plan.first[me]) & (position < plan.first[me + 1])
             return {"rank": jnp.where(mine, plan.rank.at[position].get(mode="clip"), -7)}
 
-        rows, source, valid = exchange.run((route,), plan, me, read)
+        ((rows, source, valid),) = exchange.run((route,), (plan,), me, (read,))
         return rows["rank"], source, valid, plan.rank, route.fits(plan)[None]
 
     return on_mesh(make_mesh(jax.devices()[:shards]), local, (WHOLE, WHOLE), (ROWS, ROWS, ROWS, WHOLE, ROWS))

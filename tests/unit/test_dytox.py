@@ -14,7 +14,7 @@ from jaxcl.models import make_model
 from jaxcl.models.dytox import relative_positions
 from jaxcl.strategies import make_strategy
 from jaxcl.strategies.base import Context, Part
-from jaxcl.strategies.dytox import apart, features, mixed
+from jaxcl.strategies.dytox import apart, features, mirrored, mixed
 from jaxcl.training.loop import train_and_evaluate
 from tests.rig import CLASSES, K, Rig, close, make_batch
 from tests.whole import small
@@ -224,7 +224,9 @@ def test_rows_are_mixed_with_those_at_the_mirror_place(devices, mesh_of):
     image = np.where(batch["valid"][:, None, None, None], batch["image"].astype(np.float32), np.nan)
 
     def mix(image, label, valid):
-        part = mixed(Part(image, label, valid, label), jnp.float32(0.3), 0.2, jnp.asarray(seen))
+        part = Part(image, label, valid, label)
+        fewer = Part(image[:1], label[:1], valid[:1], label[:1])  # travels with it, and is mirrored by itself
+        part = mixed(part, mirrored([fewer, part])[1], jnp.float32(0.3), 0.2, jnp.asarray(seen))
         return part.image, part.record["mixed"]
 
     split = jax.sharding.PartitionSpec("data")

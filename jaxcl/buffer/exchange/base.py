@@ -9,7 +9,7 @@ which fits all. Devices agree on the branch because they agree on the plan.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -44,38 +44,58 @@ Carried = tuple[PyTree, jax.Array, jax.Array]  # what `run` returns
 Read = Callable[[jax.Array], PyTree]
 
 
-def run(routes: tuple[Route, ...], plan: Plan, me: jax.Array, read: Read) -> Carried:
-    """Carries the rows of `plan` by the first of `routes` that fits; the last one must fit always.
+def run(routes: tuple[Route, ...], plans: Sequence[Plan], me: jax.Array, reads: Sequence[Read]) -> tuple[Carried, ...]:
+    """Carries the rows of some draws, all of them together, by the first of `routes` that fits every one; the last fits always.
 
     Args:
-      routes: two, one, or none if the plan is of this device's own rows.
-      plan: the draw, alike on all devices if there are routes.
+      routes: two, one, or none if the plans are of this device's own rows.
+      plans: one a draw, at least one, alike on all devices if there are routes.
       me: int32 scalar, this device's number.
-      read: `(position int32 [n]) -> pytree of arrays [n, ...]`, rows of this shard by their position in the plan; for one
-        that is not of this shard any row will do.
+      reads: of each draw `(position int32 [n]) -> pytree of arrays [n, ...]`, rows of this shard by their position in the
+        plan; for one that is not of this shard any row will do.
 
     Returns:
-      (rows `[r, ...]`, zero where invalid; source shard int32 `[r]`, -1 where invalid; validity bool `[r]`).
+      Of each draw (rows `[r, ...]`, zero where invalid; source shard int32 `[r]`, -1 where invalid; validity bool `[r]`).
     """
     if not routes:
-        valid = plan.rank != NONE
-        rows = read(jnp.arange(len(plan.rank), dtype=jnp.int32))
-        rows = jax.tree.map(
-            lambda x: jnp.where(valid.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype)), rows
-        )
-        return rows, jnp.where(valid, me, -1), valid
-    by = functools.partial(_run_by, plan=plan, me=me, read=read)
+        return tuple(_own(plan, me, read) for plan, read in zip(plans, reads, strict=True))
+    by = functools.partial(_run_by, plans=plans, me=me, reads=reads)
     if len(routes) == 1:
         return by(routes[0])
     compact, full = routes
-    return lax.cond(compact.fits(plan), lambda: by(compact), lambda: by(full))
+    fits = functools.reduce(jnp.logical_and, map(compact.fits, plans))
+    return lax.cond(fits, lambda: by(compact), lambda: by(full))
 
 
-def _run_by(route: Route, plan: Plan, me: jax.Array, read: Read) -> Carried:
-    packed, unpacked = pack(read(route.send(plan, me)))
+def _own(plan: Plan, me: jax.Array, read: Read) -> Carried:
+    valid = plan.rank != NONE
+    rows = read(jnp.arange(len(plan.rank), dtype=jnp.int32))
+    rows = jax.tree.map(lambda x: jnp.where(valid.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype)), rows)
+    return rows, jnp.where(valid, me, -1), valid
+
+
+def _run_by(route: Route, plans: Sequence[Plan], me: jax.Array, reads: Sequence[Read]) -> tuple[Carried, ...]:
+    sent = [pack(read(route.send(plan, me))) for plan, read in zip(plans, reads, strict=True)]
+    came = _carried(route, plans, me, [packed for packed, _ in sent])
+    return tuple(
+        _arrived(route, *each, me) for each in zip(plans, came, (unpacked for _, unpacked in sent), strict=True)
+    )
+
+
+def _carried(route: Route, plans: Sequence[Plan], me: jax.Array, packed: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    """What comes of each draw, `[r, bytes]`: several draws make one message."""
+    if len(plans) == 1:
+        return [route.carry(plans[0], me, packed[0])]
+    together = jax.tree.map(lambda *x: jnp.stack(x), *plans)
+    return list(jax.vmap(lambda plan, rows: route.carry(plan, me, rows))(together, jnp.stack(packed)))
+
+
+def _arrived(
+    route: Route, plan: Plan, came: jax.Array, unpacked: Callable[[jax.Array], PyTree], me: jax.Array
+) -> Carried:
     position = route.receive(plan, me)
     valid = plan.rank[position] != NONE
-    rows = unpacked(jnp.where(valid[:, None], route.carry(plan, me, packed), 0))
+    rows = unpacked(jnp.where(valid[:, None], came, 0))
     return rows, jnp.where(valid, source_of(plan, position), -1), valid
 
 

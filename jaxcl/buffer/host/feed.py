@@ -19,7 +19,7 @@ from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import buffer, draw
 from jaxcl.buffer.buffer import Local, Sizes
 from jaxcl.buffer.draw import Plan
-from jaxcl.buffer.exchange.base import pack, six_sigma, unpack
+from jaxcl.buffer.exchange.base import Read, pack, six_sigma, unpack
 from jaxcl.buffer.host.messages import Handover, Pending
 from jaxcl.buffer.host.store import Store
 from jaxcl.buffer.shard import Drawn, Rows, Shard
@@ -106,7 +106,8 @@ def receive(sizes: Sizes, on_cpu: bool, staged: tuple[Pending, ...], arrived: ja
     if arrived is None:
         return ()
     parts = jnp.split(arrived, len(staged))
-    drawn = tuple(_drawn(sizes, pending, packed) for pending, packed in zip(staged, parts, strict=True))
+    plans, reads = zip(*map(functools.partial(_to_read, sizes), staged, parts), strict=True)
+    drawn = buffer.bring(sizes, plans, reads, lambda packed: unpack(sizes.stored, packed))
     # XLA must not fuse the way here into what follows, or that is rounded otherwise than for rows that lay ready. The
     # CPU's compiler drops a barrier, but not a branch: always taken, which it cannot know.
     if not on_cpu:
@@ -115,14 +116,14 @@ def receive(sizes: Sizes, on_cpu: bool, staged: tuple[Pending, ...], arrived: ja
     return lax.cond(here, lambda x: x, lambda x: jax.tree.map(jnp.zeros_like, x), drawn)
 
 
-def _drawn(sizes: Sizes, pending: Pending, packed: jax.Array) -> Drawn:
+def _to_read(sizes: Sizes, pending: Pending, packed: jax.Array) -> tuple[Plan, Read]:
+    """The plan of a draw, and its rows by their position in it."""
     if isinstance(pending.picked, Plan):
         plan = jax.tree.map(lambda x: x[0], pending.picked)
     else:
         plan = draw.own_plan(pending.picked)
     first, sent = plan.first[sizes.holder()], (packed, pending.label, pending.id)
-    read = lambda position: jax.tree.map(lambda x: x.at[position - first].get(mode="clip"), sent)  # noqa: E731
-    return buffer.bring(sizes, plan, read, lambda packed: unpack(sizes.stored, packed))
+    return plan, lambda position: jax.tree.map(lambda x: x.at[position - first].get(mode="clip"), sent)
 
 
 def no_rows(sizes: Sizes) -> Pending:
