@@ -32,7 +32,7 @@ def main() -> None:
     for name in ROWS.value:
         check("--rows", name, one_of(rows))
     wanted = [Setting(name, rows[name], {"row": name, "fields": dict(rows[name])}) for name in ROWS.value or rows]
-    found = runs.records(wanted, summary, said)
+    records = runs.records(wanted, summary, said)
     if cli.JSON.value:
         found = merged(
             pathlib.Path(cli.JSON.value), {"name": runs.config.name, "sizes": sizes(runs.config), "rows": found}, rows
