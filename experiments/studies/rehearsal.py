@@ -34,10 +34,8 @@ def main() -> None:
     wanted = [Setting(name, rows[name], {"row": name, "fields": dict(rows[name])}) for name in ROWS.value or rows]
     records = runs.records(wanted, summary, said)
     if cli.JSON.value:
-        found = merged(
-            pathlib.Path(cli.JSON.value), {"name": runs.config.name, "sizes": sizes(runs.config), "rows": found}, rows
-        )
-        grid.write(cli.JSON.value, found)
+        found = {"name": runs.config.name, "sizes": sizes(runs.config), "rows": records}
+        grid.write(cli.JSON.value, merged(pathlib.Path(cli.JSON.value), found, rows))
 
 
 def merged(path: pathlib.Path, found: Json, order: Iterable[str]) -> Json:
