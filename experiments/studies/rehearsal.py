@@ -5,10 +5,13 @@
 
 The yardsticks are training from scratch at every task, the same with as many steps as rehearsal takes in all ("equal steps"),
 and joint training on all tasks at once. Every other row changes the config's plain rehearsal by what its name says. A row's
-runs lie in a folder of its name; finished ones are read again.
+runs lie in a folder of its name; finished ones are read again. Other rows that the file of --json holds stay in it: some may
+have more seeds than others.
 """
 
-from collections.abc import Mapping
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,9 +32,19 @@ def main() -> None:
     for name in ROWS.value:
         check("--rows", name, one_of(rows))
     wanted = [Setting(name, rows[name], {"row": name, "fields": dict(rows[name])}) for name in ROWS.value or rows]
-    found = runs.records(wanted, summary, said)
+    records = runs.records(wanted, summary, said)
     if cli.JSON.value:
-        grid.write(cli.JSON.value, {"name": runs.config.name, "sizes": sizes(runs.config), "rows": found})
+        found = {"name": runs.config.name, "sizes": sizes(runs.config), "rows": records}
+        grid.write(cli.JSON.value, merged(pathlib.Path(cli.JSON.value), found, rows))
+
+
+def merged(path: pathlib.Path, found: Json, order: Iterable[str]) -> Json:
+    """With the other rows of the file, if it is there and of the same name and sizes."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if any(before.get(key) != found[key] for key in ("name", "sizes")):
+        return found
+    rows = {one["row"]: one for one in [*before["rows"], *found["rows"]]}
+    return found | {"rows": [rows[name] for name in order if name in rows]}
 
 
 def rows_of(config: ConfigDict) -> Mapping[str, Fields]:
