@@ -156,20 +156,3 @@ def markdown(found: Json) -> str:
             table(("model", *RATIOS, "goal over incremental"), [*((*row, goal) for row in ratios(found, 1)), paper]),
         ]
     )
-
-
-def front(found: Json, swept: Json | None = None) -> str:
-    """For the README: the ratios, and the accuracy with the most representatives that figure 2 replayed."""
-    b, r, devices = found["sizes"]["batch_size"], found["sizes"]["representatives"], found["devices"]
-    rows = [(model, f"{b} + {r}", *row) for model, *row in ratios(found, 0)]
-    if swept is not None and swept["name"] == found["name"]:
-        most = max(swept["swept"]["buffer.representatives"], key=lambda x: x["value"])
-        scratch = np.mean(last(swept["bounds"]["from_scratch"]["top5_so_far"]))
-        share = f"{100 * np.mean(last(most['top5_so_far'])) / scratch:.0f} %"
-        rows.append((swept["model"], f"{b} + {most['value']}", share, "", "", ""))
-    rows.append(("the paper: ResNet-50, ImageNet-1k", "56 + 7 a device", f"{100 * PAPER:.1f} %", "", "", ""))
-    kind = "fake CPU" if devices["platform"] == "cpu" else devices["kind"]
-    return (
-        f"{table(('', 'new + replayed rows a step', *RATIOS), rows)}\n\n{found['name']}; {devices['count']} {kind} devices"
-        f" of {found['machine']['cores']} cores."
-    )

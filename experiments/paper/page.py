@@ -8,7 +8,7 @@ import pathlib
 
 from experiments.pages import page
 from experiments.pages.page import Json
-from experiments.paper import accuracy, draw, memory, phases, scaling, sweep, uniformity
+from experiments.paper import accuracy, draw, gap, memory, phases, scaling, sweep, uniformity
 from experiments.studies import rehearsal
 
 # Each has a TITLE, and measure(study) -> found, picture(found) and markdown(found).
@@ -24,16 +24,21 @@ def read(figure: str, results: pathlib.Path = page.RESULTS) -> Json | None:
 
 def sections(results: pathlib.Path = page.RESULTS) -> dict[str, str]:
     """Mark -> what docs/paper.md shows there."""
-    return {name: section(name, read(name, results)) for name in FIGURES} | {"rehearsal": gap(results)}
+    return {name: section(name, read(name, results)) for name in FIGURES} | {"rehearsal": what_is_missing(results)}
 
 
-def gap(results: pathlib.Path = page.RESULTS) -> str:
-    """What `experiments.studies.rehearsal` found at the medium size."""
+def study(results: pathlib.Path = page.RESULTS) -> Json | None:
+    """What `experiments.studies.rehearsal` found at the medium size; None before it is measured."""
     path = results / "rehearsal_medium.json"
-    if not path.is_file():
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def what_is_missing(results: pathlib.Path = page.RESULTS) -> str:
+    found = study(results)
+    if found is None:
         return "Not measured yet."
-    found = json.loads(path.read_text())
-    return f"{rehearsal.markdown(found)}\n\n{page.where(found)}"
+    picture = f"![{gap.TITLE}](images/rehearsal_medium.png)"
+    return f"{picture}\n\n{rehearsal.markdown(found)}\n\n{page.where(found)}"
 
 
 def section(figure: str, found: Json | None) -> str:
@@ -46,11 +51,12 @@ def section(figure: str, found: Json | None) -> str:
 
 def front(results: pathlib.Path = page.RESULTS) -> str:
     """What the README shows."""
-    found = read("accuracy", results)
-    if found is None:
-        return "Not measured yet."
-    text = f"{accuracy.front(found, read('sweep', results))} {found.get('note', '')}".rstrip()
-    return f"{text}\n\n![{accuracy.TITLE}](docs/images/paper_accuracy.png)"
+    found = study(results)
+    return (
+        "Not measured yet."
+        if found is None
+        else f"{gap.front(found)}\n\n![{gap.TITLE}](docs/images/rehearsal_medium.png)"
+    )
 
 
 def write() -> None:
@@ -62,4 +68,6 @@ if __name__ == "__main__":
     for name, one in FIGURES.items():
         if (found := read(name)) is not None:
             draw.save(one.picture, found, IMAGES / f"paper_{name}.png")
+    if (found := study()) is not None:
+        draw.save(gap.picture, found, IMAGES / "rehearsal_medium.png")
     write()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.pages.page import RESULTS, filled
-from experiments.paper import accuracy, draw, memory, page, phases, scaling, sweep
+from experiments.paper import accuracy, draw, gap, memory, page, phases, scaling, sweep
 from experiments.paper.page import FIGURES
 from experiments.paper.step_model import Load
 from experiments.paper.study import STRATEGIES, Figures, Study
@@ -21,7 +21,6 @@ from tests.whole import REPO, flags, small
 
 PLAIN = "er,loss.prior=none"  # the folder of rehearsal with the plain loss
 VARIED = Figures(shares=(0.1, 0.4), representatives=(8,), candidates=(4, 8), new=8, drawn=4)
-ENVIRONMENT = {"devices": {"count": 8, "platform": "cpu"}, "machine": {"cores": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +80,32 @@ def test_several_seeds_have_a_deviation(tmp_path):
     found["sizes"] = {"batch_size": 8, "representatives": 1, "candidates": 2, "epochs": 3}
     text = drawn("accuracy", found, tmp_path)
     assert "| net | rehearsal | 2 | 65.0 ± 7.1 | 25.0 ± 0.0 | 3.5 ± 0.7 |" in text
-    front = accuracy.front(found | ENVIRONMENT)
-    assert "a; 8 fake CPU devices of 2 cores" in front and "| net | 8 + 1 | 76 % | 100 % | 1.10 | 0.50 |" in front
-    point = {"value": 64, "top5_so_far": [[1.0, 0.68]]}
-    swept = {
-        "name": "a",
-        "model": "net",
-        "bounds": model,
-        "swept": {"buffer.representatives": [{**point, "value": 8}, point]},
+
+
+def test_the_front_sets_rehearsal_beside_training_from_scratch(tmp_path):
+    def row(name, fields, *top5):
+        so_far = [[0.8, x] for x in top5]
+        values = {"top5": list(top5), "top1": [0.25] * len(top5), "top5_so_far": so_far, "top1_so_far": so_far}
+        return {"row": name, "fields": fields, **values}
+
+    er = {"strategy": "er"}
+    rows = [
+        row("from_scratch", {"strategy": "from_scratch"}, 0.5),
+        row("er+balanced", er, 0.4, 0.5),
+        row("er+balanced r=b", er | {"buffer.representatives": 64}, 0.5),
+        row("uer", {"strategy": "uer"}, 0.1),
+    ]
+    found = {
+        "name": "n",
+        "sizes": {"batch_size": 64, "representatives": 8, "share": 0.3, "capacity": None},
+        "rows": rows,
     }
-    assert "| net | 8 + 64 | 80 % |" in accuracy.front(found | ENVIRONMENT, swept)
-    assert "8 + 64" not in accuracy.front(found | ENVIRONMENT, swept | {"name": "b"})  # figure 2 is of another size
+    text = gap.front(found)
+    assert "| from scratch at every task | 64 | 1 | 50.0 | 25.0 | 100 % | 100 % |" in text and "uer" not in text
+    assert "| rehearsal | 64 + 8 | 2 | 45.0 ± 7.1 | 25.0 ± 0.0 | 90 % | 100 % |" in text
+    assert "| rehearsal, r = b | 64 + 64 | 1 |" in text and text.endswith("n; a memory of 30 %.")
+    draw.save(gap.picture, found, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_expensive_model_may_have_fewer_seeds(study, monkeypatch):
