@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxcl import losses, report, summaries
+from jaxcl import report, summaries
 from jaxcl.data import open_source
 from jaxcl.data.sources import ptychography
 from jaxcl.errors import UserError
@@ -68,13 +68,6 @@ def test_data_follow_from_the_seed_and_every_specimen_has_its_material():
         assert amplitude.dtype == np.float32 and (phase <= 0).all() and (amplitude <= 1).all()
         ratio = (ptychography.ABSORPTION / ptychography.SHIFT)[source.labels][:, None, None]
         np.testing.assert_allclose(np.log(amplitude), ratio * phase, rtol=1e-3, atol=1e-5)
-
-
-def test_error_of_a_row_is_the_sum_over_tensors_of_its_mean_distance():
-    rng = np.random.default_rng(0)
-    found, wanted = ({"a": rng.normal(size=(3, 4, 2)), "b": rng.normal(size=(3, 5))} for _ in range(2))
-    expected = sum(np.abs(found[k] - wanted[k]).reshape(3, -1).mean(1) for k in "ab")
-    np.testing.assert_allclose(losses.reconstruction_error(found | {"c": 0}, wanted), expected, rtol=1e-5)
 
 
 def test_errors_are_summed_up_with_the_signs_turned():

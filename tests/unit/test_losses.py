@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.losses import cross_entropy, distillation, topk_correct
+from jaxcl.losses import cross_entropy, distillation, reconstruction_error, topk_correct
 
 LOGITS = np.random.default_rng(0).normal(size=(16, 7)).astype(np.float32)
 LABELS = np.arange(16) % 7
@@ -77,3 +77,10 @@ def test_distillation():
     np.testing.assert_allclose(masked, alone, rtol=1e-5)
     gradient = jax.grad(lambda x: distillation(x, teacher, 2.0, np.zeros(4, bool)).sum())(student)
     np.testing.assert_array_equal(gradient, 0)  # no class, no pull
+
+
+def test_error_of_a_row_is_the_sum_over_tensors_of_its_mean_distance():
+    rng = np.random.default_rng(0)
+    found, wanted = ({"a": rng.normal(size=(3, 4, 2)), "b": rng.normal(size=(3, 5))} for _ in range(2))
+    expected = sum(np.abs(found[k] - wanted[k]).reshape(3, -1).mean(1) for k in "ab")
+    np.testing.assert_allclose(reconstruction_error(found | {"c": 0}, wanted), expected, rtol=1e-5)
