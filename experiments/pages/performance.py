@@ -78,6 +78,14 @@ def step(found: Json) -> str:
     )
 
 
+def collectives(found: Json) -> str:
+    return rows(
+        "step | devices | all-reduce | all-gather | all-to-all | in all",
+        "{step} | {devices} | {all_reduce} | {all_gather} | {all_to_all} | {total}",
+        found["steps"],
+    )
+
+
 def step_host(found: Json) -> str:
     return rows(
         "model | b | r | handed over by | ms | over the device tier | waiting, ms | writer, ms | hidden",
@@ -163,6 +171,7 @@ TABLES: dict[str, Callable[[Json], str]] = {
     "bench_buffer_sizes": buffer_sizes,
     "bench_step": step,
     "bench_step_small": step,
+    "collectives": collectives,
     "bench_step_host": step_host,
     "bench_host": host,
     "exchange_scale": scale,
