@@ -165,11 +165,14 @@ def markdown(found: Json) -> str:
         *("trained", "seeds", "steps", "top-5, %", "top-1, %", "top-5 of from scratch", "top-1 of from scratch"),
         *("old rows called a new class", "right within the task, %"),
     )
-    memory = f"{s['capacity']:,} rows" if s["share"] is None else f"{100 * s['share']:g} %"
     return (
         f"{found['name']}: {s['epochs']} epochs a task, b = {s['batch_size']}, r = {s['representatives']},"
-        f" a memory of {memory} unless a row says otherwise.\n\n{table(head, cells)}"
+        f" a memory of {memory_of(s)} unless a row says otherwise.\n\n{table(head, cells)}"
     )
+
+
+def memory_of(sizes: Json) -> str:
+    return f"{sizes['capacity']:,} rows" if sizes["share"] is None else f"{100 * sizes['share']:g} %"
 
 
 def said(record: Json) -> str:
