@@ -31,7 +31,7 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # of an exported program
 _log = logging.getLogger("jaxcl")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Trained:
     """A network with its weights, and the strategy by whose scores it was evaluated.
 
@@ -53,6 +53,11 @@ class Trained:
     strategy: Strategy
     weights: Weights
     mesh: jax.sharding.Mesh
+
+    def __repr__(self) -> str:
+        images = "x".join(map(str, self.image_shape))
+        network = f"{self.model.name} by {self.config.strategy}"
+        return f"Trained({network}, {len(self.class_names)} classes, images {images}, step {self.step})"
 
     def predict(self, images: np.ndarray) -> Any:
         """Probabilities of the classes, float32 `[n, K]`: the softmax of the scores by which evaluation ranks them, so the

@@ -68,6 +68,7 @@ def test_it_answers_as_it_was_evaluated(strategy, finished, test_rows):
     np.testing.assert_allclose(found[1], found[4], atol=1e-6)
     np.testing.assert_allclose(found[1].sum(axis=1), 1, rtol=1e-5)
     assert found[1].dtype == np.float32 and model.class_names == tuple(result["class_names"]) == tuple("0123456789")
+    assert repr(model) == f"Trained(mlp by {strategy}, 10 classes, images 8x8x1, step {result['steps']})"
     assert model.features(images[:5]).shape == (5, 16)
     np.testing.assert_array_equal(model.predict(images[:3, ..., 0]), model.predict(images[:3]))
     assert model.predict(images[:0]).shape == (0, 10)
