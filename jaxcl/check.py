@@ -6,10 +6,9 @@ check("buffer.memory", value, one_of(MEMORIES))
 
 import difflib
 import numbers
+import sys
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
-
-import jax
 
 from jaxcl.errors import UserError
 
@@ -32,8 +31,15 @@ def check(field: str, value: Any, rule: Rule) -> None:
     """Raises:
     UserError: the value does not keep the rule.
     """
-    if not isinstance(value, jax.core.Tracer) and not rule.ok(value):  # else it is traced: its value was checked before
+    if not _traced(value) and not rule.ok(value):
         raise refused(field, value, rule.allowed)
+
+
+def _traced(value: Any) -> bool:
+    """Whether it is a number of a config within a step: its value was checked before. JAX is not imported to find out, since a
+    command checks its name before its signals are owned."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(value, jax.core.Tracer)
 
 
 def refused(field: str, value: Any, allowed: str) -> UserError:

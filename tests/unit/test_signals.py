@@ -165,3 +165,12 @@ def test_an_ascii_terminal_gets_a_question_mark(tmp_path):
     line = [sys.executable, "-c", SPEAK, str(tmp_path / "said")]
     done = subprocess.run(line, cwd=REPO, env=environment, capture_output=True, check=True)
     assert done.stdout == b"accuracy 51.00 ? 1.41\n" and done.stderr == b"a line\nmore\n"
+
+
+@pytest.mark.parametrize("module", ["jaxcl.__main__", "experiments", "jaxcl.check"])
+def test_nothing_that_takes_time_is_imported_before_signals_are_owned(module):
+    """What is imported before a command's first line is not covered by its handlers."""
+    slow = "jax", "numpy", "absl", "ml_collections", "flax"
+    program = f"import sys, {module}; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
