@@ -41,7 +41,9 @@ def front(found: Json) -> str:
         *("", "new + replayed rows a step", "seeds", "top-5, %", "top-1, %"),
         *("top-5 over from scratch", "top-1 over from scratch"),
     )
-    return f"{table(head, cells)}\n\n{found['name']}; a memory of {rehearsal.memory_of(s)}."
+    devices, cores, jax = found["devices"], found["machine"]["cores"], found["versions"]["jax"]
+    where = f"{devices['count']} {devices['kind']} device of {cores} cores; jax {jax}"
+    return f"{table(head, cells)}\n\n{found['name']}; a memory of {rehearsal.memory_of(s)}; {where}."
 
 
 def picture(found: Json) -> Figure:

@@ -103,7 +103,9 @@ def test_the_front_sets_rehearsal_beside_training_from_scratch(tmp_path):
     text = gap.front(found)
     assert "| from scratch at every task | 64 | 1 | 50.0 | 25.0 | 100 % | 100 % |" in text and "uer" not in text
     assert "| rehearsal | 64 + 8 | 2 | 45.0 ± 7.1 | 25.0 ± 0.0 | 90 % | 100 % |" in text
-    assert "| rehearsal, r = b | 64 + 64 | 1 |" in text and text.endswith("n; a memory of 30 %.")
+    assert "| rehearsal, r = b | 64 + 64 | 1 |" in text and text.endswith(
+        "n; a memory of 30 %; 1 cpu device of 2 cores; jax 0.9."
+    )
     draw.save(gap.picture, found, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
