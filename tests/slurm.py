@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Clusters track processes by control groups, which a test has not. By process groups here: proctrack/linuxproc of SLURM 22.05 gave
-# a signal of scancel to a plain script, and did not deliver it to these tasks.
+# Clusters track processes by control groups, which a test has not. Here by process groups: proctrack/linuxproc of SLURM 22.05
+# gave a signal of scancel to a plain script, and did not deliver it to these tasks.
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 CONFIG = """
 ClusterName=one

@@ -100,6 +100,7 @@ def test_the_front_sets_rehearsal_beside_training_from_scratch(tmp_path):
         "sizes": {"batch_size": 64, "representatives": 8, "share": 0.3, "capacity": None},
         "rows": rows,
     }
+    found |= {"devices": {"count": 1, "kind": "cpu"}, "machine": {"cores": 2}, "versions": {"jax": "0.9"}}
     text = gap.front(found)
     assert "| from scratch at every task | 64 | 1 | 50.0 | 25.0 | 100 % | 100 % |" in text and "uer" not in text
     assert "| rehearsal | 64 + 8 | 2 | 45.0 ± 7.1 | 25.0 ± 0.0 | 90 % | 100 % |" in text
