@@ -144,9 +144,8 @@ class _LateLog:
 
     def __init__(self, lanes: Lanes, steps_per_epoch: int):
         self._lanes, self._steps_per_epoch = lanes, steps_per_epoch
-        self._waiting: list[
-            tuple[int, dict[int, int | None], PyTree]
-        ] = []  # at most one: step, places by index, metrics
+        # At most one call: the number of its first batch's step less that batch's, places in the metrics by batch, metrics.
+        self._waiting: list[tuple[int, dict[int, int | None], PyTree]] = []
 
     def put(self, begin: int, count: int, values: PyTree, ends: bool, *, stacked: bool) -> None:
         """The metrics of the call just made, of `count` batches from `begin` of the present ones; `ends`: the last of them."""

@@ -112,9 +112,8 @@ def targets(part: Part, context: Context) -> jax.Array:
 def binary(logits: jax.Array, wanted: jax.Array, counted: jax.Array) -> jax.Array:
     """Each row's mean binary cross-entropy over the outputs that are `counted` (bool `[K]` or `[b, K]`)."""
     entropy = optax.sigmoid_binary_cross_entropy(logits, wanted)
-    return jnp.sum(jnp.where(counted, entropy, 0.0), axis=1) / jnp.maximum(
-        jnp.sum(counted, axis=-1), 1
-    )  # no row that is valid has none
+    number = jnp.maximum(jnp.sum(counted, axis=-1), 1)  # only a row that is not valid has none
+    return jnp.sum(jnp.where(counted, entropy, 0.0), axis=1) / number
 
 
 def apart(logits: jax.Array, wanted: jax.Array, context: Context) -> jax.Array:
