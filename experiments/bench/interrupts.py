@@ -42,7 +42,7 @@ LIMIT = 10.0  # seconds from a signal to the end
 # Of a result, what differs between equal runs.
 TIMES = (
     *("seconds", "seconds_by_phase", "background_seconds", "images_per_second", "compilation"),
-    *("finished", "command", "checksum"),
+    *("finished", "command", "commit", "checksum"),
 )
 REPO = pathlib.Path(__file__).resolve().parents[2]
 
