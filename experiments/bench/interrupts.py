@@ -18,12 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 from experiments.bench import harness
 from experiments.bench.harness import show
 from experiments.pages.page import Json
 from jaxcl.buffer import TIERS
+from jaxcl.errors import UserError
 from jaxcl.signals import STATUS
 
 FLAGS = {
@@ -42,7 +43,7 @@ LIMIT = 10.0  # seconds from a signal to the end
 # Of a result, what differs between equal runs.
 TIMES = (
     *("seconds", "seconds_by_phase", "background_seconds", "images_per_second", "compilation"),
-    *("finished", "command", "commit", "checksum"),
+    *("finished", "command", "checksum"),
 )
 REPO = pathlib.Path(__file__).resolve().parents[2]
 
@@ -72,7 +73,9 @@ def measure(
                     break
                 found.append({"run": number, "tier": tier, **one})
                 show(found[-1])
-            equal += finish(run, tier) == wanted[tier]
+            ended = finish(run, tier)
+            check_commit(ended, wanted[tier])
+            equal += ended == wanted[tier]
             shutil.rmtree(run)
     return {
         "seconds_of_a_run": seconds,
@@ -97,7 +100,7 @@ def said_by(workdir: pathlib.Path) -> pathlib.Path:
     return workdir.with_suffix(".said")
 
 
-def finish(workdir: pathlib.Path, tier: str) -> Any:
+def finish(workdir: pathlib.Path, tier: str) -> Json:
     """Of the run, started again, its outcome."""
     assert start(workdir, tier).wait() == 0, said_by(workdir).read_text()
     return outcome(workdir)
@@ -137,14 +140,27 @@ def heeds(pid: int) -> bool:
     return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
-def outcome(workdir: pathlib.Path) -> list[Any]:
+def check_commit(ended: Json, wanted: Json) -> None:
+    """Whether the checkout is still the one that the whole runs were made of.
+
+    Raises:
+      UserError: it is not: no later run could be equal.
+    """
+    was, now = (one["result"]["commit"] for one in (wanted, ended))
+    if was != now:
+        raise UserError(
+            f"the checkout: it has moved from commit {was} to {now} meanwhile; leave it alone and start again"
+        )
+
+
+def outcome(workdir: pathlib.Path) -> Json:
     """What equal runs have in common: the result but for its times, and the log of what was trained and evaluated."""
     result = json.loads((workdir / "result.json").read_text())
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in result.items() if name not in TIMES},
-        [line for line in lines if line["kind"] in ("train", "evaluation")],
-    ]
+    return {
+        "result": {name: value for name, value in result.items() if name not in TIMES},
+        "log": [line for line in lines if line["kind"] in ("train", "evaluation")],
+    }
 
 
 if __name__ == "__main__":

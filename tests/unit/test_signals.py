@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from experiments.bench.interrupts import heeds
+from experiments.bench.interrupts import check_commit, heeds
+from jaxcl.errors import UserError
 from jaxcl.signals import IMPATIENT, STATUS
 from tests.whole import REPO
 
@@ -174,3 +175,10 @@ def test_nothing_that_takes_time_is_imported_before_signals_are_owned(module):
     program = f"import sys, {module}; print([name for name in {slow} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_storms_compare_runs_of_one_commit():
+    a, b = ({"result": {"commit": name, "seed": 0}, "log": []} for name in ("a1", "b2-dirty"))
+    check_commit(a, a)
+    with pytest.raises(UserError, match=r"^the checkout: it has moved from commit a1 to b2-dirty meanwhile"):
+        check_commit(b, a)
