@@ -71,6 +71,7 @@ def one_setting(shards: int, per_device: int, draws: int) -> Json:
         },
         "balance": {
             "rows_moved": balance.rows_moved,
+            "moved_over_needed": (balance.rows_moved + (1 - balance_fits.mean()) * shards * per_device) / per_device,
             "rows_that_must_travel": float(beyond.mean() / shards),
             "slow_path_frequency": float(1 - balance_fits.mean()),
         },

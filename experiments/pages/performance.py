@@ -116,10 +116,11 @@ def host(found: Json) -> str:
 
 def scale(found: Json) -> str:
     return rows(
-        "N | r | hops of mix | moved over needed | in one hop | misses | balance: must travel | misses | plan, ms",
+        "N | r | hops of mix | moved over needed | in one hop | misses"
+        " | balance: must travel | moved over needed | misses | plan, ms",
         "{devices} | {per_device} | {hops} | {mix[moved_over_needed]:.2f} | {mix[one_hop_moved_over_needed]:.2f}"
-        " | {mix[slow_path_frequency]:.1e} | {balance[rows_that_must_travel]:.2f} | {balance[slow_path_frequency]:.1e}"
-        " | {plan_ms[median]:.3g}",
+        " | {mix[slow_path_frequency]:.1e} | {balance[rows_that_must_travel]:.2f} | {balance[moved_over_needed]:.2f}"
+        " | {balance[slow_path_frequency]:.1e} | {plan_ms[median]:.3g}",
         (s | {"hops": " x ".join(map(str, s["mix"]["hops"]))} for s in found["settings"]),
     )
 

@@ -43,6 +43,7 @@ def _is_threefry(key: jax.Array) -> bool:
     return jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and str(jax.random.key_impl(key)) == "threefry2x32"
 
 
+@jax.jit  # traced and lowered once for each number of words
 def _threefry(key: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Threefry-2x32 with 20 rounds (Salmon et al. 2011) of the 64-bit counters (0, count): two words for each."""
     first, second = jax.random.key_data(key)

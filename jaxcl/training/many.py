@@ -140,7 +140,9 @@ def many_steps(
     bound: Bound, most: int, given: Given, state: TrainState, batches: PyTree, count: jax.Array
 ) -> tuple[TrainState, Metrics]:
     """`count` steps on this device's part of state and batches, and the metrics of each."""
-    step = functools.partial(device_step, bound, given)
+    step = jax.jit(
+        functools.partial(device_step, bound, given)
+    )  # traced once, for the shapes of its metrics and for the loop
     shapes = jax.eval_shape(step, state, batch_of(batches, 0))[1]
     metrics = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), shapes)
 

@@ -13,7 +13,7 @@ task's own rows are done and those of the review are on.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from jaxcl import data
 from jaxcl.errors import UserError
 from jaxcl.runs.lanes import Lanes
 from jaxcl.runs.progress import Bar
+from jaxcl.runs.session import Session
 from jaxcl.runs.steps import Step, take_steps
 from jaxcl.training.batches import evaluation_batches, review_batches, task_batches, train_batches
 from jaxcl.training.build import Parts
@@ -30,7 +31,7 @@ from jaxcl.training.end_task import Batches
 from jaxcl.training.result import add_scores, count_review, count_rows
 from jaxcl.training.shown import buffer_scalars, evaluation_scalars, means_so_far, seconds_scalars
 from jaxcl.training.state import TrainState
-from jaxcl.types import PyTree
+from jaxcl.types import Batch, PyTree
 
 Scores = dict[str, np.ndarray]
 Untrained = tuple[PyTree, PyTree, PyTree]  # params, batch_stats, opt_state
@@ -214,7 +215,7 @@ def begin(lanes: Lanes[TrainState], state: TrainState, task: int, loaders: Loade
 def scores_of(lanes: Lanes[TrainState], parts: Parts, state: TrainState) -> list[Scores]:
     """The scores of every lane with the weights and the memory of this state."""
     batches = evaluation_batches(lanes.configs[0], parts)
-    rows = lanes.sessions[0].watched(batches, "a batch of the evaluation")
+    rows = lanes.sessions[0].watched(batches.begin(0), "a batch of the evaluation")
     means = None if parts.class_means is None else parts.class_means(state.evaluated, state.buffer)
     return lanes.split(parts.evaluate(state.evaluated, rows, means))
 
@@ -236,6 +237,10 @@ def _each_lane(course: Course, task: int, act: Callable[..., TrainState], state:
         done = []
         for i, (config, session) in enumerate(zip(lanes.configs, lanes.sessions, strict=True)):
             loader = task_batches(config, course.parts, task)
-            batches = functools.partial(session.watched, loader, "a batch at a task's end")
+            batches = functools.partial(_rows_at_end, session, loader)
             done.append(act(config, lanes.one(state, i), batches))
         return lanes.join(done)
+
+
+def _rows_at_end(session: Session, loader: data.Loader) -> Iterator[Batch]:
+    return session.watched(loader.begin(0), "a batch at a task's end")

