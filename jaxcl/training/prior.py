@@ -11,6 +11,10 @@ rehearsal n_k is known:
 
 and of a loss that adds up means over new and drawn rows, the sum of their weights times these shares. All counts are over all
 devices, so n_k is the same on any number of them. A pass over some parts alone (A-GEM) has their rows as its n_k.
+
+A class of which no row is expected, above all one that has not come yet, counts as the rarest of the others. With n_k = 0 it
+would take no part in the softmax, so that nothing ever lowered its logit, and test rows would be called classes that nobody has
+seen.
 """
 
 import dataclasses
@@ -25,8 +29,6 @@ from jaxcl.strategies import Part
 from jaxcl.types import Batch
 
 PRIORS = ("none", "balanced")
-# Expected rows of a class that cannot come: it takes no part in the softmax, yet a row that comes anyway has a finite loss.
-NONE = 1e-30
 
 
 def arrived_with(arrived: jax.Array, task_step: jax.Array, batch: Batch) -> jax.Array:
@@ -63,5 +65,12 @@ def with_priors(parts: Sequence[Part], *, pooled: bool) -> tuple[Part, ...]:
     valid = lax.psum([jnp.sum(part.valid, dtype=jnp.float32) for part in parts], AXIS)
     rows = valid if pooled else [jnp.where(n > 0, 1.0, 0.0) for n in valid]
     expected = sum(part.weight * n * part.share for part, n in zip(parts, rows, strict=True))
-    log_prior = jnp.log(jnp.maximum(expected, NONE))
+    log_prior = jnp.log(with_rarest(expected))
     return tuple(dataclasses.replace(part, log_prior=log_prior) for part in parts)
+
+
+def with_rarest(expected: jax.Array) -> jax.Array:
+    """`expected` rows `[K]`, with the least positive of them in place of zeros; 1 where there is none."""
+    some = expected > 0
+    rarest = jnp.min(jnp.where(some, expected, jnp.inf))
+    return jnp.where(some, expected, jnp.where(jnp.isinf(rarest), 1.0, rarest))

@@ -27,8 +27,8 @@ def compact_pair(per_device: int) -> int:
     """Rows a pair may exchange in the compact route: the number by which fewest rows move in the mean, misses included.
 
     From simulation over N = 2..512 and r = 1..56 of equal shards (experiments/bench/exchange.py repeats it): the largest
-    pair of a draw is governed by the deviation of what one shard supplies, sqrt(r), not by N. 1 to 15 % of the draws do not fit. A
-    pair that fits all but 1 in 1,000 moves up to twice as many rows at every draw.
+    pair of a draw is governed by the deviation of what one shard supplies, sqrt(r), not by N. 1 to 15 % of the draws do not
+    fit. A pair that fits all but 1 in 1,000 moves up to twice as many rows at every draw.
     """
     return max(1, math.floor(1.3 * math.sqrt(per_device)))
 
