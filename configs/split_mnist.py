@@ -3,7 +3,7 @@
     python -m experiments.compare --config=configs/split_mnist.py --workdir=runs/split_mnist --devices=8 --seeds=3
 
 Data: `tfds:mnist`, prepared in TFDS's default folder or in `--config.data.data_dir`, or `--config.data.source=npz:FILE`.
-Expected: average accuracy 95.07 % from scratch, 19.60 % incremental, 88.83 % with rehearsal; under a minute a run on 2 cores.
+Expected: docs/configs.md.
 """
 
 from ml_collections import ConfigDict
@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     config.data.tasks = 5
     config.model.name = "mlp"
     config.model.options = {"hidden": (100, 100)}
+    config.loss.prior = "balanced"
     config.optimizer.learning_rate = 0.1
     config.buffer.capacity = 1000
     config.buffer.policy = "class_random"

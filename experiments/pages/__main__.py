@@ -3,7 +3,7 @@
 python -m experiments.pages
 """
 
-from experiments.pages import config, figures, memory_bank, page, performance
+from experiments.pages import config, configs, figures, memory_bank, page, performance
 from experiments.paper import page as paper
 from experiments.studies import memory_modes, references
 
@@ -12,4 +12,5 @@ if __name__ == "__main__":
         one.write()
     page.fill(performance.PAGE, performance.parts())
     page.fill(config.PATH, config.tables())
+    page.fill(configs.PAGE, configs.parts())
     figures.write()

@@ -55,12 +55,13 @@ def rows_of(config: ConfigDict) -> Mapping[str, Fields]:
     return {
         "from_scratch": {"strategy": "from_scratch"},
         "from_scratch equal steps": {"strategy": "from_scratch", **fewer_epochs(config, equal_steps(config))},
+        "from_scratch 2.5x epochs": {"strategy": "from_scratch", **more_epochs(config, 2.5)},
         "joint": {"strategy": "joint"},
         "incremental": {"strategy": "incremental"},
         "er": plain,
         "er+balanced": balanced,
         "er_ace": {"strategy": "er_ace"},
-        "der_pp": {"strategy": "der_pp", "strategies.der_pp.beta": 1.0},
+        "der_pp": {"strategy": "der_pp", "strategies.der_pp.beta": 1.0, "loss.prior": "none"},
         "der_pp+balanced": {"strategy": "der_pp", "strategies.der_pp.beta": 1.0, "loss.prior": "balanced"},
         **{f"er+balanced weight {w}": balanced | {"loss.replay_weight": float(w)} for w in (2, 4, 8, 16)},
         "uer": {"strategy": "uer"},
@@ -75,7 +76,9 @@ def rows_of(config: ConfigDict) -> Mapping[str, Fields]:
         "er+balanced memory 1.0": balanced | {"buffer.share": 1.0},
         "er+balanced r=b memory 1.0": balanced | {"buffer.representatives": b, "buffer.share": 1.0},
         "er+balanced 2x steps": balanced | more_epochs(config, 2),
+        "er+balanced 2.5x epochs": balanced | more_epochs(config, 2.5),
         "er+balanced r=half": balanced | {"buffer.representatives": max(r // 2, 1)},
+        **{f"{name} r=b": {"strategy": name, "buffer.representatives": b} for name in ("bic", "icarl", "wa")},
     }
 
 
@@ -92,8 +95,8 @@ def fewer_epochs(config: ConfigDict, epochs: float) -> dict[str, Any]:
     return scaled(config, max(1, round(epochs)))
 
 
-def more_epochs(config: ConfigDict, times: int) -> dict[str, Any]:
-    return scaled(config, config.epochs * times)
+def more_epochs(config: ConfigDict, times: float) -> dict[str, Any]:
+    return scaled(config, round(config.epochs * times))
 
 
 def scaled(config: ConfigDict, epochs: int) -> dict[str, Any]:

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from experiments.pages import figures
-from experiments.pages.page import PLACE
+from experiments.pages import configs, figures
+from experiments.pages.page import PLACE, filled
 
 
 @pytest.mark.parametrize("path", figures.pages(), ids=lambda path: path.name)
@@ -81,3 +81,8 @@ def test_a_mark_may_stand_on_two_lines(result):
         "<!--= some records[name=one,\nplain].loss -->2 ± 1"
     )
     assert np.isclose(figures.value(RESULT, "records[name=two;size=4].size"), 4)
+
+
+def test_the_page_of_configs_is_that_of_the_result_files():
+    text = configs.PAGE.read_text()
+    assert filled(text, configs.parts()) == text, "run python -m experiments.pages.configs"
