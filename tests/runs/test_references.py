@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from experiments.pages import page
 from experiments.studies import references, small_pack
@@ -16,16 +17,37 @@ from jaxcl.training.config import check_config, default_config
 PROTOCOLS = ("split_mnist_mammoth", "permuted_mnist_mammoth", "split_cifar10_small")
 
 
-def test_a_row_holds_down_to_one_deviation_below_the_reference():
-    def ours(mean):
-        return {"mean": mean, "std": 0.1, "accuracy": [mean, mean], "seconds": 1.0}
+def rows(seed, mean, std, n):
+    found = np.random.default_rng(seed).normal(mean, std, n)
+    return found, {"mean": found.mean(), "std": found.std(ddof=1), "seeds": n}
 
-    reference = {name: {"mean": 90.0, "std": 0.5} for name in ("at", "below", "above", "missing")}
-    found = {"at": ours(89.5), "below": ours(89.49), "above": ours(95.0)}
+
+def test_two_programs_are_equivalent_where_both_one_sided_tests_reject():
+    """Against SciPy's Welch test of each border of the margin; and p < 0.05 exactly where the 90 % interval lies within."""
+    verdicts = []
+    for seed, shift in enumerate(np.linspace(-2.5, 2.5, 21)):
+        (a, theirs), (b, ours) = rows(seed, 90, 1.5, 10), rows(100 + seed, 90 + shift, 0.7, 8)
+        found = references.compared(theirs, ours)
+        above = stats.ttest_ind(b + references.MARGIN, a, equal_var=False, alternative="greater").pvalue
+        below = stats.ttest_ind(b - references.MARGIN, a, equal_var=False, alternative="less").pvalue
+        assert found["p"] == pytest.approx(max(above, below), rel=1e-6)
+        assert found["difference"] == pytest.approx(b.mean() - a.mean())
+        within = -references.MARGIN < found["low"] < found["high"] < references.MARGIN
+        assert within == (found["p"] < 0.05)
+        verdicts.append(within)
+    assert 3 < sum(verdicts) < 18
+
+
+def test_the_table_says_what_is_shown():
+    def ours(mean):
+        return {"mean": mean, "std": 0.5, "accuracy": [mean] * 10, "seconds": 1.0}
+
+    reference = {name: {"mean": 90.0, "std": 0.5} for name in ("same", "below", "above", "missing")}
+    found = {"same": ours(90.2), "below": ours(87.9), "above": ours(95.0)}
     lines = references.table(reference, found, 5).splitlines()[2:]
     cells = [[cell.strip() for cell in line.split("|")] for line in lines]
-    assert [row[6] for row in cells] == ["yes", "**no**", "yes", ""]
-    assert "not run" in lines[3]
+    assert [row[8] for row in cells] == ["yes", "not shown", "not shown", ""]
+    assert "not run" in lines[3] and cells[0][6] == "+0.20 (-0.31 to +0.71)"
 
 
 def test_a_reference_is_of_its_own_number_of_seeds():

@@ -26,7 +26,9 @@ CLASSES = {
     "er": ("models.er", "Er"),
     "der": ("models.der", "Der"),
     "der_pp": ("models.derpp", "Derpp"),
+    "agem": ("models.agem", "AGem"),
     "incremental": ("models.sgd", "Sgd"),
+    "joint": ("models.sgd", "Sgd"),  # on the rows of all tasks at once
     "ewc": ("models.ewc_on", "EwcOn"),
 }
 OPTIONS = {"strength": "e_lambda"}  # what Mammoth calls by another name
@@ -106,19 +108,23 @@ def run(protocol: Protocol, strategy: type, seed: int, data: dict[str, Any]) -> 
     net = network(protocol["model"], data["x_train"][0].numel(), int(data["y_train"].max()) + 1)
     model = strategy(net, torch.nn.functional.cross_entropy, args, None)
     tasks = [task(data, classes, protocol["permuted"]) for classes in protocol["tasks"]]
+    phases = [train for train, _ in tasks]
+    if protocol["strategy"] == "joint":
+        phases = [tuple(torch.cat(x) for x in zip(*phases, strict=True))]
 
     def batches(images: Any, labels: Any) -> list[tuple[Any, Any]]:
         """Training rows in a new order."""
         order = torch.randperm(len(labels)).split(protocol["batch_size"])
         return [(images[rows], labels[rows]) for rows in order]
 
-    for number, (train, _) in enumerate(tasks, start=1):
+    for number, train in enumerate(phases, start=1):
         net.train()
         for epoch in range(protocol["epochs"]):
             for images, labels in batches(*train):
                 model.observe(images, labels, images, epoch=epoch)
-        if hasattr(model, "end_task") and number < len(tasks):  # after the last one nothing would come of it
-            model.end_task(types.SimpleNamespace(train_loader=batches(*train)))
+        if hasattr(model, "end_task") and number < len(phases):  # after the last one nothing would come of it
+            rows = [(images, labels, images) for images, labels in batches(*train)]
+            model.end_task(types.SimpleNamespace(train_loader=rows, N_TASKS=len(tasks)))
     net.eval()
     with torch.no_grad():
         right = [torch.cat([net(x).argmax(1) for x in images.split(1000)]) == labels for _, (images, labels) in tasks]
