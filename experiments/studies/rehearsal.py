@@ -54,7 +54,7 @@ def rows_of(config: ConfigDict) -> Mapping[str, Fields]:
     balanced: dict[str, Any] = {"strategy": "er", "loss.prior": "balanced"}
     return {
         "from_scratch": {"strategy": "from_scratch"},
-        "from_scratch equal steps": {"strategy": "from_scratch", **fewer_epochs(config, equal_steps(config))},
+        **from_scratch_at_equal_steps(config),
         "from_scratch 2.5x epochs": {"strategy": "from_scratch", **more_epochs(config, 2.5)},
         "joint": {"strategy": "joint"},
         "incremental": {"strategy": "incremental"},
@@ -91,8 +91,11 @@ def equal_steps(config: ConfigDict) -> float:
     return config.epochs * 2 / (tasks + 1)
 
 
-def fewer_epochs(config: ConfigDict, epochs: float) -> dict[str, Any]:
-    return scaled(config, max(1, round(epochs)))
+def from_scratch_at_equal_steps(config: ConfigDict) -> Mapping[str, Fields]:
+    """As near as whole epochs come; no row where a task has too few epochs for fewer."""
+    epochs = max(1, round(equal_steps(config)))
+    fields = {"strategy": "from_scratch", **scaled(config, epochs)}
+    return {"from_scratch equal steps": fields} if epochs < config.epochs else {}
 
 
 def more_epochs(config: ConfigDict, times: float) -> dict[str, Any]:
