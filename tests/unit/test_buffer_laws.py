@@ -176,8 +176,7 @@ def test_rows_are_dealt_as_planned(counts):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mix", "balance"])
 def test_both_branches_deliver(kind):
-    """8 rows a device on 8 devices: equal shards fit the compact route, by balance nearly always; rows from one shard alone
-    need the full one."""
+    """8 rows a device on 8 devices: equal shards fit the compact route (balance: most), rows of one shard need the full one."""
     devices, representatives = 8, 64
     compact, full = EXCHANGES[kind](8, 8, "data")
     buffer, insert, sample, place = setup(devices, "reservoir", 800, representatives, exchange=kind)
