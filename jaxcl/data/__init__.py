@@ -1,6 +1,6 @@
 """Data: sources of labelled images, their split into tasks, batches of rows, and augmentation on the device."""
 
-from jaxcl.data.augment import AUGMENTATIONS, make_augment, make_normalize
+from jaxcl.data.augment import AUGMENTATIONS, make_augment, make_normalize, scaled_shape
 from jaxcl.data.given import given_name, given_sources
 from jaxcl.data.loader import Loader, blank_batches, eval_batches, train_batches
 from jaxcl.data.scenarios import SCENARIOS, Scenario, Split, Task, class_incremental, make_scenario
@@ -29,5 +29,6 @@ __all__ = [
     "make_normalize",
     "make_scenario",
     "open_source",
+    "scaled_shape",
     "train_batches",
 ]

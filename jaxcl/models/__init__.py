@@ -24,11 +24,25 @@ import numpy as np
 from jaxcl.check import check, one_of
 from jaxcl.models._norm import MaskedBatchNorm
 from jaxcl.models._options import SIZE, bind
+from jaxcl.models._parts import parts_named, scale_of_parts, with_still
+from jaxcl.models._split import Split, split
 from jaxcl.models._towers import Towers, make_towers
 from jaxcl.registry import Registry
 from jaxcl.types import PyTree
 
-__all__ = ["MODELS", "MaskedBatchNorm", "Model", "Towers", "make_model", "make_towers"]
+__all__ = [
+    "MODELS",
+    "MaskedBatchNorm",
+    "Model",
+    "Split",
+    "Towers",
+    "make_model",
+    "make_towers",
+    "parts_named",
+    "scale_of_parts",
+    "split",
+    "with_still",
+]
 
 MODELS: Registry[Callable[..., Any]] = Registry("model.name", __name__)
 

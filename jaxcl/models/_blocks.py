@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxcl.models._depthwise import depthwise
+
 he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -25,6 +27,7 @@ class ConvNorm(nn.Module):
     Attributes:
       channels: of the output; with `depthwise` those of the input, each convolved alone.
       kernel, stride: of the square window.
+      same: pads as TensorFlow does, which where it strides is not symmetric; a depthwise one is then computed by `depthwise`.
       norm: makes the norm layer, as `partial(MaskedBatchNorm, ...)`.
       dtype: of the computation.
     """
@@ -34,6 +37,7 @@ class ConvNorm(nn.Module):
     norm: Callable[..., nn.Module]
     stride: int = 1
     depthwise: bool = False
+    same: bool = False
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     dtype: jnp.dtype = jnp.float32
 
@@ -44,11 +48,12 @@ class ConvNorm(nn.Module):
             self.channels,
             (self.kernel, self.kernel),
             self.stride,
-            padding=self.kernel // 2,
+            padding="SAME" if self.same else self.kernel // 2,
             feature_group_count=self.channels if self.depthwise else 1,
             use_bias=False,
             kernel_init=he_fan_out,
             dtype=self.dtype,
+            conv_general_dilated=depthwise if self.depthwise and self.same else None,
         )(x)
         return self.activation(self.norm()(x, train=train, mask=mask))
 

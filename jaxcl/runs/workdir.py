@@ -28,7 +28,9 @@ from jaxcl.runs.writers.tensorboard import EVENTS
 from jaxcl.sealed import Damaged, read_json, read_sealed
 
 # Fields that a run may change when it continues, because its result does not depend on them.
-FREE = ("config.checkpoint", "config.data.threads", "config.data.workers", "config.writers")
+FREE = ("config.checkpoint", "config.data.threads", "config.data.workers", "config.latent.cache", "config.writers")
+# Fields that are filled in as a run begins: where this config leaves one open it is not compared.
+FILLED_IN = ("config.model.init_digest",)
 MARK, CONFIG, RESULT, CHECKPOINTS = ".jaxcl", "config.json", "result.json", "checkpoints"
 WEIGHTS = "weights.safetensors"
 _REMEDY = "bring them back to continue, train from the start with --overwrite, or give another folder"
@@ -290,7 +292,7 @@ def _used(config: dict[str, Any], own: set[str]) -> dict[str, Any]:
 
 def _difference(theirs: Any, mine: Any, path: str = "config") -> str | None:
     """The first field in which two resolved configs differ, in words; None if they are equal."""
-    if path in FREE:
+    if path in FREE or (path in FILLED_IN and mine is None):
         return None
     if isinstance(theirs, dict) and isinstance(mine, dict):
         for name in sorted({*theirs, *mine}):

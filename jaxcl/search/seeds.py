@@ -22,7 +22,7 @@ from jaxcl.check import SEED, check
 from jaxcl.errors import UserError
 from jaxcl.runs import workdir as workdir_lib
 from jaxcl.runs.progress import Runs, Shown
-from jaxcl.training import loop
+from jaxcl.training import init_from, loop
 from jaxcl.training.build import build, strategy_of
 from jaxcl.training.config import check_config
 
@@ -95,6 +95,7 @@ def train_seeds(
     Returns:
       What each result.json holds, in the order of `folders`.
     """
+    config = init_from.bound(config)
     if together:
         check_together(config)
     for seed in folders:

@@ -251,6 +251,8 @@ class Strategy(NamedTuple):
         alone (`config.finetune`).
       frozen: `(params, context) -> pytree` like params of bools that broadcast to them: weights that a step leaves as they
         are. None: all are trained.
+      learns: in which tasks the steps train: "all", the "first" alone, or "none"; in the others they change nothing, and what
+        the strategy does is done at the task's end.
       rehearse: passes over the buffer which, at the end of a task, train newly initialised weights on it alone; the task
         itself then only fills the buffer. 0 for all that learn as they go.
       check: `(config)`, raises a UserError where the strategy's options do not go with the config of the run. None: all do.
@@ -277,6 +279,7 @@ class Strategy(NamedTuple):
     scores: Callable[[Outputs, PyTree], jax.Array] = lambda outputs, state: outputs["logits"]
     alike: bool = False
     frozen: Callable[[PyTree, Context], PyTree] | None = None
+    learns: str = "all"
     rehearse: int = 0
     check: Callable[[ConfigDict], None] | None = None
 

@@ -17,8 +17,7 @@ from jaxcl.buffer import Buffer, make_buffer
 from jaxcl.buffer.host import Store
 from jaxcl.check import refused
 from jaxcl.errors import UserError
-from jaxcl.mesh import AXIS
-from jaxcl.models import Model, make_model
+from jaxcl.models import parts_named
 from jaxcl.optimizer import make_optimizer, make_schedule, numbers_of
 from jaxcl.registry import short
 from jaxcl.strategies import STRATEGIES, Strategy, make_strategy, number_options
@@ -30,6 +29,7 @@ from jaxcl.training.exemplars import Selection, make_store_exemplars
 from jaxcl.training.given import Numbers
 from jaxcl.training.learn import Bound
 from jaxcl.training.many import ManySteps, choose_many_steps
+from jaxcl.training.network import Network, make_network
 from jaxcl.training.sizes import check_sizes, check_steps, check_tasks
 from jaxcl.training.state import TrainState, initial_state, make_weights
 from jaxcl.training.step import TrainStep, make_train_step
@@ -58,9 +58,11 @@ class Parts:
     Attributes:
       mesh: the devices.
       strategy: with the selection that the config asks for.
-      train, test, scenario: the rows, and the tasks that number them.
+      image_shape: (H, W, C) of the data's images.
+      train, test, scenario: the rows, images or activations, and the tasks that number them.
       buffer: None for a strategy without one.
       prior: `loss.prior` as it applies.
+      network: see `make_network`.
       new_state: `(weights) -> state` before the first step, see `initial_state`.
       new_weights, train_step, evaluate: made by the functions called `make_` and that name.
       many_steps: calls of many steps over a task's own rows; None where a call takes one.
@@ -72,11 +74,13 @@ class Parts:
 
     mesh: jax.sharding.Mesh
     strategy: Strategy
+    image_shape: tuple[int, int, int]
     train: data.Source
     test: data.Source
     scenario: data.Scenario
     buffer: Buffer | None
     prior: str
+    network: Network
     new_weights: Callable[[jax.Array], tuple[PyTree, PyTree, PyTree]]
     new_state: Callable[[tuple[PyTree, PyTree, PyTree]], TrainState]
     train_step: TrainStep
@@ -114,15 +118,14 @@ def build(
     rows = [len(task.train) for task in scenario.tasks]
     for field, epochs in (("epochs", config.epochs), ("finetune.epochs", config.finetune.epochs)):
         check_steps(field, epochs, rows, config.batch_size)
-    augment = data.make_augment(d.augment, train.image_shape, mean=d.mean, std=d.std)
-    normalize = data.make_normalize(train.image_shape, mean=d.mean, std=d.std)
-    m, classes = config.model, scenario.class_table
-    options = m.options.to_dict()
-    model = make_model(m.name, train.num_classes, options=options, dtype=m.dtype, axis_name=AXIS, classes=classes)
-    _check_objective(config, strategy, model, train)
+    image_shape = train.image_shape
+    network = make_network(config, mesh, train, test, scenario.class_table)
+    train, test = network.train, network.test
+    _check_objective(config, strategy, network, train)
     optimizer = make_optimizer(config.optimizer)
-    new_weights = make_weights(mesh, model, optimizer, train.image_shape)
-    row = _stored_row(model, strategy, train) if strategy.draws else None
+    loaded = None if network.loaded is None else network.loaded.tensors
+    new_weights = make_weights(mesh, network.model, optimizer, network.image_shape, loaded)
+    row = _stored_row(network, strategy, train) if strategy.draws else None
     capacity = capacity_of(config.buffer, scenario)
     averaged = config.optimizer.average > 0
     sizes: Any = {"record": row, "capacity": capacity, "draws": strategy.draws, "seeds": len(seeds or [0])}
@@ -137,14 +140,16 @@ def build(
     epochs = strategy.rehearse or config.epochs
     bound = Bound(
         mesh,
-        model,
+        network.model,
         strategy,
         buffer,
         optimizer,
         make_schedule(config.optimizer, epochs),
-        augment,
-        normalize,
-        classes,
+        network.augment,
+        network.normalize,
+        scenario.class_table,
+        frozen=network.frozen,
+        scales=network.scales,
         loss_classes=d.loss_classes,
         prior=prior,
         replay_weight=config.loss.replay_weight,
@@ -160,15 +165,17 @@ def build(
     counted = None if prior == "none" else train.num_classes
     stepping = dataclasses.replace(bound, buffer=buffer if strategy.draws else None)
     seed = config.seed if seeds is None else tuple(seeds)
-    training = dataclasses.replace(stepping, learn=not strategy.rehearse)
+    training = dataclasses.replace(stepping, learn=not strategy.rehearse and strategy.learns != "none")
     return Parts(
         mesh=mesh,
         strategy=strategy,
+        image_shape=image_shape,
         train=train,
         test=test,
         scenario=scenario,
         buffer=buffer,
         prior=prior,
+        network=network,
         new_weights=new_weights,
         new_state=functools.partial(
             initial_state,
@@ -310,40 +317,37 @@ def _make_review(config: ConfigDict, bound: Bound, seed: int | Sequence[int], ne
     if not tune.epochs:
         return None
     parts = jax.eval_shape(new_weights, jax.random.key(0))[0]
-    for name in tune.frozen:
-        if name not in parts:
-            raise UserError(f"finetune.frozen: {name!r} is no part of the model; choose from {', '.join(parts)}")
-    own: Any = {"strategy": bound.strategy._replace(draws=0), "buffer": None, "frozen": tuple(tune.frozen)}
+    frozen = dict.fromkeys((*bound.frozen, *parts_named("finetune.frozen", tune.frozen, parts)))
+    own: Any = {"strategy": bound.strategy._replace(draws=0), "buffer": None, "frozen": tuple(frozen)}
     constant = optax.constant_schedule(tune.learning_rate or config.optimizer.learning_rate)
     return Review(make_train_step(dataclasses.replace(bound, **own, schedule=constant, tuning=True), seed), False)
 
 
-def _stored_row(model: Model, strategy: Strategy, source: data.Source) -> PyTree:
+def _stored_row(network: Network, strategy: Strategy, source: data.Source) -> PyTree:
     """Shapes and dtypes of what the strategy stores of one row."""
 
     def stored(image: jax.Array, target: dict[str, jax.Array]) -> PyTree:
-        return strategy.stored(image, _outputs(model, image) if strategy.stores_outputs else {}, target)
+        return strategy.stored(image, _outputs(network, image) if strategy.stores_outputs else {}, target)
 
     target = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in source.targets.items()}
     rows = jax.eval_shape(stored, jax.ShapeDtypeStruct((1, *source.image_shape), np.uint8), target)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), rows)
 
 
-def _outputs(model: Model, image: jax.Array) -> dict[str, jax.Array]:
+def _outputs(network: Network, image: jax.Array) -> dict[str, jax.Array]:
     """What a new model makes of images, for the shapes."""
-    _, h, w, channels = image.shape
-    variables = model.init(jax.random.key(0), (h, w, channels))
-    return model.apply(**variables, images=image.astype(np.float32), train=False)[0]
+    variables = network.model.init(jax.random.key(0), network.image_shape)
+    return network.model.apply(**variables, images=network.normalize(image), train=False)[0]
 
 
-def _check_objective(config: ConfigDict, strategy: Strategy, model: Model, source: data.Source) -> None:
+def _check_objective(config: ConfigDict, strategy: Strategy, network: Network, source: data.Source) -> None:
     """Whether data, model and strategy are all for classification or all for reconstruction, and there is what they read.
 
     Raises:
       UserError: they are not.
     """
-    image = jax.ShapeDtypeStruct((1, *source.image_shape), np.uint8)
-    made = {name: x.shape[1:] for name, x in jax.eval_shape(functools.partial(_outputs, model), image).items()}
+    image, model = jax.ShapeDtypeStruct((1, *source.image_shape), np.uint8), network.model
+    made = {name: x.shape[1:] for name, x in jax.eval_shape(functools.partial(_outputs, network), image).items()}
     wanted = {name: x.shape[1:] for name, x in source.targets.items()}
     if not wanted and "logits" not in made:
         raise UserError(f"model.name: {model.name} reconstructs {', '.join(made)}, which {config.data.source} has not")
@@ -363,7 +367,7 @@ def _check_objective(config: ConfigDict, strategy: Strategy, model: Model, sourc
     if asked and (wanted or "features" not in made):
         raise refused("eval.metrics", asked[0], f"one that needs no features: there are {', '.join(made)}")
     if strategy.head:
-        params = jax.eval_shape(lambda key: model.init(key, source.image_shape)["params"], jax.random.key(0))
+        params = jax.eval_shape(lambda key: model.init(key, network.image_shape)["params"], jax.random.key(0))
         kernel = params["head"].get("kernel") if isinstance(params.get("head"), Mapping) else None
         if kernel is None or kernel.shape != (*made.get("features", ()), source.num_classes):
             raise UserError(

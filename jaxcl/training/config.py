@@ -1,11 +1,10 @@
 """The configuration of a run: every field, and the checks that need no data and no device."""
 
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxcl.buffer import DRAWS, EXCHANGES, HANDOVERS, MEMORIES, POLICIES, REPEATS, TIERS
-from jaxcl.buffer.selection import FEATURES, KEYS, QUOTAS, SELECTIONS
 from jaxcl.check import (
     FRACTION,
     NAME,
@@ -16,6 +15,7 @@ from jaxcl.check import (
     SHARE,
     Rule,
     between,
+    check,
     each,
     found_in,
     is_number,
@@ -31,13 +31,14 @@ from jaxcl.models import MODELS
 from jaxcl.registry import short
 from jaxcl.runs.writers import WRITERS
 from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
+from jaxcl.training.latents import check_latent
+from jaxcl.training.memory_fields import BUFFER, FINETUNE, LATENT
 from jaxcl.training.prior import PRIORS
-
-REPLAYS = ("draw", "append", "append_part")  # see jaxcl/training/batches.py
-ORDERS = ("shuffled", "sequential")
 
 THREADS = between(1, 256)
 WORKERS = between(0, 256)
+SIDE = between(1, 4096)
+DIGEST = Rule(lambda x: isinstance(x, str) and re.fullmatch("[0-9a-f]{16}", x) is not None, "16 digits 0-9a-f")
 NUMBERS = Rule(each(Rule(is_number, "")).ok, "a list of numbers")
 
 
@@ -117,6 +118,9 @@ DATA = {
     "augment": Field(
         (), "of new and replayed images: on device, afresh at every replay", each(found_in(AUGMENTATIONS))
     ),
+    "resize": Field(
+        None, "the side to which the device scales every image, augmented, before the model reads it", SIDE, int
+    ),
     **IMAGES,
 }
 LOSS = {
@@ -124,43 +128,6 @@ LOSS = {
         "none", "balanced: the loss corrects how often classes come, see jaxcl/training/prior.py", one_of(PRIORS)
     ),
     "replay_weight": Field(1.0, "of a replayed row in the mean over all rows, where a new one weighs 1", POSITIVE),
-}
-SELECTION = {
-    "by": Field(
-        None, "how a task's rows are chosen at its end; None: rows enter as they arrive", one_of(SELECTIONS), str
-    ),
-    "features": Field("clean", "of what images features are taken", one_of(FEATURES)),
-    "random_keys": Field("shared", "whether an independent memory's choices are all the same", one_of(KEYS)),
-    "quota": Field("adaptive", "adaptive: capacity / classes seen; fixed: capacity / all classes", one_of(QUOTAS)),
-    "ways": Field(1, "independent choices that share a sharded memory", POSITIVE),
-}
-BUFFER: Fields = {
-    "capacity": Field(200, "rows in the union of all devices' shards", POSITIVE),
-    "share": Field(None, "of all tasks' training rows: gives the capacity instead", SHARE, float),
-    "policy": Field(
-        "class_random", "which slot a row takes as it arrives; selected rows have herding", found_in(POLICIES)
-    ),
-    "representatives": Field(64, "rows drawn a step", POSITIVE),
-    "candidates": Field(16, "of a batch: expected rows stored once a class is full (class_random)", POSITIVE),
-    "memory": Field(
-        "sharded", "one memory divided among the devices, a copy each, or one of its own each", one_of(MEMORIES)
-    ),
-    "exchange": Field("mix", "which drawn rows move between devices", found_in(EXCHANGES)),
-    "sampling": Field("uniform", "how rows are drawn", one_of(DRAWS)),
-    "replay": Field("draw", "how the memory takes part in a task: see jaxcl/training/batches.py", one_of(REPLAYS)),
-    "repeats": Field("all", "what happens to a row that comes by again", one_of(REPEATS)),
-    "tier": Field("device", "where records lie", one_of(TIERS)),
-    "path": Field(None, "of the host tier: a folder for memory-mapped files", PATH, str),
-    "handover": Field("outputs", "of the host tier: how rows leave the step", one_of(HANDOVERS)),
-    "queue": Field(4, "of the host tier: steps that may wait to be stored", POSITIVE),
-    "selection": SELECTION,
-}
-FINETUNE = {
-    "epochs": Field(0, "passes over the memory alone at a task's end; 0: none", NOT_NEGATIVE),
-    "learning_rate": Field(None, "constant; None: that of the optimizer", POSITIVE, float),
-    "frozen": Field((), "parts of the model that it leaves alone, as its parameters are named", each(NAME)),
-    "order": Field("shuffled", "sequential: class by class, all ranks at the same place", one_of(ORDERS)),
-    "ranks": Field(None, "of sequential; None: the devices", POSITIVE, int),
 }
 
 
@@ -191,14 +158,32 @@ def fields(outside: Fields | None = None) -> Fields:
             "name": Field("mlp", "the network", found_in(MODELS)),
             "dtype": Field("float32", "of the computation", one_of(("float32", "bfloat16"))),
             "options": Field({}, "of the network: see its file in jaxcl/models"),
+            "init_from": Field(
+                None,
+                "weights to begin with: a file (safetensors, npz, .pth), a run's folder, or package:NAME; see "
+                "docs/pretrained.md",
+                PATH,
+                str,
+            ),
+            "init_digest": Field(
+                None, "of these weights; filled in as the run begins; given: other ones are refused", DIGEST, str
+            ),
         },
+        "freeze": Field(
+            (),
+            "parts of the model, as its parameters are named, that stay as they are in all training; backbone: all but the "
+            "head; block_*: all of such names",
+            each(NAME),
+        ),
         "loss": LOSS,
         "optimizer": {
             **OPTIMIZER,
+            "scales": Field({}, "of the learning rate, by part of the model, named as in freeze: {'backbone': 0.01}"),
             "later_tasks": Field(1.0, "the share of it in every task but the first", SHARE),
             "average": AVERAGE,
         },
         "buffer": BUFFER,
+        "latent": LATENT,
         "finetune": FINETUNE,
         "eval": {
             "batch_size": Field(256, "rows of an evaluation's step", POSITIVE),
@@ -235,6 +220,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
         _check_replay(config, strategy, devices)
     _check_loss(config, strategy)
     _check_evaluation(config, strategy)
+    check_latent(config)
     check_evenly(config, sizes, devices)
     if strategy.check is not None:
         strategy.check(config)
@@ -283,6 +269,8 @@ def check_optimizer(config: ConfigDict) -> None:
         raise refused("optimizer.decay_epochs", o.decay_epochs, "the epochs of the decay that schedule = steps needs")
     if o.warmup_epochs >= config.epochs:
         raise refused("optimizer.warmup_epochs", o.warmup_epochs, f"less than epochs = {config.epochs}")
+    for part, scale in o.get("scales", {}).items():
+        check(f"optimizer.scales.{part}", scale, NOT_NEGATIVE)
 
 
 def check_evenly(config: ConfigDict, sizes: list[str], devices: int) -> None:

@@ -46,6 +46,7 @@ class Bound:
         the "task" in which a row's class appears (one head a task).
       learn: False leaves the weights alone: a step then only fills the buffer and draws from it.
       frozen: names of the model's parts, as its parameters are named, whose weights and statistics stay as they are.
+      scales: by which the learning rate of a part is multiplied; those that are not named have 1.
       tuning: see `Context.tuning`.
       prior: one of `prior.PRIORS`.
       replay_weight: of a replayed row in a mean over all rows, where a new one weighs 1.
@@ -66,6 +67,7 @@ class Bound:
     loss_classes: str = "all"
     learn: bool = True
     frozen: Sequence[str] = ()
+    scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
     tuning: bool = False
     prior: str = "none"
     replay_weight: float = 1.0
@@ -106,6 +108,32 @@ def learn(
     after = dataclasses.replace(state, step=state.step + 1, task_step=state.task_step + 1)
     if not bound.learn:
         return after, {}, metrics
+    train = functools.partial(trained, bound, key, state, batch, drawn, after)
+    if bound.strategy.learns == "first":
+        after, found = in_first_task(state.task, after, lambda: train(learning_rate)[::2])
+        return after, {}, metrics | found
+    after, outputs, found = train(learning_rate)
+    return after, outputs, metrics | found
+
+
+def in_first_task(
+    task: jax.Array, after: TrainState, train: Callable[[], tuple[TrainState, Metrics]]
+) -> tuple[TrainState, Metrics]:
+    """What `train` gives in the first task; later the state as it is, and metrics of 0."""
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(train)[1])
+    return lax.cond(task == 0, train, lambda: (after, nothing))
+
+
+def trained(
+    bound: Bound,
+    key: jax.Array,
+    state: TrainState,
+    batch: Batch,
+    drawn: jax.Array | None,
+    after: TrainState,
+    learning_rate: jax.Array,
+) -> tuple[TrainState, Outputs, Metrics]:
+    """What `learn` does where something is learnt: `after`, the state but for what the gradients change, with that too."""
     own_key = jax.random.fold_in(key, np.uint32(2**32 - 1))  # no row has this number
     context = bound.context(state.strategy_state, state.task, learning_rate, own_key)
 
@@ -123,7 +151,7 @@ def learn(
     if state.average is not None:
         average = averaged(state.average, bound.average, state.task_step, params, batch_stats)
         after = dataclasses.replace(after, average=average)
-    return after, found.parts[0].outputs, metrics | {"loss": found.loss, **scores(found.parts)}
+    return after, found.parts[0].outputs, {"loss": found.loss, **scores(found.parts)}
 
 
 def parts_of(bound: Bound, batch: Batch, draws: Staged, context: Context) -> list[Part]:
@@ -178,7 +206,8 @@ def descend(bound: Bound, context: Context, params: PyTree, batch_stats: PyTree,
     parts = prior.with_priors(parts, pooled=bound.strategy.weights is None)
     borders = np.cumsum([len(part.label) for part in parts])[:-1]
 
-    def objective(params: PyTree) -> tuple[jax.Array, tuple]:
+    def objective(trained: PyTree) -> tuple[jax.Array, tuple]:
+        params = still | trained
         outputs, new_stats = bound.model.apply(params, batch_stats, images, train=True, mask=valid)
         pieces = {name: jnp.split(x, borders) for name, x in outputs.items()}
         done = tuple(
@@ -188,11 +217,15 @@ def descend(bound: Bound, context: Context, params: PyTree, batch_stats: PyTree,
         share = bound.strategy.loss(params, done, context)
         return share.value, (share.weight, new_stats, done)
 
-    (value, (weight, new_stats, done)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+    # What is frozen has no gradient: nothing is computed for it, and nothing of it travels.
+    still = {name: x for name, x in params.items() if name in bound.frozen}
+    trained = {name: x for name, x in params.items() if name not in bound.frozen}
+    (value, (weight, new_stats, done)), grads = jax.value_and_grad(objective, has_aux=True)(trained)
     grads, loss, weight = lax.psum((grads, value, weight), AXIS)
     if weight is not None:  # the exact mean, however the valid rows are spread over the devices
         total = jnp.maximum(weight, 1.0)
         grads, loss = jax.tree.map(lambda x: x / total, (grads, loss))
+    grads |= jax.tree.map(jnp.zeros_like, still)
     return Descent(grads, loss, lax.pmean(new_stats, AXIS), done)
 
 
@@ -202,6 +235,11 @@ def optimise(bound: Bound, state: TrainState, grads: PyTree, context: Context) -
     if still is not None:
         grads = jax.tree.map(lambda f, g: jnp.where(f, 0.0, g), still, grads)
     direction, opt_state = bound.optimizer.update(grads, state.opt_state, state.params)
+    if bound.scales:
+        scaled = {
+            part: jax.tree.map(functools.partial(jnp.multiply, x), direction[part]) for part, x in bound.scales.items()
+        }
+        direction |= scaled
     params = jax.tree.map(lambda p, d: p - context.learning_rate * d, state.params, direction)
     if still is not None:  # momentum and decay would move them
         params = jax.tree.map(jnp.where, still, state.params, params)

@@ -16,6 +16,7 @@ from jaxcl.runs.frame import in_sessions
 from jaxcl.runs.lanes import Lanes, Together
 from jaxcl.runs.progress import Shown, shown, title
 from jaxcl.runs.session import Session
+from jaxcl.training import init_from
 from jaxcl.training import weights as weights_lib
 from jaxcl.training.build import Parts, build
 from jaxcl.training.result import MEASURES, summarize
@@ -66,6 +67,7 @@ def train_and_evaluate(
     given = None
     if train is not None or test is not None:
         config, given = with_given(config, train, test)
+    config = init_from.bound(config)
     parts = build(config, devices, given=given)
     options: Any = {"begin": begin, "progress": progress, "overwrite": overwrite}
     options |= {"start_seconds": start_seconds, "stall_seconds": stall_seconds}
@@ -113,6 +115,9 @@ def run_tasks(lanes: Lanes[TrainState], parts: Parts, name: str, progress: bool)
     at, tasks = lanes.at, parts.scenario.tasks
     own = [own_batches(lanes, parts, task.index) for task in tasks]
     assert own[0], "the first task has no rows"
+    if parts.network.activations:
+        with lanes.phases("features"):
+            parts.network.prepare()
     state, scores = start(lanes, parts), []  # type: TrainState, list[Scores]
     if parts.host is not None:
         lanes.sessions[0].serve(parts.host, int(state.step), state.staged)

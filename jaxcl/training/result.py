@@ -60,6 +60,7 @@ def summarize(
         "images": at.counts["images"],
         "buffer": _buffer_report(parts.buffer, state),
         "prior": parts.prior,
+        **parts.network.report(),
         "replay": None if parts.buffer is None else _replay_report(config, at),
         **conditions(config, parts.mesh),
     }

@@ -1,7 +1,8 @@
 """Everything a run carries from step to step, as one pytree."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -94,15 +95,27 @@ def specs(seeds: bool = False) -> TrainState:
 
 
 def make_weights(
-    mesh: Mesh, model: Model, optimizer: optax.GradientTransformation, image_shape: tuple[int, int, int]
+    mesh: Mesh,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+    loaded: Mapping[str, np.ndarray] | None = None,
 ) -> Callable[[jax.Array], tuple[PyTree, PyTree, PyTree]]:
-    """`new_weights(key) -> (params, batch_stats, opt_state)`: newly initialised, the same on every device."""
+    """`new_weights(key) -> (params, batch_stats, opt_state)`: newly initialised but for those that were loaded, by their path,
+    "params.head.kernel"; the same on every device."""
 
-    def make(key: jax.Array) -> tuple[PyTree, PyTree, PyTree]:
+    def make(loaded: Mapping[str, jax.Array], key: jax.Array) -> tuple[PyTree, PyTree, PyTree]:
         variables = model.init(key, image_shape)
-        return variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
+        weights = {name: variables[name] for name in ("params", "batch_stats")}
+        for path, x in loaded.items():
+            *groups, leaf = path.split(".")
+            group = weights
+            for name in groups:
+                group = group[name]
+            group[leaf] = jnp.copy(x)  # the state is donated, what was loaded stays
+        return weights["params"], weights["batch_stats"], optimizer.init(weights["params"])
 
-    return jax.jit(make, out_shardings=mesh_lib.replicated(mesh))
+    return functools.partial(jax.jit(make, out_shardings=mesh_lib.replicated(mesh)), dict(loaded or {}))
 
 
 def initial_state(

@@ -15,15 +15,16 @@ from ml_collections import ConfigDict
 
 from jaxcl import mesh as mesh_lib
 from jaxcl.check import refused
-from jaxcl.data import make_normalize
+from jaxcl.data import make_normalize, scaled_shape
 from jaxcl.errors import StorageError, UserError
-from jaxcl.mesh import AXIS, ROWS, WHOLE, on_mesh
-from jaxcl.models import Model, make_model
+from jaxcl.mesh import ROWS, WHOLE, on_mesh
+from jaxcl.models import Model
 from jaxcl.runs import checkpoint, files, workdir
 from jaxcl.sealed import Damaged
 from jaxcl.strategies import Strategy
 from jaxcl.training import weights as weights_lib
 from jaxcl.training.build import strategy_of
+from jaxcl.training.network import evaluated_model, model_of
 from jaxcl.training.state import Weights
 from jaxcl.types import PyTree
 
@@ -105,7 +106,8 @@ class Trained:
 
     def _program(self, weights: Weights, images: jax.Array) -> dict[str, jax.Array]:
         """images uint8 `[b, H, W, C]` -> what there is to tell of each."""
-        normalize = make_normalize(self.image_shape, mean=self.config.data.mean, std=self.config.data.std)
+        d = self.config.data
+        normalize = make_normalize(self.image_shape, mean=d.mean, std=d.std, side=d.get("resize"))
         outputs = self.model.apply(weights.params, weights.batch_stats, normalize(images), train=False)[0]
         if "logits" not in outputs:
             return outputs
@@ -160,10 +162,10 @@ def load(folder: str | pathlib.Path, devices: Sequence[jax.Device] | None = None
     table = np.zeros((len(network["tasks"]), len(class_names)), bool)
     for task, classes in enumerate(network["tasks"]):
         table[task, classes] = True
-    m, strategy = config.model, strategy_of(config)
-    options = m.options.to_dict()
-    model = make_model(m.name, len(class_names), options=options, dtype=m.dtype, axis_name=AXIS, classes=table)
-    weights = _filled(folder, _shapes(model, strategy, image_shape), flat)
+    model, strategy = model_of(config, len(class_names), table), strategy_of(config)
+    read_shape = scaled_shape(image_shape, config.data.get("resize"))
+    weights = _filled(folder, _shapes(model, strategy, read_shape), flat)
+    model = evaluated_model(config, model, read_shape)
     mesh = mesh_lib.make_mesh(devices)
     return Trained(config, class_names, image_shape, about["step"], model, strategy, weights, mesh)
 

@@ -8,7 +8,7 @@ on, as in a checkpoint. The metadata has one entry, "jaxcl": a sealed JSON objec
 import json
 import pathlib
 import zlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -21,8 +21,10 @@ from jaxcl.errors import UserError
 from jaxcl.runs import checkpoint, files, workdir
 from jaxcl.runs.code import code_of
 from jaxcl.sealed import Damaged, check_seal, sealed
-from jaxcl.training.build import Parts
 from jaxcl.training.state import Weights
+
+if TYPE_CHECKING:  # it reads files of weights itself
+    from jaxcl.training.build import Parts
 
 Flat = dict[str, np.ndarray]
 GROUPS = tuple(
@@ -32,16 +34,16 @@ GROUPS = tuple(
 AVERAGE = "average."  # those of a checkpoint that evaluation uses in their place, where an average is kept
 
 
-def describe(parts: Parts) -> dict[str, Any]:
+def describe(parts: "Parts") -> dict[str, Any]:
     """What the network was built for, for JSON: in the file of the weights, and in every checkpoint as "network"."""
     return {
-        "image_shape": list(parts.train.image_shape),
+        "image_shape": list(parts.image_shape),
         "class_names": list(parts.train.class_names),
         "tasks": [list(task.classes) for task in parts.scenario.tasks],
     }
 
 
-def write(folder: pathlib.Path, config: ConfigDict, parts: Parts, weights: Weights, step: int) -> None:
+def write(folder: pathlib.Path, config: ConfigDict, parts: "Parts", weights: Weights, step: int) -> None:
     """Writes the file whole or not at all; in a run of several processes, which all hold the weights whole, by the first."""
     if jax.process_index() > 0:
         return

@@ -49,6 +49,10 @@ TOO = {
     "a number from 1 to 65536": (0, -1, 2**17),
     "a number from 2 to 268435456": (1, 0, -1, 2**40),
     "a whole number from 0 to 2^31 - 1": (-1, 2**31, 2**32, 2**62),
+    "a name, or module:name": ("", "a:", "a:b:c", ":"),
+    "a number from 0 to 64": (-1, 65, 2**40),
+    "a number from 1 to 4096": (0, -1, 4097, 2**40),
+    "16 digits 0-9a-f": ("", "abc", "0" * 15, "G" * 16, "A" * 16, "0" * 16 + "\n", LONG),
     "a positive number, or the classes of each task, such as ((0, 1), (2, 3))": (
         0,
         -3,

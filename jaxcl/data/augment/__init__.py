@@ -32,12 +32,13 @@ def make_augment(
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    side: int | None = None,
 ) -> Augment:
     """Returns `augment(key, rows: int32 [n], images: uint8 [n, H, W, C]) -> float32 [n, H, W, C]`.
 
     `rows` are positions in the global batch: row i is augmented with `fold_in(key, rows[i])`. The augmentations, each one of
-    `AUGMENTATIONS` or `module.path:name`, apply in the order of `names`; without any, the key is not used. Normalisation, as
-    in `make_normalize`, comes last.
+    `AUGMENTATIONS` or `module.path:name`, apply in the order of `names`; without any, the key is not used. Normalisation and
+    scaling, as in `make_normalize`, come last.
 
     Raises:
       UserError: an unknown or repeated name, or as `make_normalize`.
@@ -48,7 +49,7 @@ def make_augment(
         if name in names[:i]:
             raise refused("data.augment", list(names), f"{name} once")
     steps = tuple(AUGMENTATIONS[name] for name in names)
-    return partial(_augment, steps, make_normalize(image_shape, mean=mean, std=std))
+    return partial(_augment, steps, make_normalize(image_shape, mean=mean, std=std, side=side))
 
 
 def _augment(
@@ -67,29 +68,41 @@ def _augment_row(steps: tuple[One, ...], key: jax.Array, row: jax.Array, image: 
 
 
 def make_normalize(
-    image_shape: Sequence[int], *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    image_shape: Sequence[int],
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    side: int | None = None,
 ) -> Normalize:
     """Returns `normalize(images: uint8 [n, H, W, C]) -> float32 [n, H, W, C]`, what evaluation uses.
 
-    x/255, then (x - mean) / std where given: C numbers each, in units of x/255.
+    x/255, then (x - mean) / std where given: C numbers each, in units of x/255; then, with `side`, scaled bilinearly to side x
+    side pixels.
 
     Raises:
       UserError: wrong shape, wrong number of channels, or a std that is not positive.
     """
     check("image_shape", tuple(image_shape), _SHAPE)
     if mean is None and std is None:
-        return partial(_normalize, None)
+        return partial(_normalize, None, side)
     channels = image_shape[-1]
     center = np.zeros(channels, np.float32) if mean is None else _per_channel("data.mean", mean, channels)
     scale = np.ones(channels, np.float32) if std is None else _per_channel("data.std", std, channels)
     if not (scale > 0).all():
         raise refused("data.std", std, "numbers above 0")
-    return partial(_normalize, (center, scale))
+    return partial(_normalize, (center, scale), side)
 
 
-def _normalize(by: tuple[np.ndarray, np.ndarray] | None, images: jax.Array) -> jax.Array:
+def _normalize(by: tuple[np.ndarray, np.ndarray] | None, side: int | None, images: jax.Array) -> jax.Array:
     x = images.astype(jnp.float32) / 255
-    return x if by is None else (x - by[0]) / by[1]
+    x = x if by is None else (x - by[0]) / by[1]
+    return x if side is None else jax.image.resize(x, (len(x), side, side, x.shape[-1]), "bilinear")
+
+
+def scaled_shape(image_shape: Sequence[int], side: int | None) -> tuple[int, int, int]:
+    """(H, W, C) of images as the model reads them."""
+    h, w, channels = image_shape
+    return (h, w, channels) if side is None else (side, side, channels)
 
 
 def _per_channel(field: str, values: Sequence[float], channels: int) -> np.ndarray:
