@@ -129,7 +129,8 @@ def build(
     capacity = capacity_of(config.buffer, scenario)
     averaged = config.optimizer.average > 0
     sizes: Any = {"record": row, "capacity": capacity, "draws": strategy.draws, "seeds": len(seeds or [0])}
-    sizes |= {"averaged": averaged}
+    own = jax.eval_shape(lambda key: strategy.init(*new_weights(key)[:2]), jax.random.key(0))
+    sizes |= {"averaged": averaged, "own": own}
     check_sizes(config, mesh, new_weights, train.image_shape, **sizes)
     buffer = _make_buffer(config, mesh, strategy, row, capacity, train) if strategy.draws else None
     prior = prior_of(config, strategy)

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import pathlib
 import threading
 from collections.abc import Callable
@@ -178,9 +179,9 @@ class Below:
         rows, error = self.computed(source)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.with_suffix(f".{id(self)}.tmp").open("wb") as file:
+            with path.with_suffix(f".{os.getpid()}.tmp").open("wb") as file:
                 np.savez(file, rows=rows, error=error)
-            path.with_suffix(f".{id(self)}.tmp").replace(path)
+            path.with_suffix(f".{os.getpid()}.tmp").replace(path)
         except OSError as problem:
             raise StorageError(f"latent.cache: {path} cannot be written: {problem.strerror}") from problem
         return rows, error

@@ -12,6 +12,7 @@ from jaxcl.runs.frame import conditions
 from jaxcl.runs.session import Progress
 from jaxcl.training.batches import draws_per_epoch
 from jaxcl.training.build import Parts
+from jaxcl.training.sizes import bytes_of
 from jaxcl.training.state import TrainState
 
 MEASURES = ("accuracy", "error")  # of classification, of reconstruction
@@ -59,6 +60,7 @@ def summarize(
         "steps": at.step,
         "images": at.counts["images"],
         "buffer": _buffer_report(parts.buffer, state),
+        "strategy_bytes": bytes_of(state.strategy_state),
         "prior": parts.prior,
         **parts.network.report(),
         "replay": None if parts.buffer is None else _replay_report(config, at),

@@ -59,6 +59,7 @@ def check_sizes(
     draws: int = 0,
     seeds: int = 1,
     averaged: bool = False,
+    own: PyTree = None,
 ) -> None:
     """Whether the devices can hold the weights, the batches and the buffer of a run.
 
@@ -69,6 +70,7 @@ def check_sizes(
       draws: of a step.
       seeds: runs that are trained together.
       averaged: whether an average of the weights is kept beside them.
+      own: shapes and dtypes of the strategy's own state.
 
     Raises:
       UserError: they cannot; names the field that asks for most.
@@ -78,6 +80,7 @@ def check_sizes(
     row, stored = PIXEL * math.prod(image_shape), bytes_of(record)
     each = {
         "model.options": (config.model.options.to_dict(), bytes_of((weights, weights[:2] if averaged else None))),
+        "strategy": (config.strategy, bytes_of(own)),
         "batch_size": (config.batch_size, config.batch_size // devices * row),
         "eval.batch_size": (config.eval.batch_size, config.eval.batch_size // devices * row),
         "buffer.representatives": (buffer.representatives, draws * buffer.representatives // devices * (stored + row)),

@@ -2,16 +2,19 @@
 
 import importlib
 import json
+import pathlib
 import pkgutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import experiments.paper
 import experiments.studies
-from experiments.studies import choice, exchange_accuracy, grid, rehearsal
+from experiments.studies import choice, exchange_accuracy, grid, latent, rehearsal
 from experiments.studies.grid import Grid, Setting
+from jaxcl.data import array_source
 from jaxcl.errors import UserError
 from jaxcl.training.config import check_config
 from tests.whole import REPO, small
@@ -89,6 +92,25 @@ def test_every_row_of_the_rehearsal_study_is_allowed(name):
     for fields in rehearsal.rows_of(config).values():
         check_config(grid.changed(config, fields), 1)
     assert set(choice.CHOICES.default) <= set(rehearsal.rows_of(config))
+
+
+def test_every_row_of_the_latent_study_is_allowed():
+    rng = np.random.default_rng(0)
+    for name, classes in (("cifar10", 10), ("tinyimagenet", 100)):
+        config = importlib.import_module("configs.pretrained").get_config(name)
+        images = rng.integers(0, 256, (500, 32, 32, 3)).astype(np.uint8)
+        source = array_source(images, np.arange(500) % classes, tuple(map(str, range(classes))))
+        rows = latent.rows_of(config, source, pathlib.Path("features"), "block_14")
+        for fields in rows.values():
+            check_config(grid.changed(config, fields), 1)
+        assert rows["er 10 %"]["buffer.capacity"] == 50 and rows["latent 1 %"]["buffer.capacity"] == round(15360 / 772)
+        assert rows["slca"]["strategies.slca.covariance"] == ("full" if classes == 10 else "diagonal")
+
+
+def test_rows_of_the_latent_study_are_set_beside_the_bound():
+    records = [{"row": "joint", "average_accuracy": [0.5, 0.7]}, {"row": "er", "average_accuracy": [0.3, 0.3]}]
+    assert [one["part_of_joint"] for one in latent.with_parts(records)] == pytest.approx([1.0, 0.5])
+    assert latent.with_parts(records[1:]) == records[1:]
 
 
 def test_equal_steps_from_scratch_are_those_of_one_pass_over_the_tasks():

@@ -18,7 +18,7 @@ from tests.rig import DRAWN, RATE, K, Rig, close, make_batch, make_draw
 # Without a memory, or with a way of their own with the bias.
 UNCORRECTED = {
     *("from_scratch", "incremental", "joint", "ewc", "l2", "lwf", "feature_distillation"),
-    *("er_ace", "uer", "bic", "icarl", "dytox"),
+    *("er_ace", "uer", "bic", "icarl", "dytox", "simplecil", "ranpac", "slca"),
 }
 HELD = np.array([17, 9, 6, 0, 5, 3], np.int32)  # rows of each class in a memory
 
