@@ -21,6 +21,7 @@ the time that they took. Activations are computed once for all rows and seeds th
 
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -62,16 +63,16 @@ def rows_of(config: ConfigDict, source: data.Source, cache: pathlib.Path, layer:
     """The settings by their row."""
     model = make_model(config.model.name, source.num_classes, options=config.model.options.to_dict())
     side = config.data.resize or source.image_shape[0]
-    sizes = {None: int(np.prod(source.image_shape))}
+    sizes: dict[str | None, int] = {None: int(np.prod(source.image_shape))}
     for one in (layer, "features"):
         sizes[one] = row_bytes(split(model, one, (side, side, source.image_shape[2])).shape, "int8")
 
-    def replay(layer: str | None, share: float) -> Fields:
+    def replay(layer: str | None, share: float) -> dict[str, Any]:
         capacity = max(1, round(share * image_bytes(source) / sizes[layer]))
         few = {"buffer.capacity": capacity, "buffer.representatives": min(config.buffer.representatives, capacity)}
         return {"strategy": "er", **few} | ({} if layer is None else on(layer))
 
-    def on(layer: str) -> Fields:
+    def on(layer: str) -> dict[str, Any]:
         return {"latent.layer": layer, "latent.dtype": "int8", "latent.cache": str(cache), "eval.metrics": ("nmc",)}
 
     exact = {**on("features"), "latent.dtype": "float32", "eval.metrics": (), "epochs": 1}

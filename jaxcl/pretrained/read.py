@@ -87,7 +87,7 @@ def _safetensors(path: pathlib.Path) -> Flat:
 
 def _npz(path: pathlib.Path) -> Flat:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except Exception as error:  # zipfile and NumPy raise what a damaged byte leads to
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None

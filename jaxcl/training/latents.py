@@ -168,7 +168,7 @@ class Below:
         name = hashlib.sha256((self.digest + data.given_name(source, source)).encode()).hexdigest()[:24]
         path = pathlib.Path(self.cache).expanduser() / f"latents_{name}.npz"
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 rows, error = file["rows"], float(file["error"])
             if rows.shape == (len(source), *self.codec.row_shape) and rows.dtype == np.uint8:
                 return rows, error
@@ -204,11 +204,11 @@ class Below:
 
 def _activations(below: Below, weights: PyTree, numbers: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rows of images on this device, and of each row the sums of squares of error and activation, `[n, 2]`."""
-    codec, views, sums = below.codec, [], jnp.zeros((len(images), 2))
+    (params, batch_stats), codec, views, sums = weights, below.codec, [], jnp.zeros((len(images), 2))
     key = jax.random.key(0)  # the same for every run, so that runs of several seeds share what is computed
     for view in range(1 + codec.views):
         seen = below.augment(jax.random.fold_in(key, view), numbers, images) if view else below.normalize(images)
-        x = below.lower(*weights, seen).astype(jnp.float32)
+        x = below.lower(params, batch_stats, seen).astype(jnp.float32)
         error = jnp.square(codec.rounded(x) - x), jnp.square(x)
         sums += jnp.stack([one.reshape(len(x), -1).sum(1) for one in error], axis=1)
         views.append(latent.encode(x, codec.dtype)[:, None, None])

@@ -190,6 +190,24 @@ def test_damage_and_lies_cost_one_line(tmp_path):
         assert str(error.value).startswith(f"{path} is no file of PyTorch tensors: ") and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["x.npz", "x.safetensors"])
+def test_damaged_files_of_other_kinds_cost_one_line(name, tmp_path):
+    path = tmp_path / name
+    if name.endswith("npz"):
+        np.savez(path, a=np.arange(100))
+    else:
+        save_file({"a": np.arange(100)}, path)
+    whole = path.read_bytes()
+    for content in (whole[:-50], whole[:20], b"", b"x" * 500):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read: ") as error:
+            files.read(path)
+        assert "\n" not in str(error.value)
+    np.savez(tmp_path / "y.npz", a=np.array([{}], dtype=object))
+    with pytest.raises(UserError, match="cannot be read: .*allow_pickle"):
+        files.read(tmp_path / "y.npz")
+
+
 # --- the places of their tensors ----------------------------------------------------------------------------------------
 
 
