@@ -32,6 +32,7 @@ def tiny(strategy: str) -> ConfigDict:
     config.model.options = {"hidden": (16,)}
     config.buffer.capacity, config.buffer.representatives = 64, 16
     config.strategies.gdumb.epochs, config.strategies.mir.replayed = 2, 8
+    config.strategies.ranpac.dim = 64
     config.checkpoint.every_seconds = 0.0
     return config
 

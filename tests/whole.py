@@ -33,6 +33,7 @@ SMALL = {
     "buffer.capacity": 40,
     "buffer.representatives": 8,
     "buffer.candidates": 8,
+    "strategies.ranpac.dim": 64,
     "checkpoint.every_seconds": 0.0,
 }
 

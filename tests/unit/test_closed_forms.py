@@ -175,8 +175,6 @@ def test_slca_learns_among_the_present_classes_and_aligns_from_the_second_task_o
 @pytest.mark.parametrize("adapt", [False, True])
 def test_weights_stay_but_in_the_first_task_of_one_that_adapts(name, adapt, tmp_path):
     config = small(strategy=name, epochs=2, **{f"strategies__{name}__adapt": adapt})
-    if name == "ranpac":
-        config.strategies.ranpac.dim = 64
     found = {}
     for devices in (1, 4):
         folder = tmp_path / str(devices)

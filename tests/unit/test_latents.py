@@ -185,7 +185,7 @@ def test_what_fewer_bytes_cost_is_told(dtype, trained, tmp_path):
     [
         {"strategy": "der_pp"},
         {"strategy": "icarl"},
-        {"strategy": "ranpac", "strategies__ranpac__dim": 50, "latent__layer": "features"},
+        {"strategy": "ranpac", "latent__layer": "features"},
         {"buffer__tier": "host"},
         {"buffer__selection__by": "icarl", "finetune__epochs": 1, "eval__metrics": ("nmc",)},
         {"latent__layer": "features", "latent__dtype": "int8", "steps_per_call": 0},

@@ -204,7 +204,7 @@ def test_damaged_files_of_other_kinds_cost_one_line(name, tmp_path):
             files.read(path)
         assert "\n" not in str(error.value)
     np.savez(tmp_path / "y.npz", a=np.array([{}], dtype=object))
-    with pytest.raises(UserError, match="cannot be read: .*allow_pickle"):
+    with pytest.raises(UserError, match=r"cannot be read: .*allow_pickle"):
         files.read(tmp_path / "y.npz")
 
 
