@@ -58,8 +58,9 @@ class Rig:
         optimizer = optimizer or optax.identity()
         self.new_weights = make_weights(mesh, self.model, optimizer, SHAPE)
         images = make_augment(augment, SHAPE), make_normalize(SHAPE)
+        rows = {"batch_size": BATCH, "task_of_row": np.arange(BATCH, dtype=np.int32) % len(CLASSES)}
         self.bound = Bound(
-            mesh, self.model, strategy, self.buffer, optimizer, lambda epoch: RATE, *images, CLASSES, **options
+            mesh, self.model, strategy, self.buffer, optimizer, lambda epoch: RATE, *images, CLASSES, **rows | options
         )
         self.train_step = make_train_step(self.bound, 0)
         self.step = self.train_step.program

@@ -116,6 +116,10 @@ class Share(NamedTuple):
     value: jax.Array
     weight: jax.Array | None = None
 
+    def plus(self, term: jax.Array) -> "Share":
+        """With a term added to the loss that every device knows whole."""
+        return self._replace(value=self.value + (whole(term) if self.weight is None else term * self.weight))
+
 
 def mean(values: jax.Array, valid: jax.Array) -> jax.Array:
     """This device's share of the mean of `values` `[b]` over the valid rows of all devices; 0 where there are none."""

@@ -119,6 +119,8 @@ def build(
     m, classes = config.model, scenario.class_table
     options = m.options.to_dict()
     model = make_model(m.name, train.num_classes, options=options, dtype=m.dtype, axis_name=AXIS, classes=classes)
+    if model.fits is not None:
+        model.fits(config.batch_size)
     _check_objective(config, strategy, model, train)
     optimizer = make_optimizer(config.optimizer)
     new_weights = make_weights(mesh, model, optimizer, train.image_shape)
@@ -150,6 +152,8 @@ def build(
         replay_weight=config.loss.replay_weight,
         later_tasks=config.optimizer.later_tasks,
         average=config.optimizer.average,
+        batch_size=config.batch_size,
+        task_of_row=scenario.task_of_train_row if model.reads else None,
         numbers=config_numbers(config),
         rebind=functools.partial(with_numbers, config, epochs),
     )
