@@ -9,8 +9,10 @@ which it names those that it uses:
     classes      bool `[T, K]`, the classes of each task
     norm         a `Normalisation`, which the options `norm` and `norm_options` choose, see `_norms`
 
-A field or parameter with a default is an option, see `_options`. The module is called as `module(images, train=..., mask=...)`,
-see `Apply`. The rest of jaxcl sees parameters, batch statistics and outputs, never a module.
+A field or parameter with a default is an option, see `_options`. Every model has one more: `batchformer`, heads of attention
+across the rows of a batch in training, 0 for none, see `_batchformer`. The module is called as
+`module(images, train=..., mask=...)`, see `Apply`. The rest of jaxcl sees parameters, batch statistics and outputs, never a
+module.
 """
 
 import inspect
@@ -23,10 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.check import check, one_of
+from jaxcl.check import check, one_of, refused
+from jaxcl.models import _batchformer
 from jaxcl.models._norms import NORMS, Normalisation, RowFacts, make_norm
 from jaxcl.models._norms.base import PENALTIES, Mask, valid_of
-from jaxcl.models._options import SIZE, bind
+from jaxcl.models._options import SIZE, WHOLE, bind
 from jaxcl.models._towers import Towers, make_towers
 from jaxcl.registry import Registry
 from jaxcl.types import PyTree
@@ -61,6 +64,7 @@ class Apply(Protocol):
           a model that reconstructs images {"amplitude": ..., "phase": ...} of `[B, H, W, 1]` float32; and the new batch_stats:
           as given unless `train`. With the norms "local" and "ghost" they differ between devices; average them to keep them
           replicated. In training a norm may add "penalty", float32 scalar, the same on every device: a term of the loss.
+          With `batchformer`, training adds "batch_logits" `[B, K]`.
         """
 
 
@@ -111,10 +115,17 @@ def make_model(
         where: Any = {"axis_name": axis_name, "dtype": jnp.dtype(dtype), "tasks": len(classes)}
         norm = make_norm(chosen["norm"], chosen["norm_options"], **where)
         given["norm"] = norm
+    heads = options.pop("batchformer", 0)
+    check(_batchformer.OPTION, heads, WHOLE)
     made = bind(name, make, options, given, more=NORM_OPTIONS if norm else ())
     if isinstance(made, Model):
+        if heads:
+            raise refused(_batchformer.OPTION, heads, f"0 to {name}, which is no module")
         return made
-    model = Model(partial(_init, jax.jit(partial(made.init, train=False))), partial(_apply, made), name)
+    init, apply = partial(_init, jax.jit(partial(made.init, train=False))), partial(_apply, made)
+    if heads:
+        init, apply = _batchformer.make_batchformer(init, apply, heads, axis_name)
+    model = Model(init, apply, name)
     return model._replace(reads=norm.reads, fits=norm.fits) if norm else model
 
 

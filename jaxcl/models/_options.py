@@ -27,7 +27,8 @@ Sizes = Annotated[tuple[int, ...], Rule(lambda x: isinstance(x, tuple) and all(m
 Scale = Annotated[float, POSITIVE]
 Amount = Annotated[float, NOT_NEGATIVE]
 Share = Annotated[float, between(0, 1)]
-Whole = Annotated[int, Rule(lambda x: _PLAIN[int].ok(x) and 0 <= x < 2**31, "0 or a positive int")]
+WHOLE = Rule(lambda x: _PLAIN[int].ok(x) and 0 <= x < 2**31, "0 or a positive int")
+Whole = Annotated[int, WHOLE]
 Stem = Literal["small", "imagenet"]
 
 

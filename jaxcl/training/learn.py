@@ -19,7 +19,7 @@ from jaxcl.mesh import AXIS
 from jaxcl.models import Model, RowFacts
 from jaxcl.strategies import Context, Descent, Part, Strategy
 from jaxcl.strategies.base import Outputs
-from jaxcl.training import prior
+from jaxcl.training import noise, prior
 from jaxcl.training.average import averaged
 from jaxcl.training.given import Numbers
 from jaxcl.training.state import Clock, TrainState
@@ -51,6 +51,7 @@ class Bound:
       replay_weight: of a replayed row in a mean over all rows, where a new one weighs 1.
       average: the decay of the average of the weights, where the state has one.
       batch_size: B, new rows of a step over all devices.
+      noise: whether a step's metrics have the estimates of `jaxcl.training.noise`.
       task_of_row: int32 `[n]`, the task with which each row of the train source arrives; None where the model does not read
         `RowFacts`.
       numbers: of the config, which programs are given as arguments, see `Given`.
@@ -75,6 +76,7 @@ class Bound:
     later_tasks: float = 1.0
     average: float = 0.0
     batch_size: int = 0
+    noise: bool = False
     task_of_row: np.ndarray | None = None
     numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
     rebind: Callable[["Bound", Numbers], "Bound"] = lambda bound, numbers: bound
@@ -128,7 +130,7 @@ def learn(
     if state.average is not None:
         average = averaged(state.average, bound.average, state.task_step, params, batch_stats)
         after = dataclasses.replace(after, average=average)
-    return after, found.parts[0].outputs, metrics | {"loss": found.loss, **scores(found.parts)}
+    return after, found.parts[0].outputs, metrics | {"loss": found.loss, **found.noise, **scores(found.parts)}
 
 
 def parts_of(bound: Bound, batch: Batch, draws: Staged, context: Context) -> list[Part]:
@@ -198,11 +200,14 @@ def descend(bound: Bound, context: Context, params: PyTree, batch_stats: PyTree,
         return share.value, (share.weight, new_stats, done)
 
     (value, (weight, new_stats, done)), grads = jax.value_and_grad(objective, has_aux=True)(params)
-    grads, loss, weight = lax.psum((grads, value, weight), AXIS)
+    mine = (noise.square_of(grads), jnp.sum(valid, dtype=jnp.float32)) if bound.noise else None
+    grads, loss, weight, mine = lax.psum((grads, value, weight, mine), AXIS)
+    total = None
     if weight is not None:  # the exact mean, however the valid rows are spread over the devices
         total = jnp.maximum(weight, 1.0)
         grads, loss = jax.tree.map(lambda x: x / total, (grads, loss))
-    return Descent(grads, loss, lax.pmean(new_stats, AXIS), done)
+    found = {} if mine is None else noise.estimates(grads, mine[0] if total is None else mine[0] / total**2, mine[1])
+    return Descent(grads, loss, lax.pmean(new_stats, AXIS), done, found)
 
 
 def row_facts(bound: Bound, parts: Sequence[Part], context: Context) -> RowFacts:

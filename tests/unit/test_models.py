@@ -305,8 +305,8 @@ def test_zero_init_makes_blocks_the_identity():
             10,
             "float32",
             {"norm": "global"},
-            "model.options.norm: 'global' is not allowed, give one of ada, bcn, ghost, group, layer, local, split, sync, unmix, "
-            "or module:name",
+            "model.options.norm: 'global' is not allowed, give one of ada, bcn, ghost, group, layer, local, split, sync, "
+            "unmix, or module:name",
         ),
         (
             "convnet",
