@@ -1,7 +1,8 @@
-"""What a config says of large batches: its learning rate, epochs and schedule are stated for a base batch, and follow from there.
+"""What a config says of large batches: its learning rate, epochs and schedule are stated for a base batch, and follow from
+there.
 
-Goyal et al. 2017, Accurate, large minibatch SGD (the rate in proportion to the batch, after a warm-up); Hoffer et al. 2017, Train
-longer, generalize better (its square root, and as many updates as the small batch makes).
+Goyal et al. 2017, Accurate, large minibatch SGD (the rate in proportion to the batch, after a warm-up); Hoffer et al. 2017,
+Train longer, generalize better (its square root, and as many updates as the small batch makes).
 """
 
 from ml_collections import ConfigDict

@@ -293,6 +293,7 @@ def test_zero_init_makes_blocks_the_identity():
         ("mlp", 10, "float32", {"hiden": 8}, "model.options.hiden: mlp has no such option, did you mean hidden?"),
         (
             "mlp",
+            "mlp_norm",
             10,
             "float32",
             {"width": 8},
@@ -383,6 +384,7 @@ def test_models_are_found_by_their_files():
     assert set(MODELS) == {
         *(
             "mlp",
+            "mlp_norm",
             "convnet",
             "resnet18",
             "resnet50",
