@@ -9,6 +9,7 @@ the rows that train longer. The gradient noise scale, measured at the batch of 6
 down by `experiments.studies.small_pack --train=1280`.
 """
 
+import functools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -93,7 +94,7 @@ def main() -> None:
     study = grid.from_flags(seeds=3, **more)
     found = []
     for one in settings(ROWS.value, len(study.devices)):
-        found += study.records([one], lambda runs, one=one: summary(study, one, runs))
+        found += study.records([one], functools.partial(summary, study, one))
     if cli.JSON.value:
         grid.write(cli.JSON.value, {"name": study.config.name, "base_batch": BASE, "epochs": EPOCHS, "rows": found})
 

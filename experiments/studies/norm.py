@@ -1,7 +1,8 @@
 """Accuracy of rehearsal by norm, number of devices and rows replayed.
 
     python -m experiments.studies.norm --stream=split_cifar10 --config=configs/split_cifar10.py:cpu --devices=8
-        --config.data.source=npz:FILE --workdir=DIR --json=experiments/results/norm_split_cifar10.json [--seeds=3] [--rows=sync,ghost] [--vmap]
+        --config.data.source=npz:FILE --workdir=DIR --json=experiments/results/norm_split_cifar10.json [--seeds=3] [--vmap]
+        [--rows=sync,ghost]
     python -m experiments.studies.norm --stream=permuted_mnist --config=configs/permuted_mnist_mammoth.py:er-500 ...
 
 Experience replay on the tasks of the config, small: a narrow network with norms. Each norm replays `FEW` rows a step on one

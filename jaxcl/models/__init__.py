@@ -122,7 +122,8 @@ def make_model(
         if heads:
             raise refused(_batchformer.OPTION, heads, f"0 to {name}, which is no module")
         return made
-    init, apply = partial(_init, jax.jit(partial(made.init, train=False))), partial(_apply, made)
+    init: Init = partial(_init, jax.jit(partial(made.init, train=False)))
+    apply: Apply = partial(_apply, made)
     if heads:
         init, apply = _batchformer.make_batchformer(init, apply, heads, axis_name)
     model = Model(init, apply, name)

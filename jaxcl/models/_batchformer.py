@@ -8,7 +8,6 @@ gathered, so a step is the same on any number of them. The dropout of T is left 
 numbers.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -51,9 +50,7 @@ class AcrossRows(nn.Module):
         return nn.LayerNorm(name="norm_2")(x + nn.Dense(x.shape[-1], name="last")(hidden))
 
 
-def make_batchformer(
-    init: Callable[..., dict[str, PyTree]], apply: Callable[..., Any], heads: int, axis_name: str | None
-) -> tuple[Callable[..., dict[str, PyTree]], Callable[..., Any]]:
+def make_batchformer(init: Any, apply: Any, heads: int, axis_name: str | None) -> tuple[Any, Any]:
     """`init` and `apply` of a model with T beside it: further parameters, and in training the output "batch_logits" `[B, K]`.
 
     Raises (in `init`):

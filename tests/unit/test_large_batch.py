@@ -1,5 +1,7 @@
 """Rules for large batches in a whole config, and the gradient noise scale against its formula from the rows of each device."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -53,7 +55,7 @@ def test_the_estimates_are_those_of_the_gradients_of_each_devices_rows(mesh_of):
     """All rows valid; two devices; against gradients of the mean loss over the rows of each."""
     batch, draw = make_batch(0), make_draw(1)
     batch["valid"][:] = True
-    draw = draw._replace(valid=np.ones_like(draw.valid))
+    draw = dataclasses.replace(draw, valid=np.ones_like(draw.valid))
     rig = Rig(mesh_of(2), make_strategy("er"), "mlp", noise=True)
     state = rig.stage(rig.state(stored=False), [draw])
     params = jax.device_get(state.params)

@@ -14,12 +14,12 @@ class Groups(NamedTuple):
 
     Attributes:
       group: int32 `[n]`, of each row.
-      count: S, how many there are.
+      number: S, how many there are.
       across: whether a group's rows lie on all devices; else every device has S groups of its own.
     """
 
     group: jax.Array
-    count: int
+    number: int
     across: bool
 
 
@@ -47,12 +47,12 @@ class GroupedBatchNorm(NormLayer):
         x = x.astype(jnp.float32)
         if not train:
             return self.normalised(x, running[0].value, running[1].value, affine)
-        group, count, across = self.groups(facts_of(mask))
-        rows, mean, mean_of_squares = moments_of_groups(x, mask, group, count, self.axis_name if across else None)
+        group, number, across = self.groups(facts_of(mask))
+        rows, mean, mean_of_squares = moments_of_groups(x, mask, group, number, self.axis_name if across else None)
         there = (rows > 0)[:, None]
         mean = jnp.where(there, mean, running[0].value)
         var = jnp.where(there, variance(mean, mean_of_squares), running[1].value)
-        weights = jnp.full(count, 1 / count) if self.counts_empty else there[:, 0] / jnp.maximum(jnp.sum(there), 1)
+        weights = jnp.full(number, 1 / number) if self.counts_empty else there[:, 0] / jnp.maximum(jnp.sum(there), 1)
         for old, new in zip(running, (mean, var), strict=True):
             old.value += (1 - self.momentum) * (weights @ (new - old.value))
         return self.normalised(x, to_rows(mean, group), to_rows(var, group), affine)

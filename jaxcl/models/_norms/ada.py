@@ -68,7 +68,7 @@ class AdaB2N(NormLayer):
         apart = sum(jnp.mean(jnp.square(new - old.value)) for old, new in zip(running, batch, strict=True))
         if self.strength:
             self.sow(PENALTIES, "moments", jnp.where(facts.now >= self.first_task, self.strength * apart, 0.0))
-        return self.normalised(x, *batch, affine)
+        return self.normalised(x, batch[0], batch[1], affine)
 
 
 def ada(tasks: int, kappa: Share = 1.0, strength: Amount = 0.0, first_task: Whole = 1) -> Normalisation:
