@@ -24,6 +24,7 @@ CLASSES = np.repeat(np.eye(3, dtype=bool), 2, axis=1)  # three tasks of two clas
 MODELS = {
     "mlp": {"hidden": (12,)},
     "convnet": {"width": 2, "norm": "sync"},
+    "mlp_norm": {"hidden": (8,), "norm": "sync"},
     "dytox": {"width": 8, "depth": 1, "heads": 4, "patch": 4},
 }
 RATE = 0.5

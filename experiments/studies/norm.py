@@ -51,6 +51,7 @@ STREAMS: dict[str, Json] = {
         "epochs": 1,
         "data.tasks": 5,
         "buffer.capacity": 500,
+        "buffer.candidates": 16,
         "optimizer.learning_rate": 0.1,
     },
 }

@@ -254,8 +254,8 @@ def test_a_step_with_replayed_rows_is_the_same_on_any_number_of_devices(norm, me
     found = {}
     for n in (1, 2, 8):
         options = OPTIONS.get(norm, {}) | ({"rows": 4} if norm == "ghost" else {})
-        network = {"width": 2, "norm": norm, "norm_options": options}
-        rig = Rig(mesh_of(n), make_strategy("er"), "convnet", network=network)
+        network = {"norm": norm, "norm_options": options}
+        rig = Rig(mesh_of(n), make_strategy("er"), "mlp_norm", network=network)
         state = rig.stage(rig.state(stored=False, task=np.int32(1)), [make_draw(1)])
         after, metrics = rig.step(state, rig.rows(make_batch(0)))
         found[n] = jax.device_get((after.params, after.batch_stats, metrics))
@@ -266,7 +266,7 @@ def test_a_step_with_replayed_rows_is_the_same_on_any_number_of_devices(norm, me
 def test_ghost_on_one_device_is_local_on_as_many_as_it_has_groups(mesh_of):
     found = []
     for n, network in ((4, {"norm": "local"}), (1, {"norm": "ghost", "norm_options": {"rows": BATCH // 4}})):
-        rig = Rig(mesh_of(n), make_strategy("er"), "convnet", network=network)
+        rig = Rig(mesh_of(n), make_strategy("er"), "mlp_norm", network=network)
         state = rig.stage(rig.state(stored=False), [make_draw(1)])
         after, _ = rig.step(state, rig.rows(make_batch(0)))
         params = {k.replace("MaskedBatchNorm", "GhostNorm"): v for k, v in after.params.items()}
@@ -295,12 +295,12 @@ def test_ghost_groups_lie_on_one_device_where_they_can(mesh_of):
 
 def test_a_penalty_is_a_term_of_the_loss(mesh_of):
     """That of AdaB2N at a step of `er`, whose loss is a mean over rows, and of `agem`, whose loss has a weight likewise."""
-    network = {"width": 2, "norm": "ada", "norm_options": {"strength": 0.5}}
+    network = {"norm": "ada", "norm_options": {"strength": 0.5}}
     for strategy in ("er", "er_ace"):
         losses = {}
         for strength in (0.0, 0.5, 1.0):
             network["norm_options"] = {"strength": strength}
-            rig = Rig(mesh_of(2), make_strategy(strategy), "convnet", network=network)
+            rig = Rig(mesh_of(2), make_strategy(strategy), "mlp_norm", network=network)
             state = rig.stage(rig.state(stored=False, task=np.int32(1)), [make_draw(1)])
             losses[strength] = float(rig.step(state, rig.rows(make_batch(0)))[1]["loss"])
         assert losses[0.5] - losses[0.0] > 0.01

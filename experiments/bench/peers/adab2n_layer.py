@@ -3,11 +3,13 @@
     python -m experiments.bench.peers.adab2n_layer CHECKOUT < REQUEST
 
 CHECKOUT is theirs (github.com/lvyilin/AdaB2N). REQUEST is JSON: `tasks`, `now`, `kappa`, `phi` [T], `momentum` (theirs, the
-share of the batch), `batches`: a list of {"x": [n, H, W, C], "task": [n]}. The answer is JSON, of each batch `out`, `mean`, `var`
-and `penalty`.
+share of the batch), `batches`: a list of {"x": [n, H, W, C], "task": [n]}. The answer is JSON, of each batch `out`, `mean`,
+`var` and `penalty`.
 """
 
+import importlib.util
 import json
+import pathlib
 import sys
 from typing import Any
 
@@ -15,11 +17,12 @@ import torch
 
 
 def make_layer(path: str, tasks: int, kappa: float, channels: int, momentum: float) -> Any:
-    """Theirs, in the place of a new batch norm."""
-    sys.path.insert(0, path)
-    from models.utils.adab2n import AdaB2N  # type: ignore[import-not-found]
-
-    return AdaB2N(torch.nn.BatchNorm2d(channels, momentum=momentum), tasks, 1, kappa)
+    """Theirs, in the place of a new batch norm. Its file alone is read: their package needs more than it."""
+    spec = importlib.util.spec_from_file_location("adab2n", pathlib.Path(path) / "models" / "utils" / "adab2n.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.AdaB2N(torch.nn.BatchNorm2d(channels, momentum=momentum), tasks, 1, kappa)
 
 
 def set_rows(layer: Any, task: torch.Tensor, now: int) -> None:
