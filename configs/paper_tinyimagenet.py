@@ -4,7 +4,8 @@
 
 The protocol is that of 8 of the paper's devices, with the same global sizes (448 new rows, 56 replayed, 112 candidates) on any
 number of devices, and batch statistics of groups as large as on one of them; the smaller sizes, which have been run, take those
-of all devices together (`norm = "sync"`). The stem is that for 32x32 images, and images are shifted by up to 4 pixels instead of cut.
+of all devices together (`norm = "sync"`). The stem is that for 32x32 images, and images are shifted by up to 4 pixels instead
+of cut.
 `--config.buffer.share=0.1` gives the memory 10 % of the training rows instead of 30 %. Data: `tfds:tinyimagenet32`, a prepared
 folder of 100,000 / 10,000 JPEG images at 32x32 (`data_dir`). The full size needs a GPU and has not been run yet.
 

@@ -34,7 +34,18 @@ from jaxcl.models._towers import Towers, make_towers
 from jaxcl.registry import Registry
 from jaxcl.types import PyTree
 
-__all__ = ["MODELS", "NORMS", "Model", "Normalisation", "RowFacts", "Towers", "make_model", "make_norm", "make_towers"]
+__all__ = [
+    "MODELS",
+    "NORMS",
+    "PENALTIES",
+    "Model",
+    "Normalisation",
+    "RowFacts",
+    "Towers",
+    "make_model",
+    "make_norm",
+    "make_towers",
+]
 
 NORM_OPTIONS: dict[str, Any] = {"norm": "local", "norm_options": {}}  # of every model that takes a norm
 MODELS: Registry[Callable[..., Any]] = Registry("model.name", __name__)
