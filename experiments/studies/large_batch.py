@@ -3,10 +3,10 @@
     python -m experiments.studies.large_batch --config=configs/split_mnist.py --config.data.source=npz:FILE --devices=2
         --workdir=DIR --json=experiments/results/large_batch.json [--seeds=3] [--rows=plain,linear] [--vmap]
 
-`MNIST` as one task and Split-MNIST with rehearsal, as many rows replayed as are new, `EPOCHS` epochs, a perceptron with norms.
-Every row states learning rate, epochs and warm-up for a batch of 64 and follows its rule from there: equal epochs, but for
-the rows that train longer. The gradient noise scale, measured at the batch of 64, tells of the useful batch. FILE is best cut
-down by `experiments.studies.small_pack --train=1280`.
+MNIST as one task, and Split-MNIST with rehearsal, as many rows replayed as are new but 512 at most; an epoch, a perceptron with
+norms. Every row states learning rate, epochs and warm-up for a batch of 64 and follows its rule from there: equal epochs, but
+for the rows that train longer. The gradient noise scale, measured at the batch of 64 on two devices or more, tells of the
+useful batch. FILE is best cut down by `experiments.studies.small_pack --train=2560 --test=500`.
 """
 
 import functools
@@ -23,7 +23,7 @@ from jaxcl.check import check, one_of
 from jaxcl.search.seeds import train_seeds
 from jaxcl.training.noise import noise_scale
 
-BASE, BATCHES, EPOCHS = 64, (512, 4096), 2
+BASE, BATCHES, EPOCHS = 64, (512, 4096), 1
 STREAMS: dict[str, Json] = {
     "mnist": {"strategy": "joint"},
     "split_mnist": {"strategy": "er", "loss.prior": "balanced", "buffer.capacity": 1000, "buffer.candidates": 16},
@@ -55,7 +55,7 @@ def shared() -> Json:
         "optimizer.momentum": 0.9,
         "optimizer.base_batch": BASE,
         "optimizer.schedule": "cosine",
-        "optimizer.warmup_epochs": 0.5,
+        "optimizer.warmup_epochs": 0.25,
     }
 
 
