@@ -31,12 +31,13 @@ def measure(
     numbers: Annotated[tuple[int, ...], "of devices; the first is what the others are compared with"] = (1, 2, 4, 8),
     norms: Annotated[tuple[str, ...], "of the model"] = ALL,
     ghost_rows: Annotated[int, "new rows of a group of ghost"] = 16,
+    groups: Annotated[int, "of channels, for group and bcn"] = 4,
     strategy: Annotated[str, "of the runs"] = "incremental",
 ) -> Json:
     runs, records = grid.from_flags(seeds=1), []
     for norm in norms:
         check("--norms", norm, one_of(NORMS))
-        own = {"rows": ghost_rows} if norm == "ghost" else {}
+        own = {"ghost": {"rows": ghost_rows}, "group": {"groups": groups}, "bcn": {"groups": groups}}.get(norm, {})
         options = runs.config.model.options.to_dict() | {"norm": norm, "norm_options": own}
         fields = {"data.tasks": 1, "strategy": strategy, "model.options": options}
         first: tuple[dict[str, np.ndarray], float] | None = None
