@@ -84,7 +84,7 @@ def layers_apart(kappa: float) -> float:
     tasks = [rng.choice(which, n).astype(np.int32) for which in ((0, 1, 2), (0, 2), (0, 1, 2))]
     batches = [{"x": rng.normal(1, 2, (n, 3, 3, channels)).astype(np.float32), "task": task} for task in tasks]
     request = {"tasks": now + 2, "now": now, "kappa": kappa, "phi": phi, "momentum": 0.1, "batches": batches}
-    [line] = peer("adab2n_layer", json.dumps(request, default=np.ndarray.tolist), CHECKOUT.value)
+    [line] = peer("adab2n_layer", json.dumps(request, default=np.ndarray.tolist), str(CHECKOUT.value))
     options = {"kappa": kappa, "strength": 1.0, "first_task": 0}
     layer = make_norm("ada", options, axis_name=None, dtype=jnp.dtype("float32"), tasks=now + 2).layer()
     start = layer.init(jax.random.key(0), batches[0]["x"], train=False)
