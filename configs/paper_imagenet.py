@@ -6,7 +6,8 @@ MODEL is resnet18, resnet50 or ghostnet. Each of DEVICES devices takes b = 56 ne
 memory and replays r = 7; 30 epochs a task. SGD with momentum 0.9 and weight decay 5e-5; in every task the learning rate
 rises in 5 epochs to DEVICES times that of one device (at most 64 times), then falls to 0.5, 0.05 and 0.01 of it at epochs 21,
 26 and 28. The memory holds 30 % of the training rows (`--config.buffer.share=`, in the paper also 0.05, 0.1 and 0.2).
-Images are decoded and cut to 224x224 on the CPU, stored so, and mirrored on the device afresh at every replay.
+Batch statistics are those of 56 new rows and their share of the replayed ones, as on one of the paper's devices, on any number
+of them. Images are decoded and cut to 224x224 on the CPU, stored so, and mirrored on the device afresh at every replay.
 
 Data: `tfds:imagenet2012`, prepared as array_record in TFDS_DIR. Reported by the paper for resnet50: top-5 accuracy 91 % from
 scratch, 80.55 % with rehearsal (`top5_so_far` in result.json). Not run here.
@@ -61,5 +62,5 @@ def get_config(run: str = "resnet50-16") -> ConfigDict:
     config.data.image_size = 224
     config.data.threads = 16
     config.model.name = model
-    config.model.options = {"stem": "imagenet", "norm": "local"}
+    config.model.options = {"stem": "imagenet", "norm": "ghost", "norm_options": {"rows": 56}}
     return config

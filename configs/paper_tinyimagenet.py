@@ -3,7 +3,9 @@
     python -m experiments.paper --config=configs/paper_tinyimagenet.py --config.data.data_dir=TFDS_DIR --workdir=DIR
 
 The protocol is that of 8 of the paper's devices, with the same global sizes (448 new rows, 56 replayed, 112 candidates) on any
-number of devices; the stem is that for 32x32 images, and images are shifted by up to 4 pixels instead of cut.
+number of devices, and batch statistics of groups as large as on one of them; the smaller sizes, which have been run, take those
+of all devices together (`norm = "sync"`). The stem is that for 32x32 images, and images are shifted by up to 4 pixels instead
+of cut.
 `--config.buffer.share=0.1` gives the memory 10 % of the training rows instead of 30 %. Data: `tfds:tinyimagenet32`, a prepared
 folder of 100,000 / 10,000 JPEG images at 32x32 (`data_dir`). The full size needs a GPU and has not been run yet.
 
@@ -32,6 +34,8 @@ from ml_collections import ConfigDict
 from jaxcl import shipped
 from jaxcl.errors import UserError
 
+GHOST = {"norm": "ghost", "norm_options": {"rows": 56}}  # what a device of the paper's normalises by
+
 
 def get_config(size: str = "gpu") -> ConfigDict:
     if size not in ("gpu", "full", "medium", "cpu"):
@@ -42,7 +46,7 @@ def get_config(size: str = "gpu") -> ConfigDict:
     config.data.source = "tfds:tinyimagenet32"
     if size == "gpu":
         config.model.name = "resnet18"
-        config.model.options = {"stem": "small", "norm": "local"}
+        config.model.options = {"stem": "small", **GHOST}
         return config
     config.data.threads = 1
     config.batch_size, config.buffer.representatives, config.buffer.candidates = 64, 8, 16
@@ -68,8 +72,8 @@ def get_config(size: str = "gpu") -> ConfigDict:
 def get_figures(size: str = "gpu") -> dict[str, Any]:
     """What `experiments.paper` varies: fields of its `Figures`."""
     if size == "gpu":
-        ghost = {"model.name": "ghostnet", "model.options": {"width": 1.0, "stem": "small", "norm": "local"}}
-        resnet50 = {"model.name": "resnet50", "model.options": {"stem": "small", "norm": "local"}}
+        ghost = {"model.name": "ghostnet", "model.options": {"width": 1.0, "stem": "small", **GHOST}}
+        resnet50 = {"model.name": "resnet50", "model.options": {"stem": "small", **GHOST}}
         return {"models": {"resnet18": {}, "resnet50": resnet50, "ghostnet": ghost}}
     narrow = {"model.name": "resnet18", "model.options": {"width": 8, "stem": "small", "norm": "sync"}}
     return {"models": {"convnet-16": {}, "resnet18-8": narrow}, "most_seeds": {"resnet18-8": 1}}

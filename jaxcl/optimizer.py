@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from jaxcl.types import Number
+from jaxcl.types import Number, PyTree
+
+# The learning rate goes with this power of the batch. Goyal et al. 2017: 1; Krizhevsky 2014, Hoffer et al. 2017: 1/2.
+BATCH_RULES = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}
 
 
 def numbers_of(config: ConfigDict) -> dict[str, float]:
@@ -23,7 +26,9 @@ def numbers_of(config: ConfigDict) -> dict[str, float]:
 def make_optimizer(config: ConfigDict, numbers: Mapping[str, Number] | None = None) -> optax.GradientTransformation:
     """Gradients to the direction of descent, before the learning rate is applied.
 
-    SGD's weight decay enters the gradient before the momentum, as in PyTorch; AdamW's is decoupled.
+    SGD's weight decay enters the gradient before the momentum, as in PyTorch; AdamW's is decoupled. LARS (You et al. 2017)
+    scales the gradient with its decay, LAMB (You et al. 2020) Adam's direction with its decay, to the length of each layer's
+    weights, LARS times `trust`. As usual biases and scales of norms, all with one axis at most, have neither that nor a decay.
 
     Args:
       numbers: see `numbers_of`; traced, they take the place of those of the config.
@@ -33,8 +38,31 @@ def make_optimizer(config: ConfigDict, numbers: Mapping[str, Number] | None = No
     decay = optax.add_decayed_weights(n["weight_decay"]) if "weight_decay" in n else optax.identity()
     if config.name == "adamw":
         return optax.chain(clip, optax.scale_by_adam(), decay)
+    if config.name in ("lars", "lamb"):
+        decay = optax.masked(decay, layers)
+    if config.name == "lamb":
+        trust = optax.masked(optax.scale_by_trust_ratio(), layers)
+        return optax.chain(clip, optax.scale_by_adam(eps=1e-6), decay, trust)
     momentum = optax.trace(n["momentum"], config.nesterov) if "momentum" in n else optax.identity()
+    if config.name == "lars":
+        trust = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=config.trust), layers)
+        return optax.chain(clip, decay, trust, momentum)
     return optax.chain(clip, decay, momentum)
+
+
+def layers(params: PyTree) -> PyTree:
+    """Which parameters are weights of a layer, and no bias or scale."""
+    return jax.tree.map(lambda w: w.ndim > 1, params)
+
+
+def with_batch_rule(config: ConfigDict, batch_size: int) -> ConfigDict:
+    """The same with the learning rate that `batch_rule` gives to this many new rows a step."""
+    power = BATCH_RULES[config.batch_rule]
+    if not power:
+        return config
+    one = config.copy_and_resolve_references()
+    one.learning_rate = config.learning_rate * (batch_size / config.base_batch) ** power
+    return one
 
 
 def make_schedule(

@@ -24,6 +24,7 @@ CLASSES = np.repeat(np.eye(3, dtype=bool), 2, axis=1)  # three tasks of two clas
 MODELS = {
     "mlp": {"hidden": (12,)},
     "convnet": {"width": 2, "norm": "sync"},
+    "mlp_norm": {"hidden": (8,), "norm": "sync"},
     "dytox": {"width": 8, "depth": 1, "heads": 4, "patch": 4},
 }
 RATE = 0.5
@@ -58,8 +59,9 @@ class Rig:
         optimizer = optimizer or optax.identity()
         self.new_weights = make_weights(mesh, self.model, optimizer, SHAPE)
         images = make_augment(augment, SHAPE), make_normalize(SHAPE)
+        rows = {"batch_size": BATCH, "task_of_row": np.arange(BATCH, dtype=np.int32) % len(CLASSES)}
         self.bound = Bound(
-            mesh, self.model, strategy, self.buffer, optimizer, lambda epoch: RATE, *images, CLASSES, **options
+            mesh, self.model, strategy, self.buffer, optimizer, lambda epoch: RATE, *images, CLASSES, **rows | options
         )
         self.train_step = make_train_step(self.bound, 0)
         self.step = self.train_step.program

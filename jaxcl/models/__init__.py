@@ -7,11 +7,15 @@ which it names those that it uses:
     dtype        of the computation; parameters, statistics and outputs are float32
     axis_name    mesh axis of the batch, over which a norm may sum its statistics
     classes      bool `[T, K]`, the classes of each task
+    norm         a `Normalisation`, which the options `norm` and `norm_options` choose, see `_norms`
 
-A field or parameter with a default is an option, see `_options`. The module is called as `module(images, train=..., mask=...)`,
-see `Apply`. The rest of jaxcl sees parameters, batch statistics and outputs, never a module.
+A field or parameter with a default is an option, see `_options`. Every model has one more: `batchformer`, heads of attention
+across the rows of a batch in training, 0 for none, see `_batchformer`. The module is called as
+`module(images, train=..., mask=...)`, see `Apply`. The rest of jaxcl sees parameters, batch statistics and outputs, never a
+module.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -21,9 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.check import check, one_of
-from jaxcl.models._norm import MaskedBatchNorm
-from jaxcl.models._options import SIZE, bind
+from jaxcl.check import check, one_of, refused
+from jaxcl.models import _batchformer
+from jaxcl.models._norms import NORMS, Normalisation, RowFacts, make_norm
+from jaxcl.models._norms.base import PENALTIES, Mask, valid_of
+from jaxcl.models._options import SIZE, WHOLE, bind
 from jaxcl.models._parts import parts_named, scale_of_parts, with_still
 from jaxcl.models._split import Split, split
 from jaxcl.models._towers import Towers, make_towers
@@ -32,11 +38,15 @@ from jaxcl.types import PyTree
 
 __all__ = [
     "MODELS",
-    "MaskedBatchNorm",
+    "NORMS",
+    "PENALTIES",
     "Model",
+    "Normalisation",
+    "RowFacts",
     "Split",
     "Towers",
     "make_model",
+    "make_norm",
     "make_towers",
     "parts_named",
     "scale_of_parts",
@@ -44,6 +54,7 @@ __all__ = [
     "with_still",
 ]
 
+NORM_OPTIONS: dict[str, Any] = {"norm": "local", "norm_options": {}}  # of every model that takes a norm
 MODELS: Registry[Callable[..., Any]] = Registry("model.name", __name__)
 
 
@@ -54,9 +65,9 @@ class Init(Protocol):
 
 class Apply(Protocol):
     def __call__(
-        self, params: PyTree, batch_stats: PyTree, images: jax.Array, *, train: bool, mask: jax.Array | None = None
+        self, params: PyTree, batch_stats: PyTree, images: jax.Array, *, train: bool, mask: Mask = None
     ) -> tuple[dict[str, jax.Array], PyTree]:
-        """Forward pass; inside shard_map where the norm is "sync" and `train` is True.
+        """Forward pass; with `train` inside shard_map, where the norm sums over the devices.
 
         Args:
           params: as `Init` gives them.
@@ -64,21 +75,30 @@ class Apply(Protocol):
           images: `[B, H, W, C]` floats.
           train: static; normalise by the statistics of the batch and update the running ones.
           mask: `[B]` bool, False for invalid rows: their content, NaN included, touches no other row, no statistic and no
-            gradient of a loss that gives them weight 0. None where all are valid.
+            gradient of a loss that gives them weight 0. None where all are valid. `RowFacts` where the model `reads` them.
 
         Returns:
           {"logits": [B, K] float32, "features": [B, D] float32, the input of the head} (see `dytox` for what it adds), or of
           a model that reconstructs images {"amplitude": ..., "phase": ...} of `[B, H, W, 1]` float32; and the new batch_stats:
-          as given unless `train`. With the "local" norm they differ between devices; average them to keep them replicated.
+          as given unless `train`. With the norms "local" and "ghost" they differ between devices; average them to keep them
+          replicated. In training a norm may add "penalty", float32 scalar, the same on every device: a term of the loss.
+          With `batchformer`, training adds "batch_logits" `[B, K]`.
         """
 
 
 class Model(NamedTuple):
-    """A network as a pair of pure functions."""
+    """A network as a pair of pure functions.
+
+    Attributes:
+      reads: whether `apply` reads `RowFacts` in training.
+      fits: see `Normalisation`.
+    """
 
     init: Init
     apply: Apply
     name: str
+    reads: bool = False
+    fits: Callable[[int], None] | None = None
 
 
 def make_model(
@@ -94,7 +114,7 @@ def make_model(
 
     Args:
       name: one of `MODELS`, or `module.path:name`.
-      num_classes, axis_name: see above; norm = "sync" uses the axis, norm = "local" does not.
+      num_classes, axis_name: see above.
       options: of the model; what is left out keeps its default.
       dtype: "float32" or "bfloat16".
       classes: for a model that grows with the tasks (dytox); None: one task.
@@ -105,16 +125,33 @@ def make_model(
     make = MODELS[name]
     check("num_classes", num_classes, SIZE)
     check("model.dtype", dtype, one_of(("float32", "bfloat16")))
-    given = {
-        "num_classes": num_classes,
-        "dtype": jnp.dtype(dtype),
-        "axis_name": axis_name,
-        "classes": np.ones((1, num_classes), bool) if classes is None else classes,
-    }
-    made = bind(name, make, options or {}, given)
+    classes = np.ones((1, num_classes), bool) if classes is None else classes
+    given = {"num_classes": num_classes, "dtype": jnp.dtype(dtype), "axis_name": axis_name, "classes": classes}
+    options, norm = dict(options or {}), None
+    if takes_norm(make):
+        chosen = {key: options.pop(key, default) for key, default in NORM_OPTIONS.items()}
+        where: Any = {"axis_name": axis_name, "dtype": jnp.dtype(dtype), "tasks": len(classes)}
+        norm = make_norm(chosen["norm"], chosen["norm_options"], **where)
+        given["norm"] = norm
+    heads = options.pop("batchformer", 0)
+    check(_batchformer.OPTION, heads, WHOLE)
+    made = bind(name, make, options, given, more=NORM_OPTIONS if norm else ())
     if isinstance(made, Model):
+        if heads:
+            raise refused(_batchformer.OPTION, heads, f"0 to {name}, which is no module")
         return made
-    return Model(partial(_init, jax.jit(partial(made.init, train=False))), partial(_apply, made), name)
+    init: Init = partial(_init, jax.jit(partial(made.init, train=False)))
+    apply: Apply = partial(_apply, made)
+    if heads:
+        init, apply = _batchformer.make_batchformer(init, apply, heads, axis_name)
+    model = Model(init, apply, name)
+    return model._replace(reads=norm.reads, fits=norm.fits) if norm else model
+
+
+def takes_norm(make: Callable[..., Any]) -> bool:
+    """Whether a model is to be given a norm: it names one, and not as an option of its own."""
+    parameter = inspect.signature(make).parameters.get("norm")
+    return parameter is not None and parameter.default is parameter.empty
 
 
 def _init(init: Callable[..., PyTree], key: jax.Array, image_shape: tuple[int, int, int]) -> dict[str, PyTree]:
@@ -130,10 +167,12 @@ def _apply(
     images: jax.Array,
     *,
     train: bool,
-    mask: jax.Array | None = None,
+    mask: Mask = None,
 ) -> tuple[dict[str, jax.Array], PyTree]:
     if mask is not None:  # weight 0 does not silence a NaN; a blank image does
-        images = jnp.where(mask[:, None, None, None], images, 0)
+        images = jnp.where(valid_of(mask)[:, None, None, None], images, 0)
     variables = {"params": params, "batch_stats": batch_stats}
-    outputs, updates = module.apply(variables, images, train=train, mask=mask, mutable=["batch_stats"])
-    return outputs, updates["batch_stats"] if updates else {}
+    outputs, updates = module.apply(variables, images, train=train, mask=mask, mutable=["batch_stats", PENALTIES])
+    if penalties := jax.tree.leaves(updates.get(PENALTIES, {})):
+        outputs = outputs | {"penalty": sum(penalties)}
+    return outputs, updates.get("batch_stats", {})

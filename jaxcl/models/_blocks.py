@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.models._depthwise import depthwise
+from jaxcl.models._norms import Normalisation
+from jaxcl.models._norms.base import Mask
 
 he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -28,13 +30,13 @@ class ConvNorm(nn.Module):
       channels: of the output; with `depthwise` those of the input, each convolved alone.
       kernel, stride: of the square window.
       same: pads as TensorFlow does, which where it strides is not symmetric; a depthwise one is then computed by `depthwise`.
-      norm: makes the norm layer, as `partial(MaskedBatchNorm, ...)`.
+      norm: the convolution's and the layer's, see `Normalisation`.
       dtype: of the computation.
     """
 
     channels: int
     kernel: int
-    norm: Callable[..., nn.Module]
+    norm: Normalisation
     stride: int = 1
     depthwise: bool = False
     same: bool = False
@@ -42,9 +44,9 @@ class ConvNorm(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, mask: Mask) -> jax.Array:
         """x `[B, H, W, C]`, mask `[B]` -> `[B, H / stride, W / stride, channels]`, sides rounded up."""
-        x = nn.Conv(
+        x = self.norm.conv(
             self.channels,
             (self.kernel, self.kernel),
             self.stride,
@@ -55,7 +57,7 @@ class ConvNorm(nn.Module):
             dtype=self.dtype,
             conv_general_dilated=depthwise if self.depthwise and self.same else None,
         )(x)
-        return self.activation(self.norm()(x, train=train, mask=mask))
+        return self.activation(self.norm.layer()(x, train=train, mask=mask))
 
 
 class SqueezeExcite(nn.Module):

@@ -1,7 +1,7 @@
-"""Options of a model: each is a field, or a parameter, with a default, and its annotation says what is allowed.
+"""Options of a model, or of a norm: each is a field, or a parameter, with a default, and its annotation says what is allowed.
 
     width: Size = 32
-    norm: Norm = "local"
+    stem: Stem = "small"
 
 `Size` and its like carry a rule of `jaxcl.check`; `Literal`, `bool`, `int`, `float` and `str` speak for themselves. Anything
 else is not checked.
@@ -9,10 +9,10 @@ else is not checked.
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal
 
-from jaxcl.check import POSITIVE, Rule, check, is_number, near, one_of
+from jaxcl.check import NOT_NEGATIVE, POSITIVE, Rule, between, check, is_number, near, one_of
 from jaxcl.errors import UserError
 
 _PLAIN = {
@@ -25,18 +25,30 @@ SIZE = Rule(lambda x: _PLAIN[int].ok(x) and 0 < x < 2**31, "a positive int")
 Size = Annotated[int, SIZE]
 Sizes = Annotated[tuple[int, ...], Rule(lambda x: isinstance(x, tuple) and all(map(SIZE.ok, x)), "positive ints")]
 Scale = Annotated[float, POSITIVE]
-Norm = Literal["local", "sync"]
+Amount = Annotated[float, NOT_NEGATIVE]
+Share = Annotated[float, between(0, 1)]
+WHOLE = Rule(lambda x: _PLAIN[int].ok(x) and 0 <= x < 2**31, "0 or a positive int")
+Whole = Annotated[int, WHOLE]
 Stem = Literal["small", "imagenet"]
 
 
-def bind(name: str, make: Callable[..., Any], options: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+def bind(
+    name: str,
+    make: Callable[..., Any],
+    options: Mapping[str, Any],
+    given: Mapping[str, Any],
+    field: str = "model.options",
+    more: Collection[str] = (),
+) -> Any:
     """Calls `make` with these options and with what it names of `given`.
 
     Args:
-      name: of the model, for errors.
+      name: of what is made, for errors.
       make: a function, or a class of Linen modules.
       options: by name; a list becomes a tuple, as a module's fields must be hashable.
-      given: what every model is offered.
+      given: what everything of its kind is offered.
+      field: of the config, which has the options.
+      more: options beside these, which the caller has taken; for errors.
 
     Raises:
       UserError: an unknown option, or a value that its annotation does not allow.
@@ -51,10 +63,10 @@ def bind(name: str, make: Callable[..., Any], options: Mapping[str, Any], given:
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     for key, value in options.items():
         if key not in allowed:
-            hint = near(key, allowed) if allowed else "it has none"
-            raise UserError(f"model.options.{key}: {name} has no such option, {hint}")
+            hint = near(key, [*allowed, *more]) if allowed or more else "it has none"
+            raise UserError(f"{field}.{key}: {name} has no such option, {hint}")
         if rule := _rule(hints.get(key)):
-            check(f"model.options.{key}", value, rule)
+            check(f"{field}.{key}", value, rule)
     return make(**{key: value for key, value in given.items() if key in parameters}, **options)
 
 

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from jaxcl.errors import UserError
-from jaxcl.models._norm import MaskedBatchNorm
+from jaxcl.models._norms.base import NormLayer
 from jaxcl.types import PyTree
 
 HEAD, BACKBONE = "head", "backbone"
@@ -58,7 +58,7 @@ def with_still(model: Any, parts: Collection[str]) -> Any:
     def keep(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module = context.module
         if context.method_name == "__call__" and module.path and module.path[0] in parts:
-            if isinstance(module, MaskedBatchNorm):
+            if isinstance(module, NormLayer):
                 kwargs = {**kwargs, "train": False}
             elif isinstance(module, nn.BatchNorm):
                 kwargs = {**kwargs, "use_running_average": True}

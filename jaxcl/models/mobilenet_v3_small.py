@@ -4,6 +4,7 @@ Layers, channels and the norm's constants are torchvision's: 2,542,856 parameter
 the head is left out: a forward pass here takes no random numbers.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.models._blocks import ConvNorm, SqueezeExcite, divisible, identity
-from jaxcl.models._norm import MaskedBatchNorm
-from jaxcl.models._options import Norm, Stem
+from jaxcl.models._norms import Normalisation
+from jaxcl.models._norms.base import Mask
+from jaxcl.models._options import Stem
 
 # kernel, expanded channels, output channels, squeeze-and-excite, activation, stride
 _RESIDUALS = (
@@ -40,15 +42,13 @@ class MobileNetV3Small(nn.Module):
 
     num_classes: int
     dtype: jnp.dtype
-    axis_name: str | None
-    norm: Norm = "local"
+    norm: Normalisation
     stem: Stem = "small"
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool, mask: jax.Array | None = None) -> dict[str, jax.Array]:
+    def __call__(self, images: jax.Array, *, train: bool, mask: Mask = None) -> dict[str, jax.Array]:
         """images `[B, H, W, C]` floats, mask `[B]` -> logits `[B, K]`, features `[B, 1024]`."""
-        axis = self.axis_name if self.norm == "sync" else None
-        norm = partial(MaskedBatchNorm, axis_name=axis, momentum=0.99, epsilon=1e-3, dtype=self.dtype)
+        norm = dataclasses.replace(self.norm, layer=partial(self.norm.layer, momentum=0.99, epsilon=1e-3))
         layer = partial(ConvNorm, norm=norm, dtype=self.dtype)
         rows: Any = {"train": train, "mask": mask}
         stride = 2 if self.stem == "imagenet" else 1

@@ -21,7 +21,7 @@ def efficientnet_lite0(module: str) -> str:
     if module == "head":
         return "_fc"
     place, _, layer = module.rpartition(".")
-    norm = layer.startswith("MaskedBatchNorm")
+    norm = "Conv" not in layer
     if place in ("stem", "last"):
         return {"stem": ("_conv_stem", "_bn0"), "last": ("_conv_head", "_bn1")}[place][norm]
     number, part = re.fullmatch(r"block_(\d+)\.(expand|depthwise|project)", place).groups()  # type: ignore[union-attr]
@@ -40,7 +40,7 @@ def resnet(blocks: tuple[int, ...]) -> Names:
         if layer in ("shortcut", "shortcut_norm"):
             return f"{places[int(number)]}.downsample.{int(layer == 'shortcut_norm')}"
         kind, _, index = layer.rpartition("_")
-        return f"{places[int(number)]}.{'conv' if kind == 'Conv' else 'bn'}{int(index) + 1}"
+        return f"{places[int(number)]}.{'conv' if kind.endswith('Conv') else 'bn'}{int(index) + 1}"
 
     return names
 

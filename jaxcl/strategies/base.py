@@ -116,6 +116,10 @@ class Share(NamedTuple):
     value: jax.Array
     weight: jax.Array | None = None
 
+    def plus(self, term: jax.Array) -> "Share":
+        """With a term added to the loss that every device knows whole."""
+        return self._replace(value=self.value + (whole(term) if self.weight is None else term * self.weight))
+
 
 def mean(values: jax.Array, valid: jax.Array) -> jax.Array:
     """This device's share of the mean of `values` `[b]` over the valid rows of all devices; 0 where there are none."""
@@ -129,9 +133,13 @@ def whole(value: jax.Array) -> jax.Array:
 
 
 def cross_entropy(part: Part) -> jax.Array:
-    """Each row's cross-entropy `[b]` among the classes allowed, of logits + log prior where the prior is corrected."""
-    logits = part.logits if part.log_prior is None else part.logits + part.log_prior
-    return losses.cross_entropy(logits, part.label, part.allowed)
+    """Each row's cross-entropy `[b]` among the classes allowed, of logits + log prior where the prior is corrected; the mean of
+    two where the model has logits of rows that saw each other, see `jaxcl/models/_batchformer.py`."""
+    each = [part.outputs[name] for name in ("logits", "batch_logits") if name in part.outputs]
+    if part.log_prior is not None:
+        each = [logits + part.log_prior for logits in each]
+    found = [losses.cross_entropy(logits, part.label, part.allowed) for logits in each]
+    return found[0] if len(found) == 1 else (found[0] + found[1]) / 2
 
 
 def row_loss(part: Part) -> jax.Array:
@@ -160,12 +168,14 @@ class Descent(NamedTuple):
       loss: float32 scalar, the global loss.
       batch_stats: the model's new running statistics.
       parts: this device's rows, with their outputs.
+      noise: more metrics of the step, see `jaxcl.training.noise`; {} unless they are asked for.
     """
 
     grads: PyTree
     loss: jax.Array
     batch_stats: PyTree
     parts: tuple[Part, ...]
+    noise: dict[str, jax.Array] = {}  # noqa: RUF012 -- never written to
 
 
 Descend = Callable[[PyTree, PyTree, tuple[Part, ...]], Descent]

@@ -25,6 +25,7 @@ from jaxcl.buffer import Buffer, Shard
 from jaxcl.data import Loader, Source
 from jaxcl.runs.steps import reading
 from jaxcl.training.build import Parts
+from jaxcl.training.large_batch import epochs_of
 from jaxcl.training.state import TrainState
 
 
@@ -43,7 +44,7 @@ def train_batches(config: ConfigDict, parts: Parts, task: int, state: TrainState
         parts.train,
         rows,
         batch_size=config.batch_size,
-        epochs=config.epochs,
+        epochs=epochs_of(config),
         seed=(config.seed, task),
         by_class=config.data.placement == "by_class",
         memory=memory,

@@ -27,6 +27,7 @@ from jaxcl.training.end_task import make_end_task
 from jaxcl.training.evaluate import make_evaluate
 from jaxcl.training.exemplars import Selection, make_store_exemplars
 from jaxcl.training.given import Numbers
+from jaxcl.training.large_batch import epochs_of, longer, optimizer_of
 from jaxcl.training.learn import Bound
 from jaxcl.training.many import ManySteps, choose_many_steps
 from jaxcl.training.network import Network, make_network
@@ -116,10 +117,12 @@ def build(
     d, strategy = config.data, strategy_of(config)
     scenario, train, test = make_tasks(config, given)
     rows = [len(task.train) for task in scenario.tasks]
-    for field, epochs in (("epochs", config.epochs), ("finetune.epochs", config.finetune.epochs)):
+    for field, epochs in (("epochs", epochs_of(config)), ("finetune.epochs", config.finetune.epochs)):
         check_steps(field, epochs, rows, config.batch_size)
     image_shape = train.image_shape
     network = make_network(config, mesh, train, test, scenario.class_table)
+    if network.model.fits is not None:
+        network.model.fits(config.batch_size)
     train, test = network.train, network.test
     _check_objective(config, strategy, network, train)
     optimizer = make_optimizer(config.optimizer)
@@ -138,14 +141,13 @@ def build(
         _log.info("loss.prior = %s leaves %s as it is: it %s", config.loss.prior, config.strategy, strategy.own_bias)
     if buffer is not None and config.buffer.replay != "draw":  # the memory's rows come among the task's own
         strategy = strategy._replace(draws=0)
-    epochs = strategy.rehearse or config.epochs
     bound = Bound(
         mesh,
         network.model,
         strategy,
         buffer,
         optimizer,
-        make_schedule(config.optimizer, epochs),
+        schedule_of(config, strategy),
         network.augment,
         network.normalize,
         scenario.class_table,
@@ -156,8 +158,11 @@ def build(
         replay_weight=config.loss.replay_weight,
         later_tasks=config.optimizer.later_tasks,
         average=config.optimizer.average,
+        batch_size=config.batch_size,
+        noise=config.optimizer.noise_scale,
+        task_of_row=scenario.task_of_train_row if network.model.reads else None,
         numbers=config_numbers(config),
-        rebind=functools.partial(with_numbers, config, epochs),
+        rebind=functools.partial(with_numbers, config),
     )
     store_exemplars = None
     if buffer is not None and strategy.selection:
@@ -235,13 +240,23 @@ def strategy_of(config: ConfigDict) -> Strategy:
 
 def config_numbers(config: ConfigDict) -> dict[str, float]:
     """The numbers of a config by which runs may differ that share their programs, by the field."""
-    found = {f"optimizer.{name}": x for name, x in numbers_of(config.optimizer).items()}
-    found["finetune.learning_rate"] = config.finetune.learning_rate or config.optimizer.learning_rate
+    found = {f"optimizer.{name}": x for name, x in numbers_of(optimizer_of(config)).items()}
+    found["finetune.learning_rate"] = config.finetune.learning_rate or optimizer_of(config).learning_rate
     options = STRATEGIES.options(config.strategy) | dict(config.strategies.get(short(config.strategy), {}))
     return found | {f"strategy.{name}": options[name] for name in number_options(config.strategy)}
 
 
-def with_numbers(config: ConfigDict, epochs: int, bound: Bound, numbers: Numbers) -> Bound:
+def schedule_of(
+    config: ConfigDict, strategy: Strategy, numbers: Numbers | None = None
+) -> Callable[[jax.Array], jax.Array]:
+    """The learning rate by the epoch within a task; `numbers`: see `make_optimizer`."""
+    if strategy.rehearse:
+        return make_schedule(optimizer_of(config), strategy.rehearse, numbers)
+    schedule, times = make_schedule(optimizer_of(config), config.epochs, numbers), longer(config)
+    return schedule if times == 1 else lambda epoch: schedule(epoch / times)
+
+
+def with_numbers(config: ConfigDict, bound: Bound, numbers: Numbers) -> Bound:
     """The same with these numbers, traced or not, in place of those of the config."""
 
     def group(name: str) -> dict[str, Any]:
@@ -249,7 +264,7 @@ def with_numbers(config: ConfigDict, epochs: int, bound: Bound, numbers: Numbers
 
     optimizer, given = config.optimizer, config.strategies.get(short(config.strategy), {})
     strategy = make_strategy(config.strategy, {**given, **group("strategy.")})
-    schedule = make_schedule(optimizer, epochs, group("optimizer."))
+    schedule = schedule_of(config, strategy, group("optimizer."))
     return dataclasses.replace(
         bound,
         strategy=strategy._replace(selection=bound.strategy.selection, draws=bound.strategy.draws),
@@ -320,7 +335,7 @@ def _make_review(config: ConfigDict, bound: Bound, seed: int | Sequence[int], ne
     parts = jax.eval_shape(new_weights, jax.random.key(0))[0]
     frozen = dict.fromkeys((*bound.frozen, *parts_named("finetune.frozen", tune.frozen, parts)))
     own: Any = {"strategy": bound.strategy._replace(draws=0), "buffer": None, "frozen": tuple(frozen)}
-    constant = optax.constant_schedule(tune.learning_rate or config.optimizer.learning_rate)
+    constant = optax.constant_schedule(tune.learning_rate or optimizer_of(config).learning_rate)
     return Review(make_train_step(dataclasses.replace(bound, **own, schedule=constant, tuning=True), seed), False)
 
 
@@ -360,6 +375,9 @@ def _check_objective(config: ConfigDict, strategy: Strategy, network: Network, s
             f"strategy: {config.strategy} classifies, {config.data.source} is to be reconstructed; choose one of "
             f"{', '.join(allowed)}"
         )
+    if config.model.options.get("batchformer", 0) and (wanted or strategy.own_bias):
+        why = "reconstructs" if wanted else strategy.own_bias
+        raise refused("model.options.batchformer", config.model.options.batchformer, f"0: {config.strategy} {why}")
     if wanted and config.data.augment:
         raise UserError(
             f"data.augment: {tuple(config.data.augment)} is not allowed where images are to be reconstructed, give ()"

@@ -31,6 +31,7 @@ from jaxcl.models import MODELS
 from jaxcl.registry import short
 from jaxcl.runs.writers import WRITERS
 from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
+from jaxcl.training.large_batch import BATCH_FIELDS, check_batch
 from jaxcl.training.latents import check_latent
 from jaxcl.training.memory_fields import BUFFER, FINETUNE, LATENT
 from jaxcl.training.prior import PRIORS
@@ -51,11 +52,12 @@ def _lists_tasks(x: Any) -> bool:
 TASKS = Rule(_lists_tasks, "a positive number, or the classes of each task, such as ((0, 1), (2, 3))")
 
 OPTIMIZER = {
-    "name": Field("sgd", "the optimiser", one_of(("sgd", "adamw"))),
-    "learning_rate": Field(0.1, "at its peak", POSITIVE),
-    "momentum": Field(0.0, "of sgd", FRACTION),
-    "nesterov": Field(False, "of sgd: Nesterov's momentum"),
-    "weight_decay": Field(0.0, "of sgd: L2 in the gradient; of adamw: decoupled", NOT_NEGATIVE),
+    "name": Field("sgd", "the optimiser", one_of(("sgd", "adamw", "lars", "lamb"))),
+    "learning_rate": Field(0.1, "at its peak; of lars and lamb a share of each layer's length", POSITIVE),
+    "momentum": Field(0.0, "of sgd and lars", FRACTION),
+    "nesterov": Field(False, "of sgd and lars: Nesterov's momentum"),
+    "trust": Field(0.001, "of lars: what it multiplies the length of a layer's weights by", POSITIVE),
+    "weight_decay": Field(0.0, "of sgd, lars: L2 in the gradient; of adamw, lamb: decoupled", NOT_NEGATIVE),
     "clip_norm": Field(None, "the gradient is scaled down to this global norm; None: it is not", POSITIVE, float),
     "schedule": Field(
         "constant", "of the learning rate; every task begins it anew", one_of(("constant", "cosine", "steps"))
@@ -181,6 +183,7 @@ def fields(outside: Fields | None = None) -> Fields:
             "scales": Field({}, "of the learning rate, by part of the model, named as in freeze: {'backbone': 0.01}"),
             "later_tasks": Field(1.0, "the share of it in every task but the first", SHARE),
             "average": AVERAGE,
+            **BATCH_FIELDS,
         },
         "buffer": BUFFER,
         "latent": LATENT,
@@ -212,6 +215,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
     check_fields(config, fields(_outside(config)))
     check_writers(config)
     check_optimizer(config)
+    check_batch(config, devices)
     sizes = ["batch_size", "eval.batch_size"]
     strategy = make_strategy(config.strategy, config.strategies.get(short(config.strategy), {}))
     if strategy.draws:

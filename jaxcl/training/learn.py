@@ -16,10 +16,10 @@ from jaxcl.buffer import Buffer, Rows, Shard, Staged
 from jaxcl.buffer import threefry as random
 from jaxcl.data.augment import Augment, Normalize
 from jaxcl.mesh import AXIS
-from jaxcl.models import Model
+from jaxcl.models import Model, RowFacts
 from jaxcl.strategies import Context, Descent, Part, Strategy
 from jaxcl.strategies.base import Outputs
-from jaxcl.training import prior
+from jaxcl.training import noise, prior
 from jaxcl.training.average import averaged
 from jaxcl.training.given import Numbers
 from jaxcl.training.state import Clock, TrainState
@@ -51,6 +51,10 @@ class Bound:
       prior: one of `prior.PRIORS`.
       replay_weight: of a replayed row in a mean over all rows, where a new one weighs 1.
       average: the decay of the average of the weights, where the state has one.
+      batch_size: B, new rows of a step over all devices.
+      noise: whether a step's metrics have the estimates of `jaxcl.training.noise`.
+      task_of_row: int32 `[n]`, the task with which each row of the train source arrives; None where the model does not read
+        `RowFacts`.
       numbers: of the config, which programs are given as arguments, see `Given`.
       rebind: `(bound, numbers) -> bound`: the same with these numbers, which may be traced.
     """
@@ -73,6 +77,9 @@ class Bound:
     replay_weight: float = 1.0
     later_tasks: float = 1.0
     average: float = 0.0
+    batch_size: int = 0
+    noise: bool = False
+    task_of_row: np.ndarray | None = None
     numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
     rebind: Callable[["Bound", Numbers], "Bound"] = lambda bound, numbers: bound
 
@@ -151,7 +158,7 @@ def trained(
     if state.average is not None:
         average = averaged(state.average, bound.average, state.task_step, params, batch_stats)
         after = dataclasses.replace(after, average=average)
-    return after, found.parts[0].outputs, {"loss": found.loss, **scores(found.parts)}
+    return after, found.parts[0].outputs, {"loss": found.loss, **found.noise, **scores(found.parts)}
 
 
 def parts_of(bound: Bound, batch: Batch, draws: Staged, context: Context) -> list[Part]:
@@ -203,30 +210,54 @@ def positions(sizes: Sequence[int]) -> jax.Array:
 def descend(bound: Bound, context: Context, params: PyTree, batch_stats: PyTree, parts: tuple[Part, ...]) -> Descent:
     """A forward and a backward pass over the rows of all devices."""
     images, valid = (jnp.concatenate(x) for x in ([p.image for p in parts], [p.valid for p in parts]))
+    mask = row_facts(bound, parts, context) if bound.model.reads else valid
     parts = prior.with_priors(parts, pooled=bound.strategy.weights is None)
     borders = np.cumsum([len(part.label) for part in parts])[:-1]
 
     def objective(trained: PyTree) -> tuple[jax.Array, tuple]:
         params = still | trained
-        outputs, new_stats = bound.model.apply(params, batch_stats, images, train=True, mask=valid)
+        outputs, new_stats = bound.model.apply(params, batch_stats, images, train=True, mask=mask)
+        penalty = outputs.pop("penalty", None)
         pieces = {name: jnp.split(x, borders) for name, x in outputs.items()}
         done = tuple(
             dataclasses.replace(part, outputs={name: x[i] for name, x in pieces.items()})
             for i, part in enumerate(parts)
         )
         share = bound.strategy.loss(params, done, context)
+        if penalty is not None:
+            share = share.plus(penalty)
         return share.value, (share.weight, new_stats, done)
 
     # What is frozen has no gradient: nothing is computed for it, and nothing of it travels.
     still = {name: x for name, x in params.items() if name in bound.frozen}
     trained = {name: x for name, x in params.items() if name not in bound.frozen}
     (value, (weight, new_stats, done)), grads = jax.value_and_grad(objective, has_aux=True)(trained)
-    grads, loss, weight = lax.psum((grads, value, weight), AXIS)
+    mine = (noise.square_of(grads), jnp.sum(valid, dtype=jnp.float32)) if bound.noise else None
+    grads, loss, weight, mine = lax.psum((grads, value, weight, mine), AXIS)
+    total = None
     if weight is not None:  # the exact mean, however the valid rows are spread over the devices
         total = jnp.maximum(weight, 1.0)
         grads, loss = jax.tree.map(lambda x: x / total, (grads, loss))
+    found = {} if mine is None else noise.estimates(grads, mine[0] if total is None else mine[0] / total**2, mine[1])
     grads |= jax.tree.map(jnp.zeros_like, still)
-    return Descent(grads, loss, lax.pmean(new_stats, AXIS), done)
+    return Descent(grads, loss, lax.pmean(new_stats, AXIS), done, found)
+
+
+def row_facts(bound: Bound, parts: Sequence[Part], context: Context) -> RowFacts:
+    """What the norms are told of this device's rows, part after part."""
+    assert bound.task_of_row is not None
+    me, devices = lax.axis_index(AXIS), lax.axis_size(AXIS)
+    sizes = [len(part.label) for part in parts]
+    replayed = [part.record is not None for part in parts]
+    return RowFacts(
+        valid=jnp.concatenate([part.valid for part in parts]),
+        task=jnp.asarray(bound.task_of_row).at[jnp.concatenate([part.id for part in parts])].get(mode="clip"),
+        replayed=jnp.asarray(np.repeat(replayed, sizes)),
+        place=jnp.concatenate([me * size + jnp.arange(size, dtype=jnp.int32) for size in sizes]),
+        of=jnp.asarray(np.repeat([devices * size for size in sizes], sizes).astype(np.int32)),
+        now=context.task,
+        batch_size=bound.batch_size,
+    )
 
 
 def optimise(bound: Bound, state: TrainState, grads: PyTree, context: Context) -> tuple[PyTree, PyTree]:

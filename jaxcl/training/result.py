@@ -12,6 +12,7 @@ from jaxcl.runs.frame import conditions
 from jaxcl.runs.session import Progress
 from jaxcl.training.batches import draws_per_epoch
 from jaxcl.training.build import Parts
+from jaxcl.training.large_batch import epochs_of
 from jaxcl.training.sizes import bytes_of
 from jaxcl.training.state import TrainState
 
@@ -30,7 +31,7 @@ def add_scores(at: Progress, scores: dict[str, np.ndarray]) -> dict[str, list[fl
 
 def count_rows(config: ConfigDict, parts: Parts, at: Progress, state: TrainState, loader: Loader) -> None:
     """Adds to the progress what a task has trained on, `state` being the one in which its steps end."""
-    at.counts["images"] = at.counts.get("images", 0) + config.epochs * loader.rows_per_epoch
+    at.counts["images"] = at.counts.get("images", 0) + epochs_of(config) * loader.rows_per_epoch
     if parts.buffer is not None and state.buffer is not None:
         stored = parts.buffer.stats(state.buffer)["rows_per_shard"]
         drawn = draws_per_epoch(config, parts.buffer, stored, loader.steps_per_epoch)

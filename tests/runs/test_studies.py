@@ -12,10 +12,11 @@ import pytest
 
 import experiments.paper
 import experiments.studies
-from experiments.studies import choice, exchange_accuracy, grid, latent, rehearsal
+from experiments.studies import adab2n, choice, exchange_accuracy, grid, large_batch, latent, norm, rehearsal
 from experiments.studies.grid import Grid, Setting
 from jaxcl.data import array_source
 from jaxcl.errors import UserError
+from jaxcl.models import make_model
 from jaxcl.training.config import check_config
 from tests.whole import REPO, small
 
@@ -84,6 +85,27 @@ def test_every_setting_of_the_exchanges_is_allowed():
         check_config(grid.changed(config, one.fields), 8)
     with pytest.raises(UserError, match=r"^--models: 'x' is not allowed"):
         list(exchange_accuracy.settings(["x"]))
+
+
+def test_every_setting_of_norms_and_large_batches_is_allowed():
+    """Their models too, for the batch of the setting."""
+    split_cifar10 = importlib.import_module("configs.split_cifar10").get_config("cpu")
+    permuted = importlib.import_module("configs.permuted_mnist_mammoth").get_config()
+    mnist = importlib.import_module("configs.split_mnist").get_config()
+    cases = [
+        (split_cifar10, 8, list(norm.settings("split_cifar10", [], 8)), 33),
+        (permuted, 8, list(norm.settings("permuted_mnist", [], 8)), 33),
+        (mnist, 2, list(large_batch.settings([], 2)), 38),
+        (split_cifar10, 1, adab2n.settings(), 2),
+    ]
+    for config, devices, settings, count in cases:
+        assert len({one.place for one in settings}) == len(settings) == count
+        for one in settings:
+            changed = grid.changed(config, one.fields)
+            check_config(changed, one.devices or devices)
+            model = make_model(changed.model.name, 10, options=changed.model.options.to_dict())
+            if model.fits is not None:
+                model.fits(changed.batch_size)
 
 
 @pytest.mark.parametrize("name", ["digits", "split_mnist", "split_cifar10", "paper_tinyimagenet"])

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcl.errors import UserError
 from jaxcl.losses import cross_entropy
-from jaxcl.models import MODELS, MaskedBatchNorm, make_model
+from jaxcl.models import MODELS, make_model
+from jaxcl.models._norms._batch import MaskedBatchNorm
 
 AXIS = "data"
 TINY = {
@@ -292,6 +293,7 @@ def test_zero_init_makes_blocks_the_identity():
         ("mlp", 10, "float32", {"hiden": 8}, "model.options.hiden: mlp has no such option, did you mean hidden?"),
         (
             "mlp",
+            "mlp_norm",
             10,
             "float32",
             {"width": 8},
@@ -304,14 +306,15 @@ def test_zero_init_makes_blocks_the_identity():
             10,
             "float32",
             {"norm": "global"},
-            "model.options.norm: 'global' is not allowed, give one of local, sync",
+            "model.options.norm: 'global' is not allowed, give one of ada, bcn, ghost, group, layer, local, split, sync, "
+            "unmix, or module:name",
         ),
         (
             "convnet",
             10,
             "float32",
             {"dtype": "float32"},
-            "model.options.dtype: convnet has no such option, allowed are fold, norm, width",
+            "model.options.dtype: convnet has no such option, allowed are fold, norm, norm_options, width",
         ),
         ("resnet18", 10, "float32", {"width": True}, "model.options.width: True is not allowed, give a positive int"),
         ("resnet18", 10, "float32", {"width": 2.0}, "model.options.width: 2.0 is not allowed, give a positive int"),
@@ -381,6 +384,7 @@ def test_models_are_found_by_their_files():
     assert set(MODELS) == {
         *(
             "mlp",
+            "mlp_norm",
             "convnet",
             "resnet18",
             "resnet50",

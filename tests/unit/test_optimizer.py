@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.optimizer import make_optimizer, make_schedule
+from jaxcl.optimizer import make_optimizer, make_schedule, with_batch_rule
 from jaxcl.training.config import default_config
 from tests.rig import close
 
@@ -70,3 +70,33 @@ def test_schedules(changes, expected):
     schedule = make_schedule(config_of(learning_rate=0.2, **changes), epochs=4)
     for epoch, share in expected.items():
         assert float(schedule(jnp.float32(epoch))) == pytest.approx(0.2 * share, rel=1e-5, abs=1e-7)
+
+
+MATRIX = {"w": np.float32([[3.0, 0.0], [0.0, 4.0]]), "b": np.float32([1.0, 2.0])}
+SLOPE = {"w": np.float32([[1.0, 2.0], [2.0, 0.0]]), "b": np.float32([0.5, -0.5])}
+
+
+def test_lars_scales_a_layer_to_the_length_of_its_weights_and_leaves_biases_alone():
+    optimizer = make_optimizer(config_of(name="lars", weight_decay=0.1, momentum=0.9, trust=0.02))
+    state = optimizer.init(MATRIX)
+    first, state = optimizer.update(jax.tree.map(jnp.asarray, SLOPE), state, MATRIX)
+    decayed = SLOPE["w"] + 0.1 * MATRIX["w"]
+    one = 0.02 * 5 / np.linalg.norm(decayed) * decayed
+    close(first, {"w": one, "b": SLOPE["b"]})
+    second, _ = optimizer.update(jax.tree.map(jnp.asarray, SLOPE), state, MATRIX)
+    close(second, {"w": 1.9 * one, "b": 1.9 * SLOPE["b"]})
+
+
+def test_lamb_scales_adams_direction_with_its_decay():
+    optimizer = make_optimizer(config_of(name="lamb", weight_decay=0.1))
+    first, _ = optimizer.update(jax.tree.map(jnp.asarray, SLOPE), optimizer.init(MATRIX), MATRIX)
+    direction = np.sign(SLOPE["w"]) + 0.1 * MATRIX["w"]
+    expected = {"w": 5 / np.linalg.norm(direction) * direction, "b": np.sign(SLOPE["b"])}
+    close(first, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rule", "times"), [("none", 1), ("linear", 16), ("sqrt", 4)])
+def test_the_learning_rate_goes_with_the_batch(rule, times):
+    config = config_of(learning_rate=0.2, batch_rule=rule, base_batch=64)
+    assert with_batch_rule(config, 1024).learning_rate == pytest.approx(0.2 * times)
+    assert config.learning_rate == 0.2

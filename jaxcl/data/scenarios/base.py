@@ -47,6 +47,14 @@ class Scenario:
         return task_of
 
     @functools.cached_property
+    def task_of_train_row(self) -> np.ndarray:
+        """int32 `[n]`: the first task in which a row of the train source comes, up to the last row that is in one."""
+        task_of = np.zeros(1 + max(int(task.train.max(initial=0)) for task in self.tasks), np.int32)
+        for task in reversed(self.tasks):
+            task_of[task.train] = task.index
+        return task_of
+
+    @functools.cached_property
     def class_table(self) -> np.ndarray:
         """bool `[T, K]`: the classes that appear in each task."""
         table = np.zeros((len(self.tasks), self.num_classes), bool)

@@ -1,0 +1,58 @@
+"""BatchNorm of groups of rows, each normalised by its own statistics in training, and all by common ones in evaluation."""
+
+from typing import ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxcl.models._norms.base import Mask, NormLayer, RowFacts, facts_of, moments_of_groups, to_rows, variance
+
+
+class Groups(NamedTuple):
+    """A division of this device's rows.
+
+    Attributes:
+      group: int32 `[n]`, of each row.
+      number: S, how many there are.
+      across: whether a group's rows lie on all devices; else every device has S groups of its own.
+    """
+
+    group: jax.Array
+    number: int
+    across: bool
+
+
+class GroupedBatchNorm(NormLayer):
+    """A norm for which a subclass divides the rows. Parameters and collections are those of `MaskedBatchNorm`.
+
+    The running statistics follow the mean over the groups of their statistics. A group without a valid row is normalised by
+    the running ones.
+
+    Attributes:
+      counts_empty: whether such a group counts in that mean, with the running statistics; a mean over those with rows would
+        need to know of all devices' groups.
+    """
+
+    counts_empty: ClassVar[bool] = True
+
+    def groups(self, facts: RowFacts) -> Groups:
+        raise NotImplementedError
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool, mask: Mask = None) -> jax.Array:
+        """x `[n, ..., C]` -> the same shape; in training `mask` is `RowFacts`."""
+        channels = x.shape[-1]
+        affine, running = self.affine(channels), self.running(channels)
+        x = x.astype(jnp.float32)
+        if not train:
+            return self.normalised(x, running[0].value, running[1].value, affine)
+        group, number, across = self.groups(facts_of(mask))
+        rows, mean, mean_of_squares = moments_of_groups(x, mask, group, number, self.axis_name if across else None)
+        there = (rows > 0)[:, None]
+        mean = jnp.where(there, mean, running[0].value)
+        var = jnp.where(there, variance(mean, mean_of_squares), running[1].value)
+        weights = jnp.full(number, 1 / number) if self.counts_empty else there[:, 0] / jnp.maximum(jnp.sum(there), 1)
+        for old, new in zip(running, (mean, var), strict=True):
+            old.value += (1 - self.momentum) * (weights @ (new - old.value))
+        return self.normalised(x, to_rows(mean, group), to_rows(var, group), affine)
