@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from jaxcl.types import Number
+from jaxcl.types import Number, PyTree
 
 
 def numbers_of(config: ConfigDict) -> dict[str, float]:
@@ -20,21 +20,39 @@ def numbers_of(config: ConfigDict) -> dict[str, float]:
     return found if config.clip_norm is None else found | {"clip_norm": config.clip_norm}
 
 
-def make_optimizer(config: ConfigDict, numbers: Mapping[str, Number] | None = None) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ConfigDict,
+    numbers: Mapping[str, Number] | None = None,
+    norm: Callable[[PyTree], jax.Array] | None = None,
+) -> optax.GradientTransformation:
     """Gradients to the direction of descent, before the learning rate is applied.
 
     SGD's weight decay enters the gradient before the momentum, as in PyTorch; AdamW's is decoupled.
 
     Args:
       numbers: see `numbers_of`; traced, they take the place of those of the config.
+      norm: of all gradients, where a device has parts of them alone.
     """
     n = numbers_of(config) if numbers is None else numbers
-    clip = optax.clip_by_global_norm(n["clip_norm"]) if "clip_norm" in n else optax.identity()
+    clip = _clip(n["clip_norm"], norm) if "clip_norm" in n else optax.identity()
     decay = optax.add_decayed_weights(n["weight_decay"]) if "weight_decay" in n else optax.identity()
     if config.name == "adamw":
         return optax.chain(clip, optax.scale_by_adam(), decay)
     momentum = optax.trace(n["momentum"], config.nesterov) if "momentum" in n else optax.identity()
     return optax.chain(clip, decay, momentum)
+
+
+def _clip(most: Number, norm: Callable[[PyTree], jax.Array] | None) -> optax.GradientTransformation:
+    """Gradients scaled down to the norm `most`; without a `norm` of parts they are whole."""
+    if norm is None:
+        return optax.clip_by_global_norm(most)  # type: ignore[arg-type]
+
+    def scaled(grads: PyTree, params: PyTree = None) -> PyTree:
+        del params
+        found = norm(grads)
+        return jax.tree.map(lambda g: jnp.where(found < most, g, g / found * most), grads)
+
+    return optax.stateless(scaled)
 
 
 def make_schedule(

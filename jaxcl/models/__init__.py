@@ -5,10 +5,11 @@ which it names those that it uses:
 
     num_classes  K, outputs of the head
     dtype        of the computation; parameters, statistics and outputs are float32
-    axis_name    mesh axis of the batch, over which a norm may sum its statistics
+    axis_name    mesh axis of the batch, or axes, over which a norm may sum its statistics
     classes      bool `[T, K]`, the classes of each task
 
-A field or parameter with a default is an option, see `_options`. The module is called as `module(images, train=..., mask=...)`,
+A field or parameter with a default is an option, see `_options`. A class of modules may have `rules` for its weights on a mesh,
+see `jaxcl.partition`, and `remat`, see `vit`. The module is called as `module(images, train=..., mask=...)`,
 see `Apply`. The rest of jaxcl sees parameters, batch statistics and outputs, never a module.
 """
 
@@ -22,9 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.check import check, one_of
+from jaxcl.mesh import Axis
 from jaxcl.models._norm import MaskedBatchNorm
 from jaxcl.models._options import SIZE, bind
 from jaxcl.models._towers import Towers, make_towers
+from jaxcl.partition import Split
 from jaxcl.registry import Registry
 from jaxcl.types import PyTree
 
@@ -60,11 +63,18 @@ class Apply(Protocol):
 
 
 class Model(NamedTuple):
-    """A network as a pair of pure functions."""
+    """A network as a pair of pure functions.
+
+    Attributes:
+      rules: by which its weights are divided over a mesh; () without any of its own.
+      remat: whether its blocks are computed anew in the backward pass; what they leave is then named `partition.BLOCK`.
+    """
 
     init: Init
     apply: Apply
     name: str
+    rules: tuple[Split, ...] = ()
+    remat: bool = False
 
 
 def make_model(
@@ -73,7 +83,7 @@ def make_model(
     *,
     options: Mapping[str, Any] | None = None,
     dtype: str = "float32",
-    axis_name: str | None = None,
+    axis_name: Axis | None = None,
     classes: np.ndarray | None = None,
 ) -> Model:
     """Builds a network.
@@ -100,7 +110,8 @@ def make_model(
     made = bind(name, make, options or {}, given)
     if isinstance(made, Model):
         return made
-    return Model(partial(_init, jax.jit(partial(made.init, train=False))), partial(_apply, made), name)
+    of_mesh: Any = {field: getattr(made, field) for field in ("rules", "remat") if hasattr(made, field)}
+    return Model(partial(_init, jax.jit(partial(made.init, train=False))), partial(_apply, made), name, **of_mesh)
 
 
 def _init(init: Callable[..., PyTree], key: jax.Array, image_shape: tuple[int, int, int]) -> dict[str, PyTree]:

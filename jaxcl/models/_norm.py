@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxcl.mesh import Axis
+
 
 class MaskedBatchNorm(nn.Module):
     """Normalises the last axis over valid rows and positions.
@@ -17,14 +19,14 @@ class MaskedBatchNorm(nn.Module):
     Initialise with train=False: an initialisation is no batch, and runs outside shard_map.
 
     Attributes:
-      axis_name: mesh axis to sum statistics over, inside shard_map; None for this device's own statistics.
+      axis_name: mesh axis, or axes, to sum statistics over, inside shard_map; None for this device's own statistics.
       momentum: weight of the old running statistics in an update.
       epsilon: added to the variance.
       dtype: of the output; statistics are float32 always.
       scale_init: initialiser of `scale`; zeros makes a residual block start as the identity.
     """
 
-    axis_name: str | None = None
+    axis_name: Axis | None = None
     momentum: float = 0.9
     epsilon: float = 1e-5
     dtype: jnp.dtype = jnp.float32

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxcl.mesh import Axis
 from jaxcl.models._blocks import he_fan_out
 from jaxcl.models._norm import MaskedBatchNorm
 from jaxcl.models._options import Norm, Size, Stem
@@ -63,7 +64,7 @@ class ResNet(nn.Module):
     bottleneck: ClassVar[bool]
     num_classes: int
     dtype: jnp.dtype
-    axis_name: str | None
+    axis_name: Axis | None
     width: Size = 64
     norm: Norm = "local"
     stem: Stem = "small"

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.check import refused
+from jaxcl.mesh import Axis
 from jaxcl.models._norm import MaskedBatchNorm
 from jaxcl.models._options import Norm, Size
 
@@ -22,7 +23,7 @@ class ConvNet(nn.Module):
 
     num_classes: int
     dtype: jnp.dtype
-    axis_name: str | None
+    axis_name: Axis | None
     width: Size = 32
     norm: Norm = "local"
     fold: Size = 1

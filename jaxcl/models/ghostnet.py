@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxcl.mesh import Axis
 from jaxcl.models._blocks import ConvNorm, SqueezeExcite, divisible, identity
 from jaxcl.models._norm import MaskedBatchNorm
 from jaxcl.models._options import Norm, Scale, Stem
@@ -85,7 +86,7 @@ class GhostNet(nn.Module):
 
     num_classes: int
     dtype: jnp.dtype
-    axis_name: str | None
+    axis_name: Axis | None
     width: Scale = 1.0
     norm: Norm = "local"
     stem: Stem = "small"

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxcl.mesh import Axis
 from jaxcl.models._blocks import ConvNorm, SqueezeExcite, divisible, identity
 from jaxcl.models._norm import MaskedBatchNorm
 from jaxcl.models._options import Norm, Stem
@@ -40,7 +41,7 @@ class MobileNetV3Small(nn.Module):
 
     num_classes: int
     dtype: jnp.dtype
-    axis_name: str | None
+    axis_name: Axis | None
     norm: Norm = "local"
     stem: Stem = "small"
 

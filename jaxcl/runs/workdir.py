@@ -27,8 +27,16 @@ from jaxcl.runs.writers import csv
 from jaxcl.runs.writers.tensorboard import EVENTS
 from jaxcl.sealed import Damaged, read_json, read_sealed
 
-# Fields that a run may change when it continues, because its result does not depend on them.
-FREE = ("config.checkpoint", "config.data.threads", "config.data.workers", "config.writers")
+# Fields that a run may change when it continues, because its result does not depend on them, or by rounding alone.
+FREE = (
+    "config.checkpoint",
+    "config.data.threads",
+    "config.data.workers",
+    "config.writers",
+    "config.mesh",
+    "config.microbatches",
+    "config.optimizer.split_state",
+)
 MARK, CONFIG, RESULT, CHECKPOINTS = ".jaxcl", "config.json", "result.json", "checkpoints"
 WEIGHTS = "weights.safetensors"
 _REMEDY = "bring them back to continue, train from the start with --overwrite, or give another folder"

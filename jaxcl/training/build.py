@@ -20,6 +20,7 @@ from jaxcl.errors import UserError
 from jaxcl.mesh import AXIS
 from jaxcl.models import Model, make_model
 from jaxcl.optimizer import make_optimizer, make_schedule, numbers_of
+from jaxcl.partition import Layout
 from jaxcl.registry import short
 from jaxcl.strategies import STRATEGIES, Strategy, make_strategy, number_options
 from jaxcl.training.class_means import make_class_means
@@ -28,10 +29,11 @@ from jaxcl.training.end_task import make_end_task
 from jaxcl.training.evaluate import make_evaluate
 from jaxcl.training.exemplars import Selection, make_store_exemplars
 from jaxcl.training.given import Numbers
+from jaxcl.training.layout import layout_of, mesh_of, norm_of
 from jaxcl.training.learn import Bound
 from jaxcl.training.many import ManySteps, choose_many_steps
 from jaxcl.training.sizes import check_sizes, check_steps, check_tasks
-from jaxcl.training.state import TrainState, initial_state, make_weights
+from jaxcl.training.state import TrainState, initial_state, make_strategy_state, make_weights
 from jaxcl.training.step import TrainStep, make_train_step
 from jaxcl.types import PyTree
 
@@ -57,12 +59,13 @@ class Parts:
 
     Attributes:
       mesh: the devices.
+      layout: how weights lie on them; None: whole on every device.
       strategy: with the selection that the config asks for.
       train, test, scenario: the rows, and the tasks that number them.
       buffer: None for a strategy without one.
       prior: `loss.prior` as it applies.
       new_state: `(weights) -> state` before the first step, see `initial_state`.
-      new_weights, train_step, evaluate: made by the functions called `make_` and that name.
+      new_weights, new_strategy_state, train_step, evaluate: made by the functions called `make_` and that name.
       many_steps: calls of many steps over a task's own rows; None where a call takes one.
       review: None for a task of one phase.
       store_exemplars: made likewise; None where rows enter the memory as they arrive.
@@ -71,6 +74,7 @@ class Parts:
     """
 
     mesh: jax.sharding.Mesh
+    layout: Layout | None
     strategy: Strategy
     train: data.Source
     test: data.Source
@@ -78,6 +82,7 @@ class Parts:
     buffer: Buffer | None
     prior: str
     new_weights: Callable[[jax.Array], tuple[PyTree, PyTree, PyTree]]
+    new_strategy_state: Callable[[PyTree, PyTree], PyTree]
     new_state: Callable[[tuple[PyTree, PyTree, PyTree]], TrainState]
     train_step: TrainStep
     many_steps: ManySteps | None
@@ -86,6 +91,11 @@ class Parts:
     end_task: Callable | None
     evaluate: Callable
     class_means: Callable | None = None
+
+    @property
+    def shards(self) -> int:
+        """Parts that rows are split into."""
+        return mesh_lib.row_shards(self.mesh)
 
     @property
     def host(self) -> Store | None:
@@ -105,8 +115,8 @@ def build(
     Raises:
       UserError: one line on what is wrong with the config or its data.
     """
-    mesh = mesh_lib.make_mesh(devices)
-    check_config(config, mesh.size)
+    check_config(config, len(jax.devices() if devices is None else devices))
+    mesh = mesh_of(config, devices)
     if config.batch_size % jax.process_count():
         raise UserError(f"batch_size: {config.batch_size} is not a multiple of {jax.process_count()} processes")
     d, strategy = config.data, strategy_of(config)
@@ -120,13 +130,14 @@ def build(
     options = m.options.to_dict()
     model = make_model(m.name, train.num_classes, options=options, dtype=m.dtype, axis_name=AXIS, classes=classes)
     _check_objective(config, strategy, model, train)
-    optimizer = make_optimizer(config.optimizer)
-    new_weights = make_weights(mesh, model, optimizer, train.image_shape)
+    layout = layout_of(config, mesh, model, strategy, train.image_shape)
+    optimizer = make_optimizer(config.optimizer, norm=norm_of(layout))
+    new_weights = make_weights(mesh, model, optimizer, train.image_shape, layout)
     row = _stored_row(model, strategy, train) if strategy.draws else None
     capacity = capacity_of(config.buffer, scenario)
     averaged = config.optimizer.average > 0
     sizes: Any = {"record": row, "capacity": capacity, "draws": strategy.draws, "seeds": len(seeds or [0])}
-    sizes |= {"averaged": averaged}
+    sizes |= {"averaged": averaged, "layout": layout}
     check_sizes(config, mesh, new_weights, train.image_shape, **sizes)
     buffer = _make_buffer(config, mesh, strategy, row, capacity, train) if strategy.draws else None
     prior = prior_of(config, strategy)
@@ -150,6 +161,8 @@ def build(
         replay_weight=config.loss.replay_weight,
         later_tasks=config.optimizer.later_tasks,
         average=config.optimizer.average,
+        layout=layout,
+        microbatches=config.microbatches,
         numbers=config_numbers(config),
         rebind=functools.partial(with_numbers, config, epochs),
     )
@@ -163,6 +176,7 @@ def build(
     training = dataclasses.replace(stepping, learn=not strategy.rehearse)
     return Parts(
         mesh=mesh,
+        layout=layout,
         strategy=strategy,
         train=train,
         test=test,
@@ -170,6 +184,7 @@ def build(
         buffer=buffer,
         prior=prior,
         new_weights=new_weights,
+        new_strategy_state=make_strategy_state(mesh, strategy, layout),
         new_state=functools.partial(
             initial_state,
             mesh,
@@ -177,6 +192,7 @@ def build(
             strategy=strategy,
             counted_classes=counted,
             averaged=averaged,
+            layout=layout,
         ),
         train_step=make_train_step(training, seed),
         many_steps=choose_many_steps(config, training, seed, train, scenario),
@@ -245,7 +261,7 @@ def with_numbers(config: ConfigDict, epochs: int, bound: Bound, numbers: Numbers
     return dataclasses.replace(
         bound,
         strategy=strategy._replace(selection=bound.strategy.selection, draws=bound.strategy.draws),
-        optimizer=make_optimizer(optimizer, group("optimizer.")),
+        optimizer=make_optimizer(optimizer, group("optimizer."), norm_of(bound.layout)),
         schedule=optax.constant_schedule(numbers["finetune.learning_rate"]) if bound.tuning else schedule,
     )
 
@@ -292,6 +308,7 @@ def _make_buffer(
         num_classes=train.num_classes,
         accept=b.candidates / config.batch_size,
         mesh=mesh,
+        axis=AXIS,
         num_ids=len(train.labels),
         count_classes=prior_of(config, strategy) != "none",
         **{name: b[name] for name in as_named},
