@@ -127,7 +127,7 @@ def abstract(step: Step) -> tuple[TrainState, Batch]:
     bound = step.bound
     mesh, buffer = bound.mesh, bound.buffer
     params, batch_stats, opt_state = jax.eval_shape(step.weights(), jax.random.key(0))
-    number = jax.ShapeDtypeStruct((), np.int32)
+    number: Any = jax.ShapeDtypeStruct((), np.int32)
     state = TrainState(
         *(number,) * 4,
         params=params,
