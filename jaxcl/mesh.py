@@ -1,7 +1,11 @@
 """The device mesh, its shardings, and the way from host arrays to global arrays.
 
-jaxcl is data-parallel: one mesh axis, `AXIS`, over every device of every process. What is replicated carries the spec
-`P()`, what is sharded by rows `P(AXIS)`.
+A mesh has three axes over every device of every process. Rows, of batches and of the buffer, are split along two of them
+together, `AXIS` = (`DATA`, `FSDP`), which every program handles itself, device by device. Weights are split along `FSDP` and
+`MODEL`, see `jaxcl.partition`; what is computed along `MODEL` the compiler divides. Where the last two have one place, as they
+have unless a config says otherwise, training is data-parallel, and weights are whole on every device.
+
+What is replicated carries the spec `P()`, what is sharded by rows `P(AXIS)`.
 """
 
 import contextlib
@@ -29,7 +33,8 @@ from jaxcl.errors import PEER_LOST, PeerLost, UserError
 from jaxcl.types import PyTree
 
 Axis = str | tuple[str, ...]  # one axis of a mesh, or several that together number the devices
-AXIS = "data"
+DATA, FSDP, MODEL = "data", "fsdp", "model"
+AXIS = (DATA, FSDP)
 WHOLE = PartitionSpec()  # every device holds it whole
 ROWS = PartitionSpec(AXIS)  # split over the devices along its leading axis
 
@@ -201,11 +206,44 @@ def from_first(call: Callable[[], Any], start_seconds: float | None = None) -> A
     return found["value"]
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A one-axis mesh over `devices` (default: all devices of all processes)."""
+def make_mesh(devices: Sequence[jax.Device] | None = None, *, data: int = 0, fsdp: int = 1, model: int = 1) -> Mesh:
+    """A mesh over `devices` (default: all devices of all processes).
+
+    Args:
+      data, fsdp, model: places along each axis; data = 0: what the others leave. Neighbours along `model` are neighbours among
+        the devices, and so within a host.
+
+    Raises:
+      UserError: see `shape_of`, or devices that share their rows belong to several processes, each of which reads its own.
+    """
     devices = jax.devices() if devices is None else devices
+    placed = np.asarray(devices).reshape(shape_of(len(devices), data, fsdp, model))
+    for row in placed.reshape(-1, model):
+        if len({device.process_index for device in row}) > 1:
+            here = sum(device.process_index == row[0].process_index for device in devices)
+            raise UserError(f"mesh.model: {model} is not allowed, give a divisor of the {here} devices of a process")
     # jax.make_mesh would give Explicit axes; shard_map over ordinary arrays wants Auto.
-    return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
+    return Mesh(placed, (*AXIS, MODEL), axis_types=(AxisType.Auto,) * 3)
+
+
+def shape_of(devices: int, data: int = 0, fsdp: int = 1, model: int = 1) -> tuple[int, int, int]:
+    """Places along the axes of a mesh of so many devices, see `make_mesh`.
+
+    Raises:
+      UserError: they do not multiply to the devices.
+    """
+    found = (data or devices // (fsdp * model), fsdp, model)
+    if math.prod(found) != devices:
+        what = "data * fsdp * model" if data else "fsdp * model"
+        shape = " x ".join(map(str, found if data else found[1:]))
+        allowed = f"sizes that multiply to the {devices} devices" if data else f"a divisor of the {devices} devices"
+        raise UserError(f"mesh: {what} = {shape} is not allowed, give {allowed}")
+    return found
+
+
+def row_shards(mesh: Mesh) -> int:
+    """How many parts rows are split into."""
+    return axis_size(mesh, AXIS)
 
 
 def names_of(axis: Axis) -> tuple[str, ...]:
@@ -262,13 +300,20 @@ def gather_counts(axis: Axis, counts: jax.Array, most: int) -> jax.Array:
     return varying(axis, sum_counts(axis, mine, most))
 
 
-def over_mesh(mesh: Mesh, function: Callable, in_specs: PyTree, out_specs: PyTree) -> Callable:
+def over_mesh(
+    mesh: Mesh, function: Callable, in_specs: PyTree, out_specs: PyTree, auto: Sequence[str] = ()
+) -> Callable:
     """`function` of one device's parts, made one of global arrays: under `shard_map`, not jitted.
 
     Replication is not checked (`check_vma`): gradients are summed over the axis by hand. A mesh with explicit axes wants its
     arguments as the specs say; there they are brought to it.
+
+    Args:
+      auto: axes that are left to the compiler: along them `function` sees whole arrays.
     """
-    mapped = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    specs = [of_specs(lambda spec: without(spec, auto), x) if auto else x for x in (in_specs, out_specs)]
+    manual = {"axis_names": frozenset(mesh.axis_names) - set(auto)} if auto else {}
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False, **manual)
     if AxisType.Explicit not in mesh.axis_types:
         return mapped
 
@@ -281,8 +326,41 @@ def over_mesh(mesh: Mesh, function: Callable, in_specs: PyTree, out_specs: PyTre
 def on_mesh(
     mesh: Mesh, function: Callable, in_specs: PyTree, out_specs: PyTree, *, donate: int | tuple[int, ...] = ()
 ) -> Any:
-    """As `over_mesh`, jitted; `donate` numbers the arguments whose memory the results may take."""
-    return jax.jit(over_mesh(mesh, function, in_specs, out_specs), donate_argnums=donate)
+    """As `over_mesh`, jitted, and `MODEL` left to the compiler, which lays the results out as their specs say; `donate` numbers
+    the arguments whose memory the results may take."""
+    if mesh.shape.get(MODEL, 1) == 1:
+        return jax.jit(over_mesh(mesh, function, in_specs, out_specs), donate_argnums=donate)
+    mapped = over_mesh(mesh, function, in_specs, out_specs, (MODEL,))
+    return jax.jit(mapped, donate_argnums=donate, out_shardings=shardings(mesh, out_specs))
+
+
+def over_model(function: Callable[[jax.Array], jax.Array], x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """`function(x)` within a program of `on_mesh`, on each device's part along `MODEL` as `spec` has it: for a collective along
+    another axis, for which the compiler would bring the parts together."""
+    spec = without(spec, AXIS)
+    if all(name is None for name in spec):
+        return function(x)
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, axis_names={MODEL}, check_vma=False)(x)
+
+
+def without(spec: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:
+    """The spec with these axes taken out."""
+
+    def kept(entry: Any) -> Any:
+        names = tuple(name for name in names_of(entry or ()) if name not in axes)
+        return names if len(names) > 1 else names[0] if names else None
+
+    return PartitionSpec(*map(kept, spec))
+
+
+def of_specs(function: Callable[..., Any], specs: PyTree, *rest: PyTree) -> PyTree:
+    """`function` of every spec of a tree of them, and of what there is of it in the others."""
+    return jax.tree.map(function, specs, *rest, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def shardings(mesh: Mesh, specs: PyTree) -> PyTree:
+    """The shardings of a tree of specs."""
+    return of_specs(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

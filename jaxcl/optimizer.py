@@ -12,6 +12,7 @@ from jaxcl.types import Number, PyTree
 
 # The learning rate goes with this power of the batch. Goyal et al. 2017: 1; Krizhevsky 2014, Hoffer et al. 2017: 1/2.
 BATCH_RULES = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}
+Squares = Callable[[PyTree], PyTree]
 
 
 def numbers_of(config: ConfigDict) -> dict[str, float]:
@@ -23,36 +24,43 @@ def numbers_of(config: ConfigDict) -> dict[str, float]:
     return found if config.clip_norm is None else found | {"clip_norm": config.clip_norm}
 
 
-def make_optimizer(config: ConfigDict, numbers: Mapping[str, Number] | None = None) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ConfigDict,
+    numbers: Mapping[str, Number] | None = None,
+    squares: Squares | None = None,
+) -> optax.GradientTransformation:
     """Gradients to the direction of descent, before the learning rate is applied.
 
     SGD's weight decay enters the gradient before the momentum, as in PyTorch; AdamW's is decoupled. LARS (You et al. 2017)
     scales the gradient with its decay, LAMB (You et al. 2020) Adam's direction with its decay, to the length of each layer's
-    weights, LARS times `trust`. As usual biases and scales of norms, all with one axis at most, have neither that nor a decay.
+    weights, LARS times `trust`. As usual biases, and scales of norms, have neither that nor a decay.
 
     Args:
       numbers: see `numbers_of`; traced, they take the place of those of the config.
+      squares: of each array like the parameters the sum of its squares, where a device has parts of them alone.
     """
     n = numbers_of(config) if numbers is None else numbers
-    clip = optax.clip_by_global_norm(n["clip_norm"]) if "clip_norm" in n else optax.identity()
+    clip = _clip(n["clip_norm"], squares) if "clip_norm" in n else optax.identity()
     decay = optax.add_decayed_weights(n["weight_decay"]) if "weight_decay" in n else optax.identity()
     if config.name == "adamw":
         return optax.chain(clip, optax.scale_by_adam(), decay)
     if config.name in ("lars", "lamb"):
         decay = optax.masked(decay, layers)
     if config.name == "lamb":
-        trust = optax.masked(optax.scale_by_trust_ratio(), layers)
-        return optax.chain(clip, optax.scale_by_adam(eps=1e-6), decay, trust)
+        return optax.chain(clip, optax.scale_by_adam(eps=1e-6), decay, _trust(1.0, squares))
     momentum = optax.trace(n["momentum"], config.nesterov) if "momentum" in n else optax.identity()
     if config.name == "lars":
-        trust = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=config.trust), layers)
-        return optax.chain(clip, decay, trust, momentum)
+        return optax.chain(clip, decay, _trust(config.trust, squares), momentum)
     return optax.chain(clip, decay, momentum)
 
 
 def layers(params: PyTree) -> PyTree:
     """Which parameters are weights of a layer, and no bias or scale."""
-    return jax.tree.map(lambda w: w.ndim > 1, params)
+
+    def is_layer(path: Any, w: jax.Array) -> bool:
+        return w.ndim > 1 and jax.tree_util.keystr(path[-1:], simple=True) != "bias"
+
+    return jax.tree_util.tree_map_with_path(is_layer, params)
 
 
 def with_batch_rule(config: ConfigDict, batch_size: int) -> ConfigDict:
@@ -63,6 +71,36 @@ def with_batch_rule(config: ConfigDict, batch_size: int) -> ConfigDict:
     one = config.copy_and_resolve_references()
     one.learning_rate = config.learning_rate * (batch_size / config.base_batch) ** power
     return one
+
+
+def _clip(most: Number, squares: Squares | None) -> optax.GradientTransformation:
+    """Gradients scaled down to the norm `most`; `squares`: see `make_optimizer`."""
+    if squares is None:
+        return optax.clip_by_global_norm(most)  # type: ignore[arg-type]
+
+    def scaled(grads: PyTree, params: PyTree = None) -> PyTree:
+        del params
+        found = jnp.sqrt(sum(jax.tree.leaves(squares(grads))))
+        return jax.tree.map(lambda g: jnp.where(found < most, g, g / found * most), grads)
+
+    return optax.stateless(scaled)
+
+
+def _trust(coefficient: float, squares: Squares | None) -> optax.GradientTransformation:
+    """The direction of each layer scaled to `coefficient` times the length of its weights; `squares`: see `make_optimizer`."""
+    whole = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=coefficient), layers)
+    if squares is None:
+        return whole
+
+    def scaled(is_layer: bool, direction: jax.Array, square: jax.Array, weights: jax.Array) -> jax.Array:
+        moves = (square > 0) & (weights > 0)
+        ratio = jnp.where(moves, coefficient * jnp.sqrt(weights / jnp.where(moves, square, 1.0)), 1.0)
+        return direction * ratio if is_layer else direction
+
+    def update(grads: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        return jax.tree.map(scaled, layers(params), grads, squares(grads), squares(params)), state
+
+    return optax.GradientTransformation(whole.init, update)
 
 
 def make_schedule(

@@ -57,6 +57,21 @@ def mesh_of() -> Callable[[int], jax.sharding.Mesh]:
 
 
 @pytest.fixture(scope="session")
+def mesh_of_shape() -> Callable[[int, int, int], jax.sharding.Mesh]:
+    """`mesh_of_shape(data, fsdp, model)`: a mesh over the first devices with these places along its axes."""
+
+    @functools.cache
+    def make(data: int, fsdp: int, model: int) -> jax.sharding.Mesh:
+        from jaxcl.mesh import make_mesh
+
+        if len(jax.devices()) < data * fsdp * model:
+            pytest.skip(f"needs {data * fsdp * model} devices, {jax.default_backend()} has {len(jax.devices())}")
+        return make_mesh(jax.devices()[: data * fsdp * model], data=data, fsdp=fsdp, model=model)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def packs() -> pathlib.Path:
     """Folder of the data packs (mnist.npz, cifar10.npz, ...): `JAXCL_PACKS`, else shared/data beside the checkout."""
     folder = pathlib.Path(os.environ.get("JAXCL_PACKS") or REPO.parent / "shared" / "data")

@@ -1,7 +1,7 @@
 """A small problem for tests of steps and strategies: model, buffer and step on n devices, the same rows for every n."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +14,9 @@ from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Drawn, make_buffer
 from jaxcl.data import make_augment, make_normalize
 from jaxcl.models import make_model
+from jaxcl.partition import Layout, Split, make_layout
 from jaxcl.strategies import Strategy
+from jaxcl.training.layout import squares_of
 from jaxcl.training.learn import Bound
 from jaxcl.training.state import TrainState, initial_state, make_weights
 from jaxcl.training.step import make_train_step
@@ -26,12 +28,16 @@ MODELS = {
     "convnet": {"width": 2, "norm": "sync"},
     "mlp_norm": {"hidden": (8,), "norm": "sync"},
     "dytox": {"width": 8, "depth": 1, "heads": 4, "patch": 4},
+    "vit": {"width": 16, "depth": 1, "heads": 4, "patch": 4},
 }
 RATE = 0.5
 
 
 class Rig:
-    """`rig.step(state, batch)` and what it is made of; in the host tier `rig.train_step` has to be prepared."""
+    """`rig.step(state, batch)` and what it is made of; in the host tier `rig.train_step` has to be prepared.
+
+    `optimizer` is one, or makes one of the squares of gradients, see `make_optimizer`.
+    """
 
     def __init__(
         self,
@@ -40,9 +46,11 @@ class Rig:
         model: str = "mlp",
         capacity: int = 48,
         memory: Mapping[str, Any] = MappingProxyType({}),
-        optimizer: optax.GradientTransformation | None = None,
+        optimizer: optax.GradientTransformation | Callable[[Any], optax.GradientTransformation] | None = None,
         network: Mapping[str, Any] = MappingProxyType({}),
         augment: Sequence[str] = (),
+        rules: Sequence[Split] = (),
+        split_state: bool = False,
         **options: Any,
     ):
         self.mesh, self.strategy = mesh, strategy
@@ -55,22 +63,48 @@ class Rig:
             outputs, _ = self.model.apply(**variables, images=image.astype(np.float32), train=False)
             record = jax.tree.map(lambda x: x[0], strategy.record(jnp.asarray(image), outputs))
             counted = {"num_classes": K, "count_classes": True} if options.get("prior", "none") != "none" else {}
-            self.buffer = make_buffer(record, capacity=capacity, representatives=DRAWN, mesh=mesh, **counted, **memory)
+            self.buffer = make_buffer(
+                record, capacity=capacity, representatives=DRAWN, mesh=mesh, axis=mesh_lib.AXIS, **counted, **memory
+            )
         optimizer = optimizer or optax.identity()
-        self.new_weights = make_weights(mesh, self.model, optimizer, SHAPE)
+        make: Any = (lambda squares: optimizer) if isinstance(optimizer, optax.GradientTransformation) else optimizer
+        self.layout = self._layout(make(None), rules, split_state)
+        optimizer = make(squares_of(self.layout))
+        self.new_weights = make_weights(mesh, self.model, optimizer, SHAPE, layout=self.layout)
         images = make_augment(augment, SHAPE), make_normalize(SHAPE)
         rows = {"batch_size": BATCH, "task_of_row": np.arange(BATCH, dtype=np.int32) % len(CLASSES)}
         self.bound = Bound(
-            mesh, self.model, strategy, self.buffer, optimizer, lambda epoch: RATE, *images, CLASSES, **rows | options
+            mesh,
+            self.model,
+            strategy,
+            self.buffer,
+            optimizer,
+            lambda epoch: RATE,
+            *images,
+            CLASSES,
+            layout=self.layout,
+            **rows | options,
         )
         self.train_step = make_train_step(self.bound, 0)
         self.step = self.train_step.program
+
+    def _layout(
+        self, optimizer: optax.GradientTransformation, rules: Sequence[Split], split_state: bool
+    ) -> Layout | None:
+        def new() -> Any:
+            variables = self.model.init(jax.random.key(0), SHAPE)
+            params = variables["params"]
+            return params, optimizer.init(params), self.strategy.init(params, variables["batch_stats"])
+
+        options: Any = {"given": rules, "split_state": split_state, "remat": self.model.remat}
+        return make_layout(self.mesh, self.model.rules, *jax.eval_shape(new), **options)
 
     def state(self, stored: bool = True, **changes: Any) -> TrainState:
         """The first state with some fields changed; without the buffer unless `stored`, which compiles much faster."""
         buffer = self.buffer if stored else None
         counted = None if self.bound.prior == "none" else K
-        state = initial_state(self.mesh, self.new_weights(jax.random.key(0)), buffer, self.strategy, counted)
+        weights = self.new_weights(jax.random.key(0))
+        state = initial_state(self.mesh, weights, buffer, self.strategy, counted, layout=self.layout)
         changes = {name: mesh_lib.replicate(self.mesh, value) for name, value in changes.items()}
         return dataclasses.replace(state, **changes)
 

@@ -38,7 +38,7 @@ from jaxcl.buffer.stats import can_draw, drawable_here, held_here, size, stats
 from jaxcl.buffer.update import update_weights
 from jaxcl.buffer.windows import make_window
 from jaxcl.check import Rule, check, one_of, refused
-from jaxcl.mesh import AXIS, WHOLE
+from jaxcl.mesh import DATA, WHOLE
 from jaxcl.types import PyTree
 
 TIERS = ("device", "host")
@@ -114,7 +114,7 @@ def make_buffer(
     num_classes: int | None = None,
     accept: float | None = None,
     mesh: Mesh | None = None,
-    axis: str | Sequence[str] = AXIS,
+    axis: str | Sequence[str] = DATA,
     memory: str = "sharded",
     exchange: str = "mix",
     sampling: str = "uniform",

@@ -82,7 +82,7 @@ def make_mixture(
     representatives: int,
     parts: Mapping[str, Mapping[str, Any]],
     mesh: Mesh | None = None,
-    axis: str | Sequence[str] = mesh_lib.AXIS,
+    axis: str | Sequence[str] = mesh_lib.DATA,
     **common: Any,
 ) -> Mixture:
     """Several buffers for the same rows.

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxcl.check import check, one_of
+from jaxcl.mesh import Axis
 from jaxcl.nearest_mean import class_sums, unit
 
 SELECTIONS = ("random", "closest", "furthest", "icarl")
@@ -26,7 +27,7 @@ UNRANKED = np.iinfo(np.int32).max
 
 
 def class_means(
-    features: jax.Array, label: jax.Array, valid: jax.Array, num_classes: int, axis: str | None = None
+    features: jax.Array, label: jax.Array, valid: jax.Array, num_classes: int, axis: Axis | None = None
 ) -> jax.Array:
     """Mean features of each class over the valid rows of all devices; zeros for a class without rows.
 
@@ -48,7 +49,7 @@ def rank_rows(
     *,
     num_classes: int,
     quota: jax.Array | int,
-    axis: str | None = None,
+    axis: Axis | None = None,
 ) -> jax.Array:
     """Ranks the rows of all devices within their classes, best first.
 
@@ -83,7 +84,7 @@ def rank_rows(
 
 
 def _rank_by(
-    score: jax.Array, label: jax.Array, valid: jax.Array, order: jax.Array, quota: jax.Array | int, axis: str | None
+    score: jax.Array, label: jax.Array, valid: jax.Array, order: jax.Array, quota: jax.Array | int, axis: Axis | None
 ) -> jax.Array:
     """Ranks by ascending score within each class; every device sorts the scores of all and keeps those of its own rows."""
     n, rows = label.shape[0], (~valid, label, score, order)
@@ -104,7 +105,7 @@ def herd(
     valid: jax.Array,
     order: jax.Array,
     quota: jax.Array | int,
-    axis: str | None = None,
+    axis: Axis | None = None,
 ) -> jax.Array:
     """iCaRL's algorithm 4 for all classes at once, over the rows of all devices: in round k each class chooses its row k.
 

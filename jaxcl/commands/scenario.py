@@ -17,7 +17,7 @@ from jaxcl.check import Rule, check
 from jaxcl.data import SCENARIOS
 from jaxcl.errors import UserError
 from jaxcl.training.build import make_tasks
-from jaxcl.training.config import check_config
+from jaxcl.training.config import check_config, default_config
 
 KINDS = flags.DEFINE_list("scenarios", [], f"of {', '.join(SCENARIOS)}; default: that of the config")
 
@@ -29,6 +29,7 @@ def main() -> None:
     for kind in KINDS.value or [config.data.scenario]:
         one = config.copy_and_resolve_references()
         one.data.scenario = kind
+        one.mesh = default_config().mesh  # of what is shown nothing depends on it
         check_config(one, devices=1)
         configs[kind] = one
     streams = {kind: rows_by_class(one) for kind, one in configs.items()}

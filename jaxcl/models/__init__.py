@@ -5,14 +5,14 @@ which it names those that it uses:
 
     num_classes  K, outputs of the head
     dtype        of the computation; parameters, statistics and outputs are float32
-    axis_name    mesh axis of the batch, over which a norm may sum its statistics
+    axis_name    mesh axis of the batch, or axes, over which a norm may sum its statistics
     classes      bool `[T, K]`, the classes of each task
     norm         a `Normalisation`, which the options `norm` and `norm_options` choose, see `_norms`
 
 A field or parameter with a default is an option, see `_options`. Every model has one more: `batchformer`, heads of attention
-across the rows of a batch in training, 0 for none, see `_batchformer`. The module is called as
-`module(images, train=..., mask=...)`, see `Apply`. The rest of jaxcl sees parameters, batch statistics and outputs, never a
-module.
+across the rows of a batch in training, 0 for none, see `_batchformer`. A class of modules may have `rules` for its weights on a
+mesh, see `jaxcl.partition`, and `remat`, see `vit`. The module is called as `module(images, train=..., mask=...)`, see `Apply`.
+The rest of jaxcl sees parameters, batch statistics and outputs, never a module.
 """
 
 import inspect
@@ -26,13 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.check import check, one_of, refused
+from jaxcl.mesh import Axis
 from jaxcl.models import _batchformer
 from jaxcl.models._norms import NORMS, Normalisation, RowFacts, make_norm
 from jaxcl.models._norms.base import PENALTIES, Mask, valid_of
 from jaxcl.models._options import SIZE, WHOLE, bind
 from jaxcl.models._parts import parts_named, scale_of_parts, with_still
-from jaxcl.models._split import Split, split
+from jaxcl.models._split import Halves, split
 from jaxcl.models._towers import Towers, make_towers
+from jaxcl.partition import Split
 from jaxcl.registry import Registry
 from jaxcl.types import PyTree
 
@@ -40,10 +42,10 @@ __all__ = [
     "MODELS",
     "NORMS",
     "PENALTIES",
+    "Halves",
     "Model",
     "Normalisation",
     "RowFacts",
-    "Split",
     "Towers",
     "make_model",
     "make_norm",
@@ -92,6 +94,8 @@ class Model(NamedTuple):
     Attributes:
       reads: whether `apply` reads `RowFacts` in training.
       fits: see `Normalisation`.
+      rules: by which its weights are divided over a mesh; () without any of its own.
+      remat: whether its blocks are computed anew in the backward pass; what they leave is then named `partition.BLOCK`.
     """
 
     init: Init
@@ -99,6 +103,8 @@ class Model(NamedTuple):
     name: str
     reads: bool = False
     fits: Callable[[int], None] | None = None
+    rules: tuple[Split, ...] = ()
+    remat: bool = False
 
 
 def make_model(
@@ -107,7 +113,7 @@ def make_model(
     *,
     options: Mapping[str, Any] | None = None,
     dtype: str = "float32",
-    axis_name: str | None = None,
+    axis_name: Axis | None = None,
     classes: np.ndarray | None = None,
 ) -> Model:
     """Builds a network.
@@ -144,7 +150,8 @@ def make_model(
     apply: Apply = partial(_apply, made)
     if heads:
         init, apply = _batchformer.make_batchformer(init, apply, heads, axis_name)
-    model = Model(init, apply, name)
+    of_mesh: Any = {field: getattr(made, field) for field in ("rules", "remat") if hasattr(made, field)}
+    model = Model(init, apply, name, **of_mesh)
     return model._replace(reads=norm.reads, fits=norm.fits) if norm else model
 
 

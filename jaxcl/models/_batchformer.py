@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.check import refused
+from jaxcl.mesh import Axis
 from jaxcl.models._norms.base import Mask, valid_of
 from jaxcl.types import PyTree
 
@@ -29,11 +30,11 @@ class AcrossRows(nn.Module):
 
     Attributes:
       heads: of attention; they divide the features.
-      axis_name: mesh axis of the batch; None where this device has all of it.
+      axis_name: mesh axis of the batch, or axes; None where this device has all of it.
     """
 
     heads: int
-    axis_name: str | None = None
+    axis_name: Axis | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
@@ -50,7 +51,7 @@ class AcrossRows(nn.Module):
         return nn.LayerNorm(name="norm_2")(x + nn.Dense(x.shape[-1], name="last")(hidden))
 
 
-def make_batchformer(init: Any, apply: Any, heads: int, axis_name: str | None) -> tuple[Any, Any]:
+def make_batchformer(init: Any, apply: Any, heads: int, axis_name: Axis | None) -> tuple[Any, Any]:
     """`init` and `apply` of a model with T beside it: further parameters, and in training the output "batch_logits" `[B, K]`.
 
     Raises (in `init`):

@@ -22,7 +22,7 @@ from jaxcl.types import PyTree
 FEATURES = "features"  # as a layer: the input of the head
 
 
-class Split(NamedTuple):
+class Halves(NamedTuple):
     """The two halves.
 
     Attributes:
@@ -39,7 +39,7 @@ class Split(NamedTuple):
     shape: tuple[int, ...]
 
 
-def split(model: Any, layer: str, image_shape: tuple[int, int, int]) -> Split:
+def split(model: Any, layer: str, image_shape: tuple[int, int, int]) -> Halves:
     """The model cut behind the part `layer`, or in front of its head ("features").
 
     Raises:
@@ -95,7 +95,7 @@ def split(model: Any, layer: str, image_shape: tuple[int, int, int]) -> Split:
 
     below: tuple[str, ...] = ()
     below = _unused(apply, params, stats, one)
-    return Split(lower, model._replace(apply=apply), below, one.shape[1:])
+    return Halves(lower, model._replace(apply=apply), below, one.shape[1:])
 
 
 def _is_at(context: nn.module.InterceptorContext, layer: str) -> bool:

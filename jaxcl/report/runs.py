@@ -13,7 +13,14 @@ from jaxcl.errors import UserError
 from jaxcl.sealed import Damaged, read_sealed
 
 _ORDER = ("from_scratch", "incremental", "er")
-_FREE = ("checkpoint.", "data.threads", "writers")  # no result depends on them: a run may change them when it continues
+_FREE = (
+    "checkpoint.",
+    "data.threads",
+    "mesh.",
+    "microbatches",
+    "optimizer.split_state",
+    "writers",
+)  # no result depends on them: a run may change them when it continues
 _DERIVED = {"rehearsal", "tasks"}  # facets that follow from others
 _PER_RUN = {"seed", "name", "workdir"}  # config fields that do not make a different experiment
 

@@ -51,7 +51,7 @@ class Agreement:
         self._waiting.clear()
 
     def _ask(self, wish: int) -> jax.Array:
-        local = self._mesh.size // jax.process_count()
+        local = mesh_lib.row_shards(self._mesh) // jax.process_count()
         return self._strongest(mesh_lib.shard_rows(self._mesh, np.full(local, wish, np.int32)))
 
 

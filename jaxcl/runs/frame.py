@@ -96,6 +96,7 @@ def conditions(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         "commit": commit(),
         "devices": {
             "count": mesh.size,
+            "mesh": dict(mesh.shape),
             "kind": mesh.devices.flat[0].device_kind,
             "platform": mesh.devices.flat[0].platform,
             "processes": jax.process_count(),

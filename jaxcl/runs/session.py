@@ -70,6 +70,7 @@ class Progress:
       seconds, phases: wall seconds of the run, over all its sessions.
       log: see `Log.saved`.
       devices, processes: of the session that saved it.
+      shards: parts that rows, and so the buffer, were split into; 0 of a save from before meshes had more axes: the devices.
       codes: what made it, see `jaxcl.runs.code`: more than one where it was continued by other code.
     """
 
@@ -85,11 +86,17 @@ class Progress:
     log: list[int] = dataclasses.field(default_factory=list)
     devices: int = 0
     processes: int = 1
+    shards: int = 0
     codes: list[Code] = dataclasses.field(default_factory=list)
 
     def saved(self) -> dict[str, Any]:
         """A copy as JSON gives it back, from which `Progress(**...)` is made again."""
         return json.loads(json.dumps(vars(self)))
+
+    @property
+    def row_shards(self) -> int:
+        """Parts of the buffer that was saved."""
+        return self.shards or self.devices
 
     @property
     def name(self) -> str:
@@ -201,6 +208,7 @@ class Session:
             at.seconds, at.phases = self.seconds(), dict(self.phases.seconds)
             at.log = self.log.saved()
             at.devices, at.processes = self._mesh.size, jax.process_count()
+            at.shards = mesh_lib.row_shards(self._mesh)
             if self._store is not None:
                 failure = self._store.settle()
             rows = {} if self._store is None else self._store.payload()
@@ -270,7 +278,7 @@ def open_session(
         _log.info(
             "%s: continued at step %d, task %d; saved by %d devices of %d processes, now %d of %d%s",
             *(folder, at.step, at.task, at.devices, at.processes, mesh.size, jax.process_count()),
-            "" if at.devices == mesh.size else ": the buffer is divided anew",
+            "" if at.row_shards == mesh_lib.row_shards(mesh) else ": the buffer is divided anew",
         )
         session.log.write("resume", at.step, {"devices": mesh.size, "processes": jax.process_count()})
     return session

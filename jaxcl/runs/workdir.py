@@ -27,8 +27,17 @@ from jaxcl.runs.writers import csv
 from jaxcl.runs.writers.tensorboard import EVENTS
 from jaxcl.sealed import Damaged, read_json, read_sealed
 
-# Fields that a run may change when it continues, because its result does not depend on them.
-FREE = ("config.checkpoint", "config.data.threads", "config.data.workers", "config.latent.cache", "config.writers")
+# Fields that a run may change when it continues, because its result does not depend on them, or by rounding alone.
+FREE = (
+    "config.checkpoint",
+    "config.data.threads",
+    "config.data.workers",
+    "config.latent.cache",
+    "config.writers",
+    "config.mesh",
+    "config.microbatches",
+    "config.optimizer.split_state",
+)
 # Fields that are filled in as a run begins: where this config leaves one open it is not compared.
 FILLED_IN = ("config.model.init_digest",)
 MARK, CONFIG, RESULT, CHECKPOINTS = ".jaxcl", "config.json", "result.json", "checkpoints"

@@ -42,6 +42,8 @@ def check_together(config: ConfigDict) -> None:
         raise UserError(
             f"--vmap: not allowed with {config.strategy}, which trains new weights at a task's end; leave it out"
         )
+    if config.mesh.fsdp * config.mesh.model > 1 or config.optimizer.split_state:
+        raise UserError("--vmap: not allowed where devices have parts of the weights; leave it out")
     if strategy.draws and config.buffer.tier == "host":
         raise UserError(
             "--vmap: not allowed with buffer.tier = host, whose rows belong to one seed; give tier = device"

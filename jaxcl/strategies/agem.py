@@ -5,6 +5,8 @@ replayed ones, both over all devices: g if g.h >= 0, else g - (g.h / h.h) h. The
 statistics of new and replayed rows do not mix.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -21,14 +23,20 @@ def agem() -> Strategy:
         now = descend(params, batch_stats, (new,))
         reference = descend(params, now.batch_stats, (replay,))
         return Descent(
-            project(now.grads, reference.grads), now.loss, reference.batch_stats, now.parts + reference.parts
+            project(now.grads, reference.grads, context.vdot),
+            now.loss,
+            reference.batch_stats,
+            now.parts + reference.parts,
         )
 
-    return Strategy(draws=1, gradients=gradients, weights=(1.0, 1.0))
+    return Strategy(draws=1, gradients=gradients, by_parts=True, weights=(1.0, 1.0))
 
 
-def project(grads: PyTree, reference: PyTree) -> PyTree:
-    """`grads` without its component against `reference`; unchanged where they agree or `reference` is 0."""
-    dot, square = optax.tree.vdot(grads, reference), optax.tree.vdot(reference, reference)
+def project(grads: PyTree, reference: PyTree, vdot: Callable[[PyTree, PyTree], jax.Array] = optax.tree.vdot) -> PyTree:
+    """`grads` without its component against `reference`; unchanged where they agree or `reference` is 0.
+
+    `vdot`: see `Context`.
+    """
+    dot, square = vdot(grads, reference), vdot(reference, reference)
     excess = jnp.where((dot < 0) & (square > 0), dot / jnp.where(square > 0, square, 1.0), 0.0)
     return jax.tree.map(lambda g, h: g - excess * h, grads, reference)

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 from ml_collections import ConfigDict
 
@@ -80,6 +81,7 @@ class Context:
       learning_rate: float32 scalar, of this step.
       key: for what the strategy draws in this step, the same on every device; None but in a step.
       tuning: whether the step is one of the fine-tuning on the memory alone that `config.finetune` asks for.
+      vdot: the inner product of two trees like the `params` and gradients of `Gradients`, of which a device may have parts.
     """
 
     predict: Callable[[PyTree, PyTree, jax.Array], Outputs]
@@ -89,6 +91,7 @@ class Context:
     learning_rate: jax.Array
     key: jax.Array | None = None
     tuning: bool = False
+    vdot: Callable[[PyTree, PyTree], jax.Array] = optax.tree.vdot
 
     @property
     def present(self) -> jax.Array:
@@ -190,7 +193,8 @@ class Gradients(Protocol):
     def __call__(
         self, descend: Descend, params: PyTree, batch_stats: PyTree, parts: tuple[Part, ...], context: Context
     ) -> Descent:
-        """Forms the gradients. `descend(params, batch_stats, parts)` is one pass with the strategy's loss."""
+        """Forms the gradients. `descend(params, batch_stats, parts)` is one pass with the strategy's loss. Of params and
+        gradients a device may have parts alone, see `Strategy.by_parts`."""
 
 
 class End(NamedTuple):
@@ -249,6 +253,9 @@ class Strategy(NamedTuple):
         `config.optimizer.average` would judge others; "": it does not.
       head: whether it reads the kernel `[D, K]` of the linear head among the model's parameters.
       gradients: see `Gradients`.
+      by_parts: whether `gradients` is right where a device has parts of `params`, and of what `descend` finds, alone, as it has
+        with `mesh.fsdp`: it does with them what is done to each number by itself, gives them to `context.predict`, and
+        multiplies trees by `context.vdot`. All else that a strategy is given is whole.
       init: `(params, batch_stats) -> state`, the strategy's own state at the start of a run.
       visit: `(params, batch_stats, part, context) -> pytree`: what a pass over rows at the end of a task gathers from a
         batch on this device, the sum over its valid rows. `part.outputs` is empty, its images are not augmented.
@@ -281,6 +288,7 @@ class Strategy(NamedTuple):
     last_weights: str = ""
     head: bool = False
     gradients: Gradients = one_pass
+    by_parts: bool = False
     init: Callable[[PyTree, PyTree], PyTree] = lambda params, batch_stats: {}
     visit: Callable[[PyTree, PyTree, Part, Context], PyTree] | None = None
     visits: str = "task"

@@ -58,7 +58,7 @@ def bic(temperature: float = 2.0, held_out: float = 0.1) -> Strategy:
     return Strategy(
         draws=1, loss=loss, own_bias="fits the bias itself, on rows held out",
         last_weights="fits its correction to the last weights at a task's end", head=True,
-        gradients=gradients, init=init, visit=visit, visits="buffer", end_task=end_task,
+        gradients=gradients, by_parts=True, init=init, visit=visit, visits="buffer", end_task=end_task,
         rounds=ROUNDS, scores=scores,
     )  # fmt: skip
 

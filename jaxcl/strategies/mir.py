@@ -43,7 +43,7 @@ def mir(replayed: int = 16) -> Strategy:
         chosen = dataclasses.replace(drawn, valid=drawn.valid & among_largest(score, replayed))
         return descend(params, batch_stats, (new, chosen))
 
-    return Strategy(draws=1, gradients=gradients, check=fits)
+    return Strategy(draws=1, gradients=gradients, by_parts=True, check=fits)
 
 
 def among_largest(score: jax.Array, count: int) -> jax.Array:

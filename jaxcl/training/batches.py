@@ -38,8 +38,8 @@ def train_batches(config: ConfigDict, parts: Parts, task: int, state: TrainState
     if not len(rows):
         return None
     if state is not None and state.buffer is not None and config.buffer.replay != "draw":
-        memory = memory_rows(config, parts.train, state.buffer, parts.mesh.size)
-        part = choices(config, parts.mesh.size) if config.buffer.replay == "append_part" else 1
+        memory = memory_rows(config, parts.train, state.buffer, parts.shards)
+        part = choices(config, parts.shards) if config.buffer.replay == "append_part" else 1
     return data.train_batches(
         parts.train,
         rows,
@@ -60,10 +60,10 @@ def review_batches(config: ConfigDict, parts: Parts, task: int, state: TrainStat
     assert parts.buffer is not None and state.buffer is not None
     if parts.strategy.rehearse:  # one row a device that is not valid: a step trains on what it draws from the memory
         steps = -(-parts.buffer.stats(state.buffer)["rows"] // parts.buffer.representatives)
-        sizes = {"batch_size": parts.mesh.size, "steps_per_epoch": steps, "epochs": parts.strategy.rehearse}
+        sizes = {"batch_size": parts.shards, "steps_per_epoch": steps, "epochs": parts.strategy.rehearse}
         return data.blank_batches(parts.train, **sizes, **reading(threads=0))
-    memory = memory_rows(config, parts.train, state.buffer, parts.mesh.size)
-    return finetune_batches(config, parts.train, memory, task, parts.mesh.size)
+    memory = memory_rows(config, parts.train, state.buffer, parts.shards)
+    return finetune_batches(config, parts.train, memory, task, parts.shards)
 
 
 def finetune_batches(config: ConfigDict, source: Source, memory: np.ndarray, task: int, devices: int) -> Loader | None:

@@ -3,11 +3,10 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -19,6 +18,7 @@ from jaxcl.check import refused
 from jaxcl.errors import UserError
 from jaxcl.models import parts_named
 from jaxcl.optimizer import make_optimizer, make_schedule, numbers_of
+from jaxcl.partition import Layout
 from jaxcl.registry import short
 from jaxcl.strategies import STRATEGIES, Strategy, make_strategy, number_options
 from jaxcl.training.class_means import make_class_means
@@ -28,11 +28,13 @@ from jaxcl.training.evaluate import make_evaluate
 from jaxcl.training.exemplars import Selection, make_store_exemplars
 from jaxcl.training.given import Numbers
 from jaxcl.training.large_batch import epochs_of, longer, optimizer_of
+from jaxcl.training.layout import layout_of, mesh_of, squares_of
 from jaxcl.training.learn import Bound
 from jaxcl.training.many import ManySteps, choose_many_steps
 from jaxcl.training.network import Network, make_network
+from jaxcl.training.objective import check_apart, check_objective, stored_row
 from jaxcl.training.sizes import check_sizes, check_steps, check_tasks
-from jaxcl.training.state import TrainState, initial_state, make_weights
+from jaxcl.training.state import TrainState, initial_state, make_strategy_state, make_weights
 from jaxcl.training.step import TrainStep, make_train_step
 from jaxcl.types import PyTree
 
@@ -58,6 +60,7 @@ class Parts:
 
     Attributes:
       mesh: the devices.
+      layout: how weights lie on them; None: whole on every device.
       strategy: with the selection that the config asks for.
       image_shape: (H, W, C) of the data's images.
       train, test, scenario: the rows, images or activations, and the tasks that number them.
@@ -65,7 +68,7 @@ class Parts:
       prior: `loss.prior` as it applies.
       network: see `make_network`.
       new_state: `(weights) -> state` before the first step, see `initial_state`.
-      new_weights, train_step, evaluate: made by the functions called `make_` and that name.
+      new_weights, new_strategy_state, train_step, evaluate: made by the functions called `make_` and that name.
       many_steps: calls of many steps over a task's own rows; None where a call takes one.
       review: None for a task of one phase.
       store_exemplars: made likewise; None where rows enter the memory as they arrive.
@@ -74,6 +77,7 @@ class Parts:
     """
 
     mesh: jax.sharding.Mesh
+    layout: Layout | None
     strategy: Strategy
     image_shape: tuple[int, int, int]
     train: data.Source
@@ -83,6 +87,7 @@ class Parts:
     prior: str
     network: Network
     new_weights: Callable[[jax.Array], tuple[PyTree, PyTree, PyTree]]
+    new_strategy_state: Callable[[PyTree, PyTree], PyTree]
     new_state: Callable[[tuple[PyTree, PyTree, PyTree]], TrainState]
     train_step: TrainStep
     many_steps: ManySteps | None
@@ -91,6 +96,11 @@ class Parts:
     end_task: Callable | None
     evaluate: Callable
     class_means: Callable | None = None
+
+    @property
+    def shards(self) -> int:
+        """Parts that rows are split into."""
+        return mesh_lib.row_shards(self.mesh)
 
     @property
     def host(self) -> Store | None:
@@ -110,8 +120,8 @@ def build(
     Raises:
       UserError: one line on what is wrong with the config or its data.
     """
-    mesh = mesh_lib.make_mesh(devices)
-    check_config(config, mesh.size)
+    check_config(config, len(jax.devices() if devices is None else devices))
+    mesh = mesh_of(config, devices)
     if config.batch_size % jax.process_count():
         raise UserError(f"batch_size: {config.batch_size} is not a multiple of {jax.process_count()} processes")
     d, strategy = config.data, strategy_of(config)
@@ -124,16 +134,18 @@ def build(
     if network.model.fits is not None:
         network.model.fits(config.batch_size)
     train, test = network.train, network.test
-    _check_objective(config, strategy, network, train)
-    optimizer = make_optimizer(config.optimizer)
+    check_objective(config, strategy, network, train)
+    check_apart(config, mesh, network)
+    layout = layout_of(config, mesh, network.model, strategy, network.image_shape)
+    optimizer = make_optimizer(config.optimizer, squares=squares_of(layout))
     loaded = None if network.loaded is None else network.loaded.tensors
-    new_weights = make_weights(mesh, network.model, optimizer, network.image_shape, loaded)
-    row = _stored_row(network, strategy, train) if strategy.draws else None
+    new_weights = make_weights(mesh, network.model, optimizer, network.image_shape, loaded, layout)
+    row = stored_row(network, strategy, train) if strategy.draws else None
     capacity = capacity_of(config.buffer, scenario)
     averaged = config.optimizer.average > 0
     sizes: Any = {"record": row, "capacity": capacity, "draws": strategy.draws, "seeds": len(seeds or [0])}
     own = jax.eval_shape(lambda key: strategy.init(*new_weights(key)[:2]), jax.random.key(0))
-    sizes |= {"averaged": averaged, "own": own}
+    sizes |= {"averaged": averaged, "own": own, "layout": layout}
     check_sizes(config, mesh, new_weights, train.image_shape, **sizes)
     buffer = _make_buffer(config, mesh, strategy, row, capacity, train) if strategy.draws else None
     prior = prior_of(config, strategy)
@@ -161,6 +173,8 @@ def build(
         batch_size=config.batch_size,
         noise=config.optimizer.noise_scale,
         task_of_row=scenario.task_of_train_row if network.model.reads else None,
+        layout=layout,
+        microbatches=config.microbatches,
         numbers=config_numbers(config),
         rebind=functools.partial(with_numbers, config),
     )
@@ -174,6 +188,7 @@ def build(
     training = dataclasses.replace(stepping, learn=not strategy.rehearse and strategy.learns != "none")
     return Parts(
         mesh=mesh,
+        layout=layout,
         strategy=strategy,
         image_shape=image_shape,
         train=train,
@@ -183,6 +198,7 @@ def build(
         prior=prior,
         network=network,
         new_weights=new_weights,
+        new_strategy_state=make_strategy_state(mesh, strategy, layout),
         new_state=functools.partial(
             initial_state,
             mesh,
@@ -190,6 +206,7 @@ def build(
             strategy=strategy,
             counted_classes=counted,
             averaged=averaged,
+            layout=layout,
         ),
         train_step=make_train_step(training, seed),
         many_steps=choose_many_steps(config, training, seed, train, scenario),
@@ -268,7 +285,7 @@ def with_numbers(config: ConfigDict, bound: Bound, numbers: Numbers) -> Bound:
     return dataclasses.replace(
         bound,
         strategy=strategy._replace(selection=bound.strategy.selection, draws=bound.strategy.draws),
-        optimizer=make_optimizer(optimizer, group("optimizer.")),
+        optimizer=make_optimizer(optimizer, group("optimizer."), squares_of(bound.layout)),
         schedule=optax.constant_schedule(numbers["finetune.learning_rate"]) if bound.tuning else schedule,
     )
 
@@ -315,6 +332,7 @@ def _make_buffer(
         num_classes=train.num_classes,
         accept=b.candidates / config.batch_size,
         mesh=mesh,
+        axis=mesh_lib.AXIS,
         num_ids=len(train.labels),
         count_classes=prior_of(config, strategy) != "none",
         **{name: b[name] for name in as_named},
@@ -337,59 +355,3 @@ def _make_review(config: ConfigDict, bound: Bound, seed: int | Sequence[int], ne
     own: Any = {"strategy": bound.strategy._replace(draws=0), "buffer": None, "frozen": tuple(frozen)}
     constant = optax.constant_schedule(tune.learning_rate or optimizer_of(config).learning_rate)
     return Review(make_train_step(dataclasses.replace(bound, **own, schedule=constant, tuning=True), seed), False)
-
-
-def _stored_row(network: Network, strategy: Strategy, source: data.Source) -> PyTree:
-    """Shapes and dtypes of what the strategy stores of one row."""
-
-    def stored(image: jax.Array, target: dict[str, jax.Array]) -> PyTree:
-        return strategy.stored(image, _outputs(network, image) if strategy.stores_outputs else {}, target)
-
-    target = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in source.targets.items()}
-    rows = jax.eval_shape(stored, jax.ShapeDtypeStruct((1, *source.image_shape), np.uint8), target)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), rows)
-
-
-def _outputs(network: Network, image: jax.Array) -> dict[str, jax.Array]:
-    """What a new model makes of images, for the shapes."""
-    variables = network.model.init(jax.random.key(0), network.image_shape)
-    return network.model.apply(**variables, images=network.normalize(image), train=False)[0]
-
-
-def _check_objective(config: ConfigDict, strategy: Strategy, network: Network, source: data.Source) -> None:
-    """Whether data, model and strategy are all for classification or all for reconstruction, and there is what they read.
-
-    Raises:
-      UserError: they are not.
-    """
-    image, model = jax.ShapeDtypeStruct((1, *source.image_shape), np.uint8), network.model
-    made = {name: x.shape[1:] for name, x in jax.eval_shape(functools.partial(_outputs, network), image).items()}
-    wanted = {name: x.shape[1:] for name, x in source.targets.items()}
-    if not wanted and "logits" not in made:
-        raise UserError(f"model.name: {model.name} reconstructs {', '.join(made)}, which {config.data.source} has not")
-    if any(made.get(name) != shape for name, shape in wanted.items()):
-        raise UserError(f"model.name: {model.name} does not reconstruct the {wanted} of {config.data.source}")
-    if wanted and strategy.classifies:
-        allowed = [name for name in STRATEGIES if not make_strategy(name).classifies]
-        raise UserError(
-            f"strategy: {config.strategy} classifies, {config.data.source} is to be reconstructed; choose one of "
-            f"{', '.join(allowed)}"
-        )
-    if config.model.options.get("batchformer", 0) and (wanted or strategy.own_bias):
-        why = "reconstructs" if wanted else strategy.own_bias
-        raise refused("model.options.batchformer", config.model.options.batchformer, f"0: {config.strategy} {why}")
-    if wanted and config.data.augment:
-        raise UserError(
-            f"data.augment: {tuple(config.data.augment)} is not allowed where images are to be reconstructed, give ()"
-        )
-    asked = means_asked(config)
-    if asked and (wanted or "features" not in made):
-        raise refused("eval.metrics", asked[0], f"one that needs no features: there are {', '.join(made)}")
-    if strategy.head:
-        params = jax.eval_shape(lambda key: model.init(key, network.image_shape)["params"], jax.random.key(0))
-        kernel = params["head"].get("kernel") if isinstance(params.get("head"), Mapping) else None
-        if kernel is None or kernel.shape != (*made.get("features", ()), source.num_classes):
-            raise UserError(
-                f"strategy: {config.strategy} reads the weights of a linear head on the features, which the model "
-                f"{config.model.name} has not; choose another model.name"
-            )

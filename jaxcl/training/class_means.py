@@ -16,7 +16,7 @@ from jaxcl.nearest_mean import Means, means_of
 from jaxcl.strategies.icarl import visit
 from jaxcl.training.end_task import stored_rows, visit_rows, visit_shard
 from jaxcl.training.learn import Bound
-from jaxcl.training.state import ROWS_OF_SEEDS, Weights
+from jaxcl.training.state import ROWS_OF_SEEDS, Weights, weights_specs
 
 
 def make_class_means(bound: Bound, *, seeds: bool = False) -> Callable[[Weights, Shard], Means]:
@@ -28,7 +28,7 @@ def make_class_means(bound: Bound, *, seeds: bool = False) -> Callable[[Weights,
     """
     function: Callable[[Weights, Shard], Means] = functools.partial(of_shards, bound)
     if not seeds:
-        return on_mesh(bound.mesh, function, (WHOLE, ROWS), WHOLE)
+        return on_mesh(bound.mesh, function, (weights_specs(bound.layout), ROWS), WHOLE)
     return on_mesh(bound.mesh, jax.vmap(function), (WHOLE, ROWS_OF_SEEDS), WHOLE)
 
 

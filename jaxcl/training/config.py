@@ -33,6 +33,7 @@ from jaxcl.runs.writers import WRITERS
 from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
 from jaxcl.training.large_batch import BATCH_FIELDS, check_batch
 from jaxcl.training.latents import check_latent
+from jaxcl.training.layout import MESH, check_parts, shards_of
 from jaxcl.training.memory_fields import BUFFER, FINETUNE, LATENT
 from jaxcl.training.prior import PRIORS
 
@@ -50,7 +51,6 @@ def _lists_tasks(x: Any) -> bool:
 
 
 TASKS = Rule(_lists_tasks, "a positive number, or the classes of each task, such as ((0, 1), (2, 3))")
-
 OPTIMIZER = {
     "name": Field("sgd", "the optimiser", one_of(("sgd", "adamw", "lars", "lamb"))),
     "learning_rate": Field(0.1, "at its peak; of lars and lamb a share of each layer's length", POSITIVE),
@@ -147,6 +147,9 @@ def fields(outside: Fields | None = None) -> Fields:
         "strategy": Field("er", "the method of continual learning", found_in(STRATEGIES)),
         "strategies": {name: found for name, found in options.items() if found} | dict(outside or {}),
         "batch_size": Field(64, "new rows a step", POSITIVE),
+        "microbatches": Field(
+            1, "parts in which a device takes its rows of a step, new and replayed, through the network", POSITIVE
+        ),
         "epochs": Field(1, "passes over a task's data", POSITIVE),
         "steps_per_call": Field(
             0,
@@ -184,7 +187,12 @@ def fields(outside: Fields | None = None) -> Fields:
             "later_tasks": Field(1.0, "the share of it in every task but the first", SHARE),
             "average": AVERAGE,
             **BATCH_FIELDS,
+            "split_state": Field(
+                False,
+                "whether each device updates a part of the weights it holds, and keeps its state of that part alone",
+            ),
         },
+        "mesh": MESH,
         "buffer": BUFFER,
         "latent": LATENT,
         "finetune": FINETUNE,
@@ -213,19 +221,21 @@ def check_config(config: ConfigDict, devices: int) -> None:
       UserError: a field is unknown, missing or of another type, or a value is not allowed on `devices` devices.
     """
     check_fields(config, fields(_outside(config)))
+    shards = shards_of(config, devices)
     check_writers(config)
     check_optimizer(config)
-    check_batch(config, devices)
+    check_batch(config, shards)
     sizes = ["batch_size", "eval.batch_size"]
     strategy = make_strategy(config.strategy, config.strategies.get(short(config.strategy), {}))
     if strategy.draws:
         sizes.append("buffer.representatives")
         _check_buffer(config, strategy)
-        _check_replay(config, strategy, devices)
+        _check_replay(config, strategy, shards)
     _check_loss(config, strategy)
     _check_evaluation(config, strategy)
     check_latent(config)
-    check_evenly(config, sizes, devices)
+    check_evenly(config, sizes, shards)
+    check_parts(config, strategy, shards)
     if strategy.check is not None:
         strategy.check(config)
 

@@ -15,7 +15,7 @@ from jaxcl.mesh import AXIS, ROWS, WHOLE, on_mesh
 from jaxcl.strategies import End, Part
 from jaxcl.training.given import Numbers, make_given
 from jaxcl.training.learn import Bound, allowed_classes
-from jaxcl.training.state import TrainState, Weights
+from jaxcl.training.state import TrainState, Weights, weights_specs
 from jaxcl.types import Batch, PyTree
 
 Batches = Callable[[], Iterable[Batch]]
@@ -30,15 +30,18 @@ def make_end_task(bound: Bound) -> Callable[[TrainState, Batches], TrainState]:
     """
     mesh, visit = bound.mesh, visit_shard if bound.strategy.visits == "buffer" else visit_batch
     numbers = make_given(mesh, 0, bound.numbers).numbers
-    add = on_mesh(mesh, functools.partial(with_numbers, visit, bound), (WHOLE, WHOLE, WHOLE, ROWS), WHOLE, donate=2)
-    conclude = jax.jit(functools.partial(with_numbers, finish, bound), out_shardings=mesh_lib.replicated(mesh))
+    weights_in = (WHOLE, weights_specs(bound.layout), WHOLE, ROWS)
+    add = on_mesh(mesh, functools.partial(with_numbers, visit, bound), weights_in, WHOLE, donate=2)
+    outside = dataclasses.replace(bound, layout=None)  # of programs on whole arrays, which the compiler divides
+    out = WHOLE if bound.layout is None else (bound.layout.params, bound.layout.strategy_state)
+    conclude = jax.jit(functools.partial(with_numbers, finish, outside), out_shardings=mesh_lib.shardings(mesh, out))
 
     def end_task(state: TrainState, batches: Batches) -> TrainState:
         for _ in range(bound.strategy.rounds):
             weights, visited = state.weights, None
             for rows, like in to_visit(bound, state, batches):
                 if visited is None:
-                    shapes = jax.eval_shape(functools.partial(visit_rows, bound), weights, like)
+                    shapes = jax.eval_shape(functools.partial(visit_rows, outside), weights, like)
                     visited = mesh_lib.replicate(mesh, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
                 visited = add(numbers, weights, visited, rows)
             params, own = conclude(numbers, weights, visited)
@@ -73,7 +76,7 @@ def visit_rows(bound: Bound, weights: Weights, rows: Batch) -> PyTree:
     context = bound.context(own, task)
     allowed = allowed_classes(bound, rows["label"], context)
     part = Part(bound.normalize(rows["image"]), rows["label"], rows["valid"], rows["id"], allowed=allowed)
-    return bound.strategy.visit(params, batch_stats, part, context)
+    return bound.strategy.visit(bound.whole(params), batch_stats, part, context)
 
 
 def visit_batch(bound: Bound, weights: Weights, total: PyTree, batch: Batch) -> PyTree:

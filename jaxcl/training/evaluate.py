@@ -11,12 +11,12 @@ from jax import lax
 
 from jaxcl import mesh as mesh_lib
 from jaxcl.check import refused
-from jaxcl.mesh import AXIS, ROWS, WHOLE, on_mesh, over_mesh
+from jaxcl.mesh import AXIS, ROWS, WHOLE, on_mesh
 from jaxcl.metrics import METRICS, EvalRows, asks_means
 from jaxcl.nearest_mean import Means
 from jaxcl.registry import short
 from jaxcl.training.learn import Bound
-from jaxcl.training.state import Weights
+from jaxcl.training.state import Weights, weights_specs
 from jaxcl.types import Batch
 
 CLASSIFICATION = ("accuracy", "top5", "accuracy_in_task")
@@ -60,9 +60,9 @@ def make_evaluate(
     def add(counts: Counts, weights: Weights, means: Means | None, batch: Batch) -> Counts:
         return jax.tree.map(jnp.add, counts, count(weights, means, batch))
 
-    mesh = bound.mesh
-    counts_of = over_mesh(mesh, count, (WHOLE, WHOLE, ROWS), WHOLE)
-    added = on_mesh(mesh, add, (WHOLE, WHOLE, WHOLE, ROWS), WHOLE, donate=0)
+    mesh, laid = bound.mesh, weights_specs(bound.layout)
+    counts_of = on_mesh(mesh, count, (laid, WHOLE, ROWS), WHOLE)
+    added = on_mesh(mesh, add, (WHOLE, laid, WHOLE, ROWS), WHOLE, donate=0)
 
     def evaluate(weights: Weights, batches: Iterable[Batch], means: Means | None = None) -> dict[str, np.ndarray]:
         counts = None
@@ -99,7 +99,7 @@ def named_metrics(names: Sequence[str]) -> dict[str, Metric]:
 def count_rows(bound: Bound, metrics: dict[str, Metric], weights: Weights, means: Means | None, batch: Batch) -> Counts:
     """Of a batch, over all devices: "rows" int32 `[T]`; "scores", the sum `[T]` of each metric; "confusion"."""
     outputs = bound.predict(weights.params, weights.batch_stats, bound.normalize(batch["image"]))
-    ranking = None if "target" in batch else bound.strategy.scores(outputs, weights.strategy_state)
+    ranking = None if "target" in batch else bound.strategy.scores(outputs, bound.whole_state(weights.strategy_state))
     classes, label, task, valid = bound.classes, batch["label"], batch["task"], batch["valid"]
     rows = EvalRows(outputs, label, task, jnp.asarray(classes)[task], batch.get("target", {}), ranking)
     in_task = (task[:, None] == jnp.arange(len(classes))[None, :]) & valid[:, None]

@@ -30,7 +30,7 @@ from jaxcl.data import Source
 from jaxcl.errors import UserError
 from jaxcl.mesh import AXIS, ROWS, WHOLE, on_mesh
 from jaxcl.training.learn import Bound
-from jaxcl.training.state import TrainState, Weights
+from jaxcl.training.state import TrainState, Weights, weights_specs
 from jaxcl.types import Batch
 
 Batches = Callable[[], Iterable[Batch]]
@@ -99,12 +99,13 @@ def make_store_exemplars(
       UserError: see `Selection.wanted`.
     """
     mesh, apart = bound.mesh, selection.random_keys == "per_shard"
-    choices = mesh.size if selection.memory == "independent" else selection.ways
+    choices = mesh_lib.row_shards(mesh) if selection.memory == "independent" else selection.ways
     seen = np.logical_or.accumulate(bound.classes).sum(axis=1)
     quotas = [selection.wanted(int(n), bound.classes.shape[1]) for n in seen]  # of each task
-    describe_rows = on_mesh(mesh, functools.partial(describe, bound, selection), (WHOLE, WHOLE, ROWS), ROWS)
+    laid = weights_specs(bound.layout)
+    describe_rows = on_mesh(mesh, functools.partial(describe, bound, selection), (laid, WHOLE, ROWS), ROWS)
     rank_all = on_mesh(mesh, functools.partial(rank, bound, selection), (WHOLE, WHOLE, ROWS), ROWS)
-    insert_rows = on_mesh(mesh, functools.partial(insert, bound), (WHOLE, ROWS, ROWS), ROWS, donate=1)
+    insert_rows = on_mesh(mesh, functools.partial(insert, bound), (laid, ROWS, ROWS), ROWS, donate=1)
 
     def choose(weights: Weights, task: int, key: jax.Array, batches: Batches) -> Chosen:
         """The rows of one choice."""
@@ -171,7 +172,7 @@ def insert(bound: Bound, weights: Weights, shard: Shard, batch: Batch) -> Shard:
 
 def rows_of_devices(bound: Bound, memory: str, chosen: Sequence[Chosen], shard: Shard) -> list[np.ndarray]:
     """The ids that each device stores, in order; a sharded memory goes on at the shard that is next in turn."""
-    devices = bound.mesh.size
+    devices = mesh_lib.row_shards(bound.mesh)
     if memory == "independent":
         return [in_turn([one]) for one in chosen]
     ids = in_turn(chosen)

@@ -23,8 +23,8 @@ BATCH_FIELDS = {
 }
 
 
-def check_batch(config: ConfigDict, devices: int) -> None:
-    """Whether the rules for large batches can be kept.
+def check_batch(config: ConfigDict, shards: int) -> None:
+    """Whether the rules for large batches can be kept, with rows in so many parts.
 
     Raises:
       UserError: the epochs would be no whole number, or one device has no gradients to compare.
@@ -33,8 +33,12 @@ def check_batch(config: ConfigDict, devices: int) -> None:
     if o.train_longer and config.epochs * config.batch_size % o.base_batch:
         made = f"epochs * batch_size = {config.epochs * config.batch_size}"
         raise refused("optimizer.base_batch", o.base_batch, f"a divisor of {made} with train_longer")
-    if o.noise_scale and devices == 1:
+    if o.noise_scale and shards == 1:
         raise refused("optimizer.noise_scale", True, "False on one device: it compares the gradients of several")
+    if o.noise_scale and config.mesh.fsdp > 1:
+        raise refused(
+            "optimizer.noise_scale", True, "False with mesh.fsdp: no device has a gradient of its own rows alone"
+        )
 
 
 def longer(config: ConfigDict) -> float:

@@ -32,7 +32,7 @@ from jaxcl.check import refused
 from jaxcl.data.augment import Augment, Normalize
 from jaxcl.errors import StorageError, UserError
 from jaxcl.mesh import ROWS, WHOLE, on_mesh
-from jaxcl.models import Model, Split
+from jaxcl.models import Halves, Model
 from jaxcl.types import PyTree
 
 _log = logging.getLogger("jaxcl")
@@ -94,7 +94,7 @@ def check_latent(config: ConfigDict) -> None:
         raise refused("data.workers", config.data.workers, "0 with latent.layer, whose rows are in memory")
 
 
-def whole_model(model: Model, halves: Split, codec: Codec) -> Model:
+def whole_model(model: Model, halves: Halves, codec: Codec) -> Model:
     """The network from images, its activations rounded as they are where they are stored; for evaluation."""
 
     def apply(
@@ -137,7 +137,7 @@ class Below:
     """What gives the activations.
 
     Attributes:
-      lower: see `Split`.
+      lower: see `jaxcl.models.Halves`.
       weights: params and batch_stats of which it uses those below the layer, NumPy arrays.
       augment, normalize: of images.
       codec: see there.

@@ -17,11 +17,13 @@ from jaxcl.buffer import threefry as random
 from jaxcl.data.augment import Augment, Normalize
 from jaxcl.mesh import AXIS
 from jaxcl.models import Model, RowFacts
+from jaxcl.partition import Layout
 from jaxcl.strategies import Context, Descent, Part, Strategy
 from jaxcl.strategies.base import Outputs
 from jaxcl.training import noise, prior
 from jaxcl.training.average import averaged
 from jaxcl.training.given import Numbers
+from jaxcl.training.microbatches import in_microbatches
 from jaxcl.training.state import Clock, TrainState
 from jaxcl.types import Batch, PyTree
 
@@ -55,6 +57,8 @@ class Bound:
       noise: whether a step's metrics have the estimates of `jaxcl.training.noise`.
       task_of_row: int32 `[n]`, the task with which each row of the train source arrives; None where the model does not read
         `RowFacts`.
+      layout: how weights lie on the mesh; None: whole on every device.
+      microbatches: in how many parts, one after the other, a device takes its rows through the model.
       numbers: of the config, which programs are given as arguments, see `Given`.
       rebind: `(bound, numbers) -> bound`: the same with these numbers, which may be traced.
     """
@@ -80,19 +84,30 @@ class Bound:
     batch_size: int = 0
     noise: bool = False
     task_of_row: np.ndarray | None = None
+    layout: Layout | None = None
+    microbatches: int = 1
     numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
     rebind: Callable[["Bound", Numbers], "Bound"] = lambda bound, numbers: bound
 
     def predict(self, params: PyTree, batch_stats: PyTree, images: jax.Array) -> Outputs:
         """The model's outputs as in evaluation, by running statistics."""
-        return self.model.apply(params, batch_stats, images, train=False)[0]
+        return self.model.apply(self.whole(params), batch_stats, images, train=False)[0]
+
+    def whole(self, params: PyTree) -> PyTree:
+        """The parameters, of which this device may have parts."""
+        return params if self.layout is None else self.layout.whole(params)
+
+    def whole_state(self, strategy_state: PyTree) -> PyTree:
+        """The strategy's own state likewise."""
+        return strategy_state if self.layout is None else self.layout.whole_state(strategy_state)
 
     def context(
         self, state: PyTree, task: jax.Array, learning_rate: jax.Array | float = 0.0, key: jax.Array | None = None
     ) -> Context:
         """What the strategy's functions are told beside the rows."""
         rate = jnp.asarray(learning_rate, jnp.float32)
-        return Context(self.predict, state, task, self.classes, rate, key, self.tuning)
+        context = Context(self.predict, self.whole_state(state), task, self.classes, rate, key, self.tuning)
+        return context if self.layout is None else dataclasses.replace(context, vdot=self.layout.vdot)
 
 
 def learn(
@@ -214,26 +229,45 @@ def descend(bound: Bound, context: Context, params: PyTree, batch_stats: PyTree,
     parts = prior.with_priors(parts, pooled=bound.strategy.weights is None)
     borders = np.cumsum([len(part.label) for part in parts])[:-1]
 
-    def objective(trained: PyTree) -> tuple[jax.Array, tuple]:
-        params = still | trained
-        outputs, new_stats = bound.model.apply(params, batch_stats, images, train=True, mask=mask)
+    # What is frozen has no gradient: nothing is computed for it, and nothing of it travels but what fsdp divides.
+    still = {name: x for name, x in params.items() if name in bound.frozen}
+    trained = {name: x for name, x in params.items() if name not in bound.frozen}
+
+    def forward(trained: PyTree, images: jax.Array, mask: jax.Array | RowFacts) -> tuple[Outputs, PyTree]:
+        return bound.model.apply(bound.whole(still | trained), batch_stats, images, train=True, mask=mask)
+
+    def judge(trained: PyTree, outputs: Outputs) -> tuple[jax.Array, tuple]:
+        outputs = dict(outputs)
         penalty = outputs.pop("penalty", None)
         pieces = {name: jnp.split(x, borders) for name, x in outputs.items()}
         done = tuple(
             dataclasses.replace(part, outputs={name: x[i] for name, x in pieces.items()})
             for i, part in enumerate(parts)
         )
-        share = bound.strategy.loss(params, done, context)
+        share = bound.strategy.loss(bound.whole(still | trained), done, context)
         if penalty is not None:
             share = share.plus(penalty)
-        return share.value, (share.weight, new_stats, done)
+        return share.value, (share.weight, done)
 
-    # What is frozen has no gradient: nothing is computed for it, and nothing of it travels.
-    still = {name: x for name, x in params.items() if name in bound.frozen}
-    trained = {name: x for name, x in params.items() if name not in bound.frozen}
-    (value, (weight, new_stats, done)), grads = jax.value_and_grad(objective, has_aux=True)(trained)
+    if bound.microbatches > 1:
+        value, (weight, done), grads = in_microbatches(
+            bound.microbatches, by_layout(bound, forward), judge, trained, images, valid
+        )
+        new_stats = batch_stats
+    else:
+
+        def objective(trained: PyTree) -> tuple[jax.Array, tuple]:
+            outputs, new_stats = forward(trained, images, mask)
+            value, (weight, done) = judge(trained, outputs)
+            return value, (weight, new_stats, done)
+
+        descent = jax.value_and_grad(by_layout(bound, objective), has_aux=True)(trained)
+        (value, (weight, new_stats, done)), grads = descent
     mine = (noise.square_of(grads), jnp.sum(valid, dtype=jnp.float32)) if bound.noise else None
-    grads, loss, weight, mine = lax.psum((grads, value, weight, mine), AXIS)
+    if bound.layout is None:
+        grads, loss, weight, mine = lax.psum((grads, value, weight, mine), AXIS)
+    else:
+        grads, loss, weight, mine = bound.layout.summed(grads, value, weight, mine)
     total = None
     if weight is not None:  # the exact mean, however the valid rows are spread over the devices
         total = jnp.maximum(weight, 1.0)
@@ -260,18 +294,28 @@ def row_facts(bound: Bound, parts: Sequence[Part], context: Context) -> RowFacts
     )
 
 
+def by_layout(bound: Bound, function: Callable) -> Callable:
+    """`function(params, ...)`, which keeps no more of the weights for its backward pass than the layout lets it."""
+    return function if bound.layout is None else bound.layout.checkpointed(function)
+
+
 def optimise(bound: Bound, state: TrainState, grads: PyTree, context: Context) -> tuple[PyTree, PyTree]:
     """The new parameters and the optimiser's new state."""
     still = still_weights(bound, state.params, context)
     if still is not None:
         grads = jax.tree.map(lambda f, g: jnp.where(f, 0.0, g), still, grads)
-    direction, opt_state = bound.optimizer.update(grads, state.opt_state, state.params)
+    params = state.params
+    if bound.layout is not None:
+        grads, params = bound.layout.own(grads), bound.layout.own(params)
+    direction, opt_state = bound.optimizer.update(grads, state.opt_state, params)
     if bound.scales:
         scaled = {
             part: jax.tree.map(functools.partial(jnp.multiply, x), direction[part]) for part, x in bound.scales.items()
         }
         direction |= scaled
-    params = jax.tree.map(lambda p, d: p - context.learning_rate * d, state.params, direction)
+    params = jax.tree.map(lambda p, d: p - context.learning_rate * d, params, direction)
+    if bound.layout is not None:
+        params = bound.layout.joined(params)
     if still is not None:  # momentum and decay would move them
         params = jax.tree.map(jnp.where, still, state.params, params)
     return params, opt_state
@@ -282,8 +326,9 @@ def still_weights(bound: Bound, params: PyTree, context: Context) -> PyTree | No
     if bound.strategy.frozen is None and not bound.frozen:
         return None
     none = jax.tree.map(lambda w: jnp.bool_(False), params)
-    still = none if bound.strategy.frozen is None else bound.strategy.frozen(params, context)
-    return still | {name: jax.tree.map(lambda w: jnp.bool_(True), params[name]) for name in bound.frozen}
+    still = none if bound.strategy.frozen is None else bound.strategy.frozen(bound.whole(params), context)
+    still = still | {name: jax.tree.map(lambda w: jnp.bool_(True), params[name]) for name in bound.frozen}
+    return still if bound.layout is None else bound.layout.parts(still)
 
 
 def candidates(bound: Bound, clock: Clock, batch: Batch, outputs: Outputs) -> Rows:

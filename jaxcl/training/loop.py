@@ -10,7 +10,6 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxcl import data
-from jaxcl import mesh as mesh_lib
 from jaxcl.check import refused
 from jaxcl.runs.frame import in_sessions
 from jaxcl.runs.lanes import Lanes, Together
@@ -155,8 +154,7 @@ def results(lanes: Lanes[TrainState], parts: Parts, state: TrainState, scores: l
         if not scores:
             scores = scores_of(lanes, parts, state)
         params, batch_stats, _ = new_weights(lanes, parts, 0)  # against which forward transfer is measured
-        init = jax.jit(lanes.each(parts.strategy.init), out_shardings=mesh_lib.replicated(parts.mesh))
-        own = init(params, batch_stats)
+        own = lanes.each(parts.new_strategy_state)(params, batch_stats)
         new = dataclasses.replace(state, params=params, batch_stats=batch_stats, strategy_state=own, average=None)
         untrained = scores_of(lanes, parts, new)
     measure = MEASURES[bool(parts.train.targets)]

@@ -128,7 +128,8 @@ def _rows_on_device(
 def make_many_steps(bound: Bound, seed: int | Sequence[int], most: int, rows: int) -> ManySteps:
     """Calls of `most` steps of the device tier. Arguments as in `make_train_step`, and see `ManySteps`."""
     seeds = not isinstance(seed, int)
-    state, each = specs(seeds=seeds), PartitionSpec(None, None, AXIS) if seeds else PartitionSpec(None, AXIS)
+    state = specs(bound.layout, seeds=seeds, averaged=bound.average > 0)
+    each = PartitionSpec(None, None, AXIS) if seeds else PartitionSpec(None, AXIS)
     batches: Any = {"place": each, "table": WHOLE} if rows else each
     given = make_given(bound.mesh, seed, bound.numbers)
     function = functools.partial(many_steps, bound, most)

@@ -18,7 +18,7 @@ from jaxcl.data.augment import Augment, Normalize
 from jaxcl.errors import UserError
 from jaxcl.memory import free_memory
 from jaxcl.mesh import AXIS
-from jaxcl.models import Model, Split, make_model, parts_named, scale_of_parts, split, with_still
+from jaxcl.models import Halves, Model, make_model, parts_named, scale_of_parts, split, with_still
 from jaxcl.training import init_from
 from jaxcl.training.latents import Activations, Below, Codec, digest_of, whole_model
 from jaxcl.training.sizes import check_memory
@@ -128,7 +128,7 @@ def on_activations(config: ConfigDict, mesh: Mesh, whole: Network) -> Network:
     )
 
 
-def halves_of(config: ConfigDict, model: Model, image_shape: tuple[int, int, int]) -> tuple[Split, Codec]:
+def halves_of(config: ConfigDict, model: Model, image_shape: tuple[int, int, int]) -> tuple[Halves, Codec]:
     """The network below and above `latent.layer`, and how what passes between them is stored."""
     halves = split(model, config.latent.layer, image_shape)
     return halves, Codec(halves.shape, config.latent.dtype, config.latent.views)

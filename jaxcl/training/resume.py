@@ -36,7 +36,7 @@ def restore(config: ConfigDict, session: Session, parts: Parts, state: TrainStat
     target, found = checkpoint.abstract(state), session.found
     assert found is not None
     jax.tree.map(lambda x: x.delete(), state)  # or the memory would have to hold the buffer twice
-    if parts.buffer is None or session.progress.devices == parts.mesh.size:
+    if parts.buffer is None or session.progress.row_shards == parts.shards:
         if parts.host is not None:
             parts.host.restore(session.checkpoints.rows(found, parts.host.payload(), parts.host.row))
         return session.checkpoints.restore(found, target)
@@ -51,7 +51,7 @@ def restore(config: ConfigDict, session: Session, parts: Parts, state: TrainStat
 
 def divide_anew(config: ConfigDict, session: Session, parts: Parts, buffer: Buffer, stored: Shard) -> Shard:
     """The shards of the session that saved them, NumPy arrays, as those of this one."""
-    old, store = session.progress.devices, buffer.host
+    old, store = session.progress.row_shards, buffer.host
     if store is not None:  # the record of a slot is then its number, which tells where the row is to be found
         stored = dataclasses.replace(stored, record=np.arange(len(stored.id)))
     shards = reshard(
@@ -60,7 +60,7 @@ def divide_anew(config: ConfigDict, session: Session, parts: Parts, buffer: Buff
         capacity=capacity_of(config.buffer, parts.scenario),
         num_classes=parts.train.num_classes,
         old=old,
-        new=parts.mesh.size,
+        new=parts.shards,
         memory=config.buffer.memory,
     )
     if store is not None:

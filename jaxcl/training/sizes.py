@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 
 from jaxcl.check import refused
 from jaxcl.memory import free_memory
+from jaxcl.mesh import row_shards
+from jaxcl.partition import Layout, bytes_on_device
 from jaxcl.types import PyTree
 
 PIXEL = 5  # bytes of one as it arrives, uint8, and as the model reads it, float32
@@ -60,6 +62,7 @@ def check_sizes(
     seeds: int = 1,
     averaged: bool = False,
     own: PyTree = None,
+    layout: Layout | None = None,
 ) -> None:
     """Whether the devices can hold the weights, the batches and the buffer of a run.
 
@@ -71,16 +74,24 @@ def check_sizes(
       seeds: runs that are trained together.
       averaged: whether an average of the weights is kept beside them.
       own: shapes and dtypes of the strategy's own state.
+      layout: of the weights; None: whole on every device.
 
     Raises:
       UserError: they cannot; names the field that asks for most.
     """
     weights = jax.eval_shape(new_weights, jax.random.key(0))
-    buffer, devices = config.buffer, mesh.size
+    kept = bytes_of((weights, weights[:2] if averaged else None))
+    if layout is not None:
+        laid = (layout.params, weights[0]), (layout.opt_state, weights[2]), (layout.params, weights[0])
+        kept = sum(bytes_on_device(mesh, *one) for one in laid[: 2 + averaged]) + (1 + averaged) * bytes_of(weights[1])
+    buffer, devices = config.buffer, row_shards(mesh)
     row, stored = PIXEL * math.prod(image_shape), bytes_of(record)
     each = {
-        "model.options": (config.model.options.to_dict(), bytes_of((weights, weights[:2] if averaged else None))),
-        "strategy": (config.strategy, bytes_of(own)),
+        "model.options": (config.model.options.to_dict(), kept),
+        "strategy": (
+            config.strategy,
+            bytes_of(own) if layout is None else bytes_on_device(mesh, layout.strategy_state, own),
+        ),
         "batch_size": (config.batch_size, config.batch_size // devices * row),
         "eval.batch_size": (config.eval.batch_size, config.eval.batch_size // devices * row),
         "buffer.representatives": (buffer.representatives, draws * buffer.representatives // devices * (stored + row)),

@@ -99,7 +99,9 @@ def make_train_step(bound: Bound, seed: int | Sequence[int]) -> TrainStep:
     """
     if isinstance(seed, int) and bound.buffer is not None and bound.buffer.host is not None:
         return make_host_step(bound, seed)
-    state, rows = (specs(), ROWS) if isinstance(seed, int) else (specs(seeds=True), ROWS_OF_SEEDS)
+    seeds = not isinstance(seed, int)
+    state = specs(bound.layout, seeds=seeds, averaged=bound.average > 0)
+    rows = ROWS_OF_SEEDS if seeds else ROWS
     function = functools.partial(device_step, bound)
     given = make_given(bound.mesh, seed, bound.numbers)
     return DeviceStep(Program(on_mesh(bound.mesh, function, (WHOLE, state, rows), (state, WHOLE), donate=1), given))

@@ -34,12 +34,13 @@ def make_host_step(bound: Bound, seed: int) -> "HostStep":
     """The training step with a buffer in host memory."""
     assert bound.buffer is not None and bound.buffer.host is not None
     store, mesh, given = bound.buffer.host, bound.mesh, make_given(bound.mesh, seed, bound.numbers)
+    state = specs(bound.layout, averaged=bound.average > 0)
     if bound.learn and bound.strategy.stores_outputs:
         step = functools.partial(train_and_turn, bound)
-        program = on_mesh(mesh, step, (WHOLE, specs(), ROWS, ROWS), (specs(), WHOLE, ROWS), donate=1)
+        program = on_mesh(mesh, step, (WHOLE, state, ROWS, ROWS), (state, WHOLE, ROWS), donate=1)
         return HostStep(store, Program(program, given))
     turn_ahead, train_behind = functools.partial(ahead, bound), functools.partial(train, bound)
-    behind = on_mesh(mesh, train_behind, (WHOLE, specs(), WHOLE, ROWS, ROWS, ROWS), (specs(), WHOLE), donate=1)
+    behind = on_mesh(mesh, train_behind, (WHOLE, state, WHOLE, ROWS, ROWS, ROWS), (state, WHOLE), donate=1)
     first = on_mesh(mesh, turn_ahead, (WHOLE, ROWS, WHOLE, ROWS), (ROWS, WHOLE, ROWS, ROWS), donate=1)
     return HostStep(store, Program(behind, given), Program(first, given))
 

@@ -130,7 +130,8 @@ class Trained:
         if images.dtype != np.uint8 or images.shape[1:] != self.image_shape or images.ndim != 4:
             shape = ", ".join(map(str, self.image_shape))
             raise UserError(f"images: {images.dtype} {images.shape} is not allowed, give uint8 [n, {shape}]")
-        size = -(-self.config.eval.batch_size // self.mesh.size) * self.mesh.size
+        shards = mesh_lib.row_shards(self.mesh)
+        size = -(-self.config.eval.batch_size // shards) * shards
         found: list[dict[str, np.ndarray]] = []
         for begin in range(0, max(len(images), 1), size):
             batch = images[begin : begin + size]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as as_bytes
@@ -44,10 +45,10 @@ def describe(parts: "Parts") -> dict[str, Any]:
 
 
 def write(folder: pathlib.Path, config: ConfigDict, parts: "Parts", weights: Weights, step: int) -> None:
-    """Writes the file whole or not at all; in a run of several processes, which all hold the weights whole, by the first."""
+    """Writes the file whole or not at all; in a run of several processes, which all call this, by the first."""
+    flat = {name: np.asarray(_on_host(x), order="C") for name, x in checkpoint.flatten(weights).items()}
     if jax.process_index() > 0:
         return
-    flat = {name: np.asarray(x, order="C") for name, x in checkpoint.flatten(jax.device_get(weights)).items()}
     about = {"jaxcl": jaxcl.__version__, "code": code_of(config), "config": workdir.resolved(config), "step": step}
     about |= {"network": describe(parts), "tensors": {name: _checksum(x) for name, x in flat.items()}}
     files.write_whole(folder / workdir.WEIGHTS, as_bytes(flat, {"jaxcl": json.dumps(sealed(about))}))
@@ -89,6 +90,13 @@ def of_checkpoint(folder: pathlib.Path, manifest: dict[str, Any]) -> tuple[dict[
     flat |= averages  # as `TrainState.evaluated`
     about = {"jaxcl": manifest["version"], "code": manifest["code"], "config": manifest["config"]}
     return about | {"step": manifest["run"]["step"], "network": manifest["network"]}, flat
+
+
+def _on_host(x: jax.Array) -> np.ndarray:
+    """A whole array, of which processes may hold parts; all must call it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def _checksum(x: np.ndarray) -> int:

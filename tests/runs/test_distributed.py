@@ -49,7 +49,8 @@ def test_several_processes_are_one_run(processes, devices, tmp_path):
     train_all(tmp_path / "several", processes, devices)
     assert_equal_to_rounding(tmp_path / "one", tmp_path / "several")
     one, several = (json.loads((tmp_path / x / "result.json").read_text()) for x in ("one", "several"))
-    assert several["devices"] == {"count": 8, "kind": "cpu", "platform": "cpu", "processes": processes}
+    mesh = {"data": 8, "fsdp": 1, "model": 1}
+    assert several["devices"] == {"count": 8, "mesh": mesh, "kind": "cpu", "platform": "cpu", "processes": processes}
     assert several["buffer"] == one["buffer"]
     np.testing.assert_allclose(several["accuracy_matrix"], one["accuracy_matrix"], atol=0.03)
 

@@ -11,7 +11,9 @@ REPO = pathlib.Path(__file__).resolve().parents[2]
 FLOORS = {
     **dict.fromkeys(("errors", "types"), 0),
     **dict.fromkeys(("check", "marks", "registry", "mesh", "sealed", "memory", "signals", "compilation"), 1),
-    **dict.fromkeys(("fields", "latent", "losses", "nearest_mean", "optimizer", "shipped", "summaries"), 2),
+    **dict.fromkeys(
+        ("fields", "latent", "losses", "nearest_mean", "optimizer", "partition", "shipped", "summaries"), 2
+    ),
     **dict.fromkeys(("buffer", "data", "metrics", "models", "pretrained", "report"), 3),
     "strategies": 4,
     "runs": 5,

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxcl.check import Rule, check, found_in
+from jaxcl.mesh import Axis
 from jaxcl.models._norms.base import Normalisation, RowFacts
 from jaxcl.models._options import bind
 from jaxcl.registry import Registry
@@ -23,14 +24,14 @@ NORMS: Registry[Callable[..., Normalisation]] = Registry("model.options.norm", _
 
 
 def make_norm(
-    name: str, options: Mapping[str, Any], *, axis_name: str | None, dtype: jnp.dtype, tasks: int
+    name: str, options: Mapping[str, Any], *, axis_name: Axis | None, dtype: jnp.dtype, tasks: int
 ) -> Normalisation:
     """A norm, bound to its options and to where it computes.
 
     Args:
       name: one of `NORMS`, or `module.path:name`.
       options: of the norm; what is left out keeps its default.
-      axis_name: mesh axis of the batch.
+      axis_name: mesh axis of the batch, or axes.
       dtype: of the outputs.
       tasks: T, for a norm that keeps something of each.
 

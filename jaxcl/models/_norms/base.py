@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.errors import UserError
+from jaxcl.mesh import Axis
 
 
 @jax.tree_util.register_dataclass
@@ -62,14 +63,14 @@ class NormLayer(nn.Module):
     """What every layer is made with. Params `scale` and `bias`, `[C]` float32; statistics are float32 always.
 
     Attributes:
-      axis_name: mesh axis of the batch, inside shard_map; None where this device has the whole batch.
+      axis_name: mesh axis of the batch, or axes, inside shard_map; None where this device has the whole batch.
       momentum: weight of the old running statistics in an update.
       epsilon: added to the variance.
       dtype: of the output.
       scale_init: initialiser of `scale`; zeros makes a residual block start as the identity.
     """
 
-    axis_name: str | None = None
+    axis_name: Axis | None = None
     momentum: float = 0.9
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
@@ -107,7 +108,7 @@ def row_moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def moments_of_groups(
-    x: jax.Array, mask: Mask, group: jax.Array, groups: int, axis_name: str | None
+    x: jax.Array, mask: Mask, group: jax.Array, groups: int, axis_name: Axis | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of each of S groups the valid rows `[S]`, the mean of their channels `[S, C]` and that of the squares; one collective.
 

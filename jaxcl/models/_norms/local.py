@@ -4,12 +4,13 @@ from typing import Any
 
 import flax.linen as nn
 
+from jaxcl.mesh import Axis
 from jaxcl.models._norms._batch import MaskedBatchNorm
 from jaxcl.models._norms.base import Normalisation
 
 
 def local() -> Normalisation:
-    def layer(axis_name: str | None = None, **fields: Any) -> nn.Module:
+    def layer(axis_name: Axis | None = None, **fields: Any) -> nn.Module:
         del axis_name
         return MaskedBatchNorm(**fields)
 
