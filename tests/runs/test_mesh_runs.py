@@ -61,6 +61,10 @@ def assert_close(one, other):
         pytest.param({"buffer__selection__by": "icarl", "finetune__epochs": 1}, marks=pytest.mark.slow),
         pytest.param({"buffer__tier": "host"}, marks=pytest.mark.slow),
         pytest.param({"steps_per_call": 8, "strategy": "der_pp"}, marks=pytest.mark.slow),
+        pytest.param({"strategy": "simplecil", "strategies__simplecil__adapt": True}, marks=pytest.mark.slow),
+        pytest.param({"strategy": "ranpac", "strategies__ranpac__adapt": True}, marks=pytest.mark.slow),
+        pytest.param({"strategy": "slca"}, marks=pytest.mark.slow),
+        pytest.param({"optimizer__name": "lamb", "freeze": ("Dense_0",), "microbatches": 2}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: changes.get("strategy", "er") + "-" + next(iter(changes)),
 )
@@ -69,6 +73,16 @@ def test_a_run_with_parts_of_the_weights_is_the_run_with_whole_ones(changes, tmp
     train_and_evaluate(workdir=tmp_path / "parts", **on((2, 2, 2), **changes))
     _, parts = assert_close(tmp_path / "whole", tmp_path / "parts")
     assert parts["devices"]["mesh"] == {"data": 2, "fsdp": 2, "model": 2}
+
+
+@pytest.mark.slow
+def test_a_run_on_activations_from_loaded_weights_with_parts_is_the_run_with_whole_ones(tmp_path):
+    train_and_evaluate(workdir=tmp_path / "first", **on((4, 1, 1), strategy="joint"))
+    changes = {"model__init_from": str(tmp_path / "first"), "latent__layer": "Dense_0", "latent__dtype": "float32"}
+    train_and_evaluate(workdir=tmp_path / "whole", **on((4, 1, 1), **changes))
+    train_and_evaluate(workdir=tmp_path / "parts", **on((2, 2, 2), **changes))
+    _, parts = assert_close(tmp_path / "whole", tmp_path / "parts")
+    assert parts["latent"]["frozen"] == ["Dense_0"] and parts["devices"]["mesh"]["fsdp"] == 2
 
 
 @pytest.fixture(scope="module")

@@ -63,6 +63,8 @@ CUTS = [
     ("mlp", {"hidden": (5, 4)}, "features", ("Dense_0", "Dense_1")),
     ("convnet", {"width": 2}, "MaskedBatchNorm_1", ("Conv_0", "Conv_1", "MaskedBatchNorm_0", "MaskedBatchNorm_1")),
     ("resnet18", {"width": 2}, "_Block_5", None),
+    ("vit", {"width": 8, "depth": 2, "heads": 2}, "block_0", ("block_0", "cls_token", "patch_embed", "pos_embed")),
+    ("vit", {"width": 8, "depth": 2, "heads": 2, "remat": True}, "block_0", None),
 ]
 
 
