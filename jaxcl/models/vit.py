@@ -16,7 +16,7 @@ With 1,000 classes, images of 224x224 and patches of 16, parameters are those pu
 Dropout and stochastic depth are left out: a forward pass here takes no random numbers.
 """
 
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -62,6 +62,11 @@ def vit(
     return ViT(num_classes, dtype, width, depth, heads, patch, remat)
 
 
+def _attention(query: jax.Array, key: jax.Array, value: jax.Array, **unused: Any) -> jax.Array:
+    """`[B, P, H, D / H]` each -> the same shape. The softmax is float32; Flax's then multiplies the values in float32 too."""
+    return jax.nn.dot_product_attention(query, key, value)
+
+
 class Block(nn.Module):
     """Self-attention, and a perceptron of two layers, four times as wide in between; each behind a norm, beside a short cut."""
 
@@ -73,7 +78,7 @@ class Block(nn.Module):
         """x `[B, P, D]` -> the same shape."""
         width = x.shape[-1]
         attend = nn.MultiHeadDotProductAttention(
-            self.heads, dtype=self.dtype, kernel_init=_init, force_fp32_for_softmax=True, name="attn"
+            self.heads, dtype=self.dtype, kernel_init=_init, attention_fn=_attention, name="attn"
         )
         x = x + attend(nn.LayerNorm(_EPS, dtype=self.dtype, name="norm1")(x))
         wide = nn.Dense(4 * width, kernel_init=_init, dtype=self.dtype, name="fc1")(
