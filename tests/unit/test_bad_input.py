@@ -47,6 +47,8 @@ TOO = {
     "a number from 1 to 256": (0, -1, 257, 2**40),
     "a number from 0 to 256": (-1, 257, 2**40),
     "a number from 1 to 65536": (0, -1, 2**17),
+    "a number from 0 to 1048576": (-1, 2**20 + 1, 2**40),
+    "a number from 1 to 1048576": (0, -1, 2**20 + 1, 2**40),
     "a number from 2 to 268435456": (1, 0, -1, 2**40),
     "a whole number from 0 to 2^31 - 1": (-1, 2**31, 2**32, 2**62),
     "a name, or module:name": ("", "a:", "a:b:c", ":"),
@@ -65,6 +67,16 @@ TOO = {
     "a list with each item a positive number": ((0.0,), (1.0, -1.0), (math.inf,), ("a",), (None,)),
     "a list with each item 0 or more": ((-1,), (0.0, -0.5), (math.nan,), (math.inf,), ((),)),
     "a list with each item a name, or module:name": ((1,), ("",), (None,), ("a:b:c",)),
+    "a list with each item a pattern and a list of fsdp, model or None": (
+        (None,),
+        ("ab",),
+        (("a",),),
+        ((1, ("fsdp",)),),
+        (("a(", ("fsdp",)),),
+        (("a", "fsdp"),),
+        (("a", ("data",)),),
+        (("a", (0,)),),
+    ),
 }
 NAMES = ("", "nonsense", " ", "a:", LONG, "\n\n", "a\x00b")
 
