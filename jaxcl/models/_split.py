@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxcl.check import near
+from jaxcl.check import near, refused
 from jaxcl.errors import UserError
 from jaxcl.models._norms.base import Mask, valid_of
 from jaxcl.models._parts import HEAD
@@ -43,8 +43,11 @@ def split(model: Any, layer: str, image_shape: tuple[int, int, int]) -> Halves:
     """The model cut behind the part `layer`, or in front of its head ("features").
 
     Raises:
-      UserError: there is no such part, it gives no array with a row for each image, or the network has a way around it.
+      UserError: there is no such part, it gives no array with a row for each image, or the network has a way around it; or its
+        parts are computed anew in the backward pass, behind which no hook reaches.
     """
+    if model.remat and layer != FEATURES:
+        raise refused("model.options.remat", True, f"False with latent.layer = {layer}")
 
     def lower(params: PyTree, batch_stats: PyTree, images: jax.Array) -> jax.Array:
         passed: list[Any] = []

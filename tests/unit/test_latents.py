@@ -64,7 +64,7 @@ CUTS = [
     ("convnet", {"width": 2}, "MaskedBatchNorm_1", ("Conv_0", "Conv_1", "MaskedBatchNorm_0", "MaskedBatchNorm_1")),
     ("resnet18", {"width": 2}, "_Block_5", None),
     ("vit", {"width": 8, "depth": 2, "heads": 2}, "block_0", ("block_0", "cls_token", "patch_embed", "pos_embed")),
-    ("vit", {"width": 8, "depth": 2, "heads": 2, "remat": True}, "block_0", None),
+    ("vit", {"width": 8, "depth": 2, "heads": 2, "remat": True}, "features", None),
 ]
 
 
@@ -120,6 +120,11 @@ def test_a_cut_that_is_none_is_refused():
     with pytest.raises(UserError, match=r"^latent.layer: the network has a way around this part"):
         split(around, "side", (8, 8, 3))
     split(around, "body", (8, 8, 3))
+    vit = make_model("vit", 3, options={"width": 8, "depth": 2, "heads": 2, "remat": True})
+    with pytest.raises(
+        UserError, match=r"^model.options.remat: True is not allowed, give False with latent.layer = block_0"
+    ):
+        split(vit, "block_0", (8, 8, 3))
 
 
 def around(num_classes):
