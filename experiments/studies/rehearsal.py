@@ -43,7 +43,8 @@ def merged(path: pathlib.Path, found: Json, order: Iterable[str]) -> Json:
     before = json.loads(path.read_text()) if path.exists() else {}
     if any(before.get(key) != found[key] for key in ("name", "sizes")):
         return found
-    rows = {one["row"]: one for one in [*before["rows"], *found["rows"]]}
+    old = [{"commits": [before["revision"]], **one} for one in before["rows"]]
+    rows = {one["row"]: one for one in [*old, *found["rows"]]}
     return found | {"rows": [rows[name] for name in order if name in rows]}
 
 
@@ -134,6 +135,7 @@ def summary(runs: list[Json]) -> Json:
         "in_task": [float(np.mean(run["accuracy_in_task"])) for run in runs],
         "called_new": [called_new(run) for run in runs],
         "steps": [run["steps"] for run in runs],
+        "commits": sorted({run["commit"] for run in runs}),
         "seconds": [run["seconds"] for run in runs],
         "seconds_of_steps": [sum(run["seconds_by_phase"].get(name, 0.0) for name in STEPPING) for run in runs],
     }
@@ -173,7 +175,21 @@ def markdown(found: Json) -> str:
     )
     return (
         f"{found['name']}: {s['epochs']} epochs a task, b = {s['batch_size']}, r = {s['representatives']},"
-        f" a memory of {memory_of(s)} unless a row says otherwise.\n\n{table(head, cells)}"
+        f" a memory of {memory_of(s)} unless a row says otherwise.\n\n{table(head, cells)}{revisions(rows)}"
+    )
+
+
+def revisions(rows: Mapping[str, Json]) -> str:
+    """The rows of each commit of the code, where a file has rows of several."""
+    found: dict[str, list[str]] = {}
+    for name, one in rows.items():
+        found.setdefault(" and ".join(one.get("commits", [])), []).append(name)
+    if len(found) < 2:
+        return ""
+    return (
+        "\n\nCode: "
+        + "; ".join(f"{commit or 'that of the file'} of {', '.join(names)}" for commit, names in found.items())
+        + "."
     )
 
 

@@ -293,7 +293,6 @@ def test_zero_init_makes_blocks_the_identity():
         ("mlp", 10, "float32", {"hiden": 8}, "model.options.hiden: mlp has no such option, did you mean hidden?"),
         (
             "mlp",
-            "mlp_norm",
             10,
             "float32",
             {"width": 8},

@@ -272,11 +272,12 @@ def test_ghost_on_one_device_is_local_on_as_many_as_it_has_groups(mesh_of):
         params = {k.replace("MaskedBatchNorm", "GhostNorm"): v for k, v in after.params.items()}
         stats = {k.replace("MaskedBatchNorm", "GhostNorm"): v for k, v in after.batch_stats.items()}
         found.append(jax.device_get((params, stats)))
-    close(*found)
+    # `local` takes the square of the mean from the mean of squares, which on few valid rows leaves rounding of 1e-5.
+    close(*found, rtol=1e-4, atol=2e-5)
 
 
 def test_ghost_groups_lie_on_one_device_where_they_can(mesh_of):
-    """A collective a norm where a group crosses the devices' borders, none where it does not."""
+    """Two collectives a norm where a group crosses the devices' borders, none where it does not."""
 
     def messages(n):
         x, _, facts = rows_of_step()
@@ -290,19 +291,19 @@ def test_ghost_groups_lie_on_one_device_where_they_can(mesh_of):
 
         return jax.jit(forward).lower(x, facts).as_text().count("stablehlo.all_reduce")
 
-    assert [messages(n) for n in (1, 2, 4, 8)] == [0, 0, 0, 1]  # four groups
+    assert [messages(n) for n in (1, 2, 4, 8)] == [0, 0, 0, 2]  # four groups
 
 
 def test_a_penalty_is_a_term_of_the_loss(mesh_of):
-    """That of AdaB2N at a step of `er`, whose loss is a mean over rows, and of `agem`, whose loss has a weight likewise."""
+    """That of AdaB2N at a step of `er` and of `er_ace`, whose two means are taken apart."""
     network = {"norm": "ada", "norm_options": {"strength": 0.5}}
     for strategy in ("er", "er_ace"):
         losses = {}
         for strength in (0.0, 0.5, 1.0):
             network["norm_options"] = {"strength": strength}
             rig = Rig(mesh_of(2), make_strategy(strategy), "mlp_norm", network=network)
-            state = rig.stage(rig.state(stored=False, task=np.int32(1)), [make_draw(1)])
-            losses[strength] = float(rig.step(state, rig.rows(make_batch(0)))[1]["loss"])
+            state = rig.stage(rig.state(stored=False, task=np.int32(1)), [make_draw(1, classes=(0, 1))])
+            losses[strength] = float(rig.step(state, rig.rows(make_batch(0, (2, 3))))[1]["loss"])
         assert losses[0.5] - losses[0.0] > 0.01
         assert losses[1.0] - losses[0.0] == pytest.approx(2 * (losses[0.5] - losses[0.0]), rel=1e-3)
 

@@ -13,13 +13,13 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from experiments.bench.peers.adab2n_layer import make_layer, set_rows
 
 
 def main() -> None:
+    import torch
+
     asked = json.load(sys.stdin)
     torch.set_num_threads(1)
     with np.load(asked["pack"]) as arrays:
@@ -30,7 +30,9 @@ def main() -> None:
         print(json.dumps({"seed": seed, "accuracy": accuracy, "seconds": time.perf_counter() - begin}), flush=True)
 
 
-def make_net(asked: dict[str, Any], classes: int) -> nn.Sequential:
+def make_net(asked: dict[str, Any], classes: int) -> Any:
+    from torch import nn
+
     side, width = asked["fold"], asked["width"]
     layers: list[nn.Module] = [nn.PixelUnshuffle(side)] if side > 1 else []
     before = 3 * side * side
@@ -48,6 +50,8 @@ def make_net(asked: dict[str, Any], classes: int) -> nn.Sequential:
 
 def train(asked: dict[str, Any], data: dict[str, np.ndarray], seed: int) -> float:
     """The mean accuracy over the tasks after the last, in per cent."""
+    import torch
+
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     classes = int(data["y_train"].max()) + 1
@@ -57,7 +61,7 @@ def train(asked: dict[str, Any], data: dict[str, np.ndarray], seed: int) -> floa
     optimizer = torch.optim.SGD(net.parameters(), asked["learning_rate"], asked["momentum"])
     mean, std = (torch.tensor(asked[name])[:, None, None] for name in ("mean", "std"))
 
-    def images(rows: np.ndarray, split: str = "train") -> torch.Tensor:
+    def images(rows: np.ndarray, split: str = "train") -> Any:
         x = torch.from_numpy(np.ascontiguousarray(data[f"x_{split}"][rows])).float().permute(0, 3, 1, 2) / 255
         return (x - mean) / std
 
@@ -73,7 +77,7 @@ def train(asked: dict[str, Any], data: dict[str, np.ndarray], seed: int) -> floa
                 label = torch.from_numpy(data["y_train"][rows].astype(np.int64))
                 for layer in ada:
                     set_rows(layer, label // each, task)
-                loss = nn.functional.cross_entropy(net(images(rows)), label)
+                loss = torch.nn.functional.cross_entropy(net(images(rows)), label)
                 if ada and task:
                     loss = loss + asked["lambda"] * torch.stack([layer.loss for layer in ada]).sum()
                 optimizer.zero_grad()

@@ -13,11 +13,11 @@ import pathlib
 import sys
 from typing import Any
 
-import torch
-
 
 def make_layer(path: str, tasks: int, kappa: float, channels: int, momentum: float) -> Any:
     """Theirs, in the place of a new batch norm. Its file alone is read: their package needs more than it."""
+    import torch
+
     spec = importlib.util.spec_from_file_location("adab2n", pathlib.Path(path) / "models" / "utils" / "adab2n.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -25,14 +25,18 @@ def make_layer(path: str, tasks: int, kappa: float, channels: int, momentum: flo
     return module.AdaB2N(torch.nn.BatchNorm2d(channels, momentum=momentum), tasks, 1, kappa)
 
 
-def set_rows(layer: Any, task: torch.Tensor, now: int) -> None:
-    """Tells the layer of the rows of a batch, as their strategies do."""
+def set_rows(layer: Any, task: Any, now: int) -> None:
+    """Tells the layer of the rows of a batch, as their strategies do; `task` is a tensor `[n]`."""
+    import torch
+
     counts = torch.bincount(task, minlength=now + 1)
     layer.cur_tasks.fill_(now)
     layer.set_counts(task, counts[task], counts)
 
 
 def main() -> None:
+    import torch
+
     asked = json.load(sys.stdin)
     channels = len(asked["batches"][0]["x"][0][0][0])
     layer = make_layer(sys.argv[1], asked["tasks"], asked["kappa"], channels, asked["momentum"])

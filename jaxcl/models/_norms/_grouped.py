@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxcl.models._norms.base import Mask, NormLayer, RowFacts, facts_of, moments_of_groups, to_rows, variance
+from jaxcl.models._norms.base import Mask, NormLayer, RowFacts, facts_of, row_moments, sums_of_groups, to_rows, variance
 
 
 class Groups(NamedTuple):
@@ -48,11 +48,29 @@ class GroupedBatchNorm(NormLayer):
         if not train:
             return self.normalised(x, running[0].value, running[1].value, affine)
         group, number, across = self.groups(facts_of(mask))
-        rows, mean, mean_of_squares = moments_of_groups(x, mask, group, number, self.axis_name if across else None)
-        there = (rows > 0)[:, None]
-        mean = jnp.where(there, mean, running[0].value)
-        var = jnp.where(there, variance(mean, mean_of_squares), running[1].value)
+        count, mean, var = statistics(x, mask, group, number, self.axis_name if across else None)
+        there = (count > 0)[:, None]
+        mean, var = (jnp.where(there, new, old.value) for new, old in zip((mean, var), running, strict=True))
         weights = jnp.full(number, 1 / number) if self.counts_empty else there[:, 0] / jnp.maximum(jnp.sum(there), 1)
         for old, new in zip(running, (mean, var), strict=True):
             old.value += (1 - self.momentum) * (weights @ (new - old.value))
         return self.normalised(x, to_rows(mean, group), to_rows(var, group), affine)
+
+
+def statistics(
+    x: jax.Array, mask: Mask, group: jax.Array, groups: int, axis_name: str | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each of S groups the valid rows `[S]`, their mean `[S, C]` and their variance; see `moments_of_groups`.
+
+    What rows differ by from each other is squared after the mean is taken away: of few rows the mean of squares less the square
+    of the mean leaves more rounding than variance. Where groups lie on several devices this is a second collective.
+    """
+    means, squares = row_moments(x)
+    sums = sums_of_groups(jnp.concatenate([means, jnp.ones((len(x), 1))], -1), mask, group, groups, axis_name)
+    count = sums[:, -1]
+    per_row = 1 / jnp.maximum(count, 1)[:, None]
+    mean = sums[:, :-1] * per_row
+    apart = jnp.square(means - to_rows(mean, group))
+    if x.ndim > 2:  # the positions within a row
+        apart += variance(means, squares)
+    return count, mean, sums_of_groups(apart, mask, group, groups, axis_name) * per_row

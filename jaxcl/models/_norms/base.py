@@ -118,15 +118,19 @@ def moments_of_groups(
       groups: S.
       axis_name: a group's rows lie on all devices along it; None: on this device.
     """
-    valid = jnp.ones(len(x)) if mask is None else valid_of(mask).astype(jnp.float32)
     # Rows are reduced over positions first, so that the weights touch [n, 2C + 1] and not the whole of x.
     rows = jnp.concatenate([*row_moments(x), jnp.ones((len(x), 1))], -1)
-    sums = jnp.einsum("ns,nm->sm", of_groups(group, groups) * valid[:, None], rows, precision="highest")
-    if axis_name is not None:
-        sums = lax.psum(sums, axis_name)
+    sums = sums_of_groups(rows, mask, group, groups, axis_name)
     count = sums[:, -1]
     mean, mean_of_squares = jnp.split(sums[:, :-1] / jnp.maximum(count, 1)[:, None], 2, -1)
     return count, mean, mean_of_squares
+
+
+def sums_of_groups(rows: jax.Array, mask: Mask, group: jax.Array, groups: int, axis_name: str | None) -> jax.Array:
+    """Rows `[n, M]`, the valid ones of each group added up over the devices along the axis: `[S, M]`."""
+    valid = jnp.ones(len(rows)) if mask is None else valid_of(mask).astype(jnp.float32)
+    sums = jnp.einsum("ns,nm->sm", of_groups(group, groups) * valid[:, None], rows, precision="highest")
+    return sums if axis_name is None else lax.psum(sums, axis_name)
 
 
 def of_groups(group: jax.Array, groups: int) -> jax.Array:

@@ -6,7 +6,7 @@ one of S devices would hold. So `ghost` on any number of devices is `local` on S
 follow the mean over the groups.
 
 Where S is a multiple of the devices, each group lies on one of them. Elsewhere the sums of all groups are added up over the
-devices, S (2C + 1) numbers, instead of refusing: a config then means the same on every number of devices, on more than S
+devices, twice S numbers a channel, instead of refusing: a config then means the same on every number of devices, on more than S
 as well.
 """
 
