@@ -1,7 +1,6 @@
 """The fields of a config: what is refused and in which words, what stands in the page, what cannot be held in memory."""
 
 import math
-import types
 
 import jax
 import pytest
@@ -11,6 +10,7 @@ from experiments.pages import config as config_page
 from experiments.pages import page
 from jaxcl import check as rules
 from jaxcl import fields as fields_lib
+from jaxcl import mesh as mesh_lib
 from jaxcl import shipped
 from jaxcl.contrastive import config as contrastive
 from jaxcl.contrastive.train import build as build_pairs
@@ -163,7 +163,7 @@ def test_options_of_a_strategy_from_outside_stand_under_its_short_name(monkeypat
 
     monkeypatch.setitem(training.STRATEGIES._found, "m:mine", mine)
     made = []
-    strategy = types.SimpleNamespace(draws=0, check=made.append)
+    strategy = training.make_strategy("incremental")._replace(check=made.append)
     monkeypatch.setattr(training, "make_strategy", lambda name, options: made.append((name, dict(options))) or strategy)
     config = changed(training.default_config(), strategy="m:mine", strategies__mine={"strength": 2.0})
     training.check_config(config, 1)
@@ -218,7 +218,7 @@ def test_what_is_held_is_counted_for_each_device(monkeypatch):
         config = changed(digits.get_config(), buffer__memory=memory, buffer__capacity=capacity)
         record = {"image": jax.ShapeDtypeStruct((1000,), "uint8")}
         options = {"record": record, "capacity": capacity, "draws": 1}
-        mesh = jax.sharding.Mesh(jax.devices()[:4], ("data",))
+        mesh = mesh_lib.make_mesh(jax.devices()[:4])
         if fits:
             sizes.check_sizes(config, mesh, lambda key: (), (1,), **options)
         else:

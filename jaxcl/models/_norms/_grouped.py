@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxcl.mesh import Axis
 from jaxcl.models._norms.base import Mask, NormLayer, RowFacts, facts_of, row_moments, sums_of_groups, to_rows, variance
 
 
@@ -58,7 +59,7 @@ class GroupedBatchNorm(NormLayer):
 
 
 def statistics(
-    x: jax.Array, mask: Mask, group: jax.Array, groups: int, axis_name: str | None
+    x: jax.Array, mask: Mask, group: jax.Array, groups: int, axis_name: Axis | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of each of S groups the valid rows `[S]`, their mean `[S, C]` and their variance; see `moments_of_groups`.
 

@@ -126,7 +126,7 @@ def moments_of_groups(
     return count, mean, mean_of_squares
 
 
-def sums_of_groups(rows: jax.Array, mask: Mask, group: jax.Array, groups: int, axis_name: str | None) -> jax.Array:
+def sums_of_groups(rows: jax.Array, mask: Mask, group: jax.Array, groups: int, axis_name: Axis | None) -> jax.Array:
     """Rows `[n, M]`, the valid ones of each group added up over the devices along the axis: `[S, M]`."""
     valid = jnp.ones(len(rows)) if mask is None else valid_of(mask).astype(jnp.float32)
     sums = jnp.einsum("ns,nm->sm", of_groups(group, groups) * valid[:, None], rows, precision="highest")
