@@ -12,7 +12,7 @@ import pytest
 
 import experiments.paper
 import experiments.studies
-from experiments.studies import adab2n, choice, exchange_accuracy, grid, large_batch, latent, norm, rehearsal
+from experiments.studies import adab2n, choice, exchange_accuracy, grid, large_batch, latent, mesh, norm, rehearsal
 from experiments.studies.grid import Grid, Setting
 from jaxcl.data import array_source
 from jaxcl.errors import UserError
@@ -87,7 +87,7 @@ def test_every_setting_of_the_exchanges_is_allowed():
         list(exchange_accuracy.settings(["x"]))
 
 
-def test_every_setting_of_norms_and_large_batches_is_allowed():
+def test_every_setting_of_norms_large_batches_and_meshes_is_allowed():
     """Their models too, for the batch of the setting."""
     split_cifar10 = importlib.import_module("configs.split_cifar10").get_config("cpu")
     permuted = importlib.import_module("configs.permuted_mnist_mammoth").get_config()
@@ -97,6 +97,7 @@ def test_every_setting_of_norms_and_large_batches_is_allowed():
         (permuted, 8, list(norm.settings("permuted_mnist", [], 8)), 33),
         (mnist, 2, list(large_batch.settings([], 2)), 38),
         (split_cifar10, 1, adab2n.settings(), 2),
+        (split_cifar10, 8, list(mesh.settings([])), 4),
     ]
     for config, devices, settings, count in cases:
         assert len({one.place for one in settings}) == len(settings) == count
