@@ -144,7 +144,8 @@ def test_compare_and_report_commands(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "runs" / "er" / "seed_1" / "result.json").read_text())
-    assert result["devices"] == {"count": 8, "kind": "cpu", "platform": "cpu", "processes": 1}
+    shape = {"data": 8, "fsdp": 1, "model": 1}
+    assert result["devices"] == {"count": 8, "kind": "cpu", "platform": "cpu", "processes": 1, "mesh": shape}
     assert result["config"]["epochs"] == 1 and result["seed"] == 1
     table = [line.split() for line in done.stdout.splitlines()]
     assert [line[:2] for line in table if line and line[0] in ("incremental", "er")] == [
