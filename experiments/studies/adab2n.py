@@ -9,7 +9,6 @@ convolutional net of width 8, plain cross-entropy, no augmentation. One device, 
 
 import json
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from absl import flags
 
 from experiments.pages.page import ROOT, Json
 from experiments.studies import grid
-from experiments.studies.grid import Setting
+from experiments.studies.grid import PEER_PYTHON, Setting
 from jaxcl import cli, report
 from jaxcl.check import refused
 from jaxcl.errors import UserError
@@ -26,7 +25,6 @@ from jaxcl.models import PENALTIES, RowFacts, make_norm
 from jaxcl.search.seeds import train_seeds
 
 CHECKOUT = flags.DEFINE_string("checkout", None, "of the authors' code; without it ours run alone")
-PEER_PYTHON = flags.DEFINE_string("peer_python", sys.executable, "interpreter that has PyTorch")
 KAPPA, STRENGTH, WIDTH, FOLD = 0.4, 0.1, 8, 2
 FIELDS: Json = {
     "strategy": "er",

@@ -7,6 +7,7 @@ can be interrupted, extended and drawn again.
 import dataclasses
 import functools
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from jaxcl.errors import UserError
 from jaxcl.search.seeds import train_seeds
 
 MODELS = flags.DEFINE_list("models", [], "of the models that a study knows by name; default all")
+PEER_PYTHON = flags.DEFINE_string("peer_python", sys.executable, "interpreter that has PyTorch, for what runs beside")
 ROWS = flags.DEFINE_list("rows", [], "of the rows that a study knows by name; default all")
 
 ONE_BY_ONE = functools.partial(train_seeds, together=False)

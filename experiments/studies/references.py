@@ -14,7 +14,6 @@ import importlib
 import json
 import pathlib
 import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from scipy import stats
 
 from experiments.pages import page
 from experiments.pages.page import Json
-from experiments.studies.grid import ROWS, Grid
+from experiments.studies.grid import PEER_PYTHON, ROWS, Grid
 from experiments.studies.mammoth import mammoth_protocol
 from jaxcl import cli, summaries
 from jaxcl.errors import UserError
@@ -38,7 +37,6 @@ PROTOCOL = flags.DEFINE_string("protocol", None, "a config file of configs/ with
 SOURCE = flags.DEFINE_string("source", None, "config.data.source, where the protocol's own is not to be used")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "config.data.data_dir")
 MAMMOTH = flags.DEFINE_string("mammoth", None, "a checkout of Mammoth: runs the reference's side instead of ours")
-PEER_PYTHON = flags.DEFINE_string("peer_python", sys.executable, "interpreter that has PyTorch, with --mammoth")
 
 
 def main() -> None:

@@ -220,7 +220,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
     Raises:
       UserError: a field is unknown, missing or of another type, or a value is not allowed on `devices` devices.
     """
-    check_fields(config, fields(_outside(config)))
+    check_values(config)
     shards = shards_of(config, devices)
     check_writers(config)
     check_optimizer(config)
@@ -238,6 +238,15 @@ def check_config(config: ConfigDict, devices: int) -> None:
     check_parts(config, strategy, shards)
     if strategy.check is not None:
         strategy.check(config)
+
+
+def check_values(config: ConfigDict) -> None:
+    """Whether the config has every field and no other, and each a value that is allowed by itself.
+
+    Raises:
+      UserError: it has not.
+    """
+    check_fields(config, fields(_outside(config)))
 
 
 def _options(strategy: str, meaning: str) -> Fields:

@@ -25,6 +25,7 @@ from jaxcl.pretrained.names import NAMES, here, there
 from jaxcl.runs import checkpoint, workdir
 from jaxcl.sealed import Damaged, read_sealed
 from jaxcl.training import weights as weights_lib
+from jaxcl.training.config import check_values
 
 HEAD = "head"  # the part that answers for the classes
 _log = logging.getLogger("jaxcl")
@@ -47,8 +48,9 @@ def bound(config: ConfigDict) -> ConfigDict:
     """The config with the digest of its file; the same where it has none.
 
     Raises:
-      UserError: the file cannot be read, or its digest is another than the config says.
+      UserError: the file cannot be read, its digest is another than the config says, or a field of the config is not allowed.
     """
+    check_values(config)
     m = config.model
     if m.init_from is None:
         if m.init_digest is not None:

@@ -173,9 +173,11 @@ def test_rows_that_the_file_holds_stay_if_they_are_of_the_same_sizes(tmp_path):
     path, order = tmp_path / "found.json", ("from_scratch", "er", "joint")
     new = {"name": "a", "sizes": {"epochs": 3}, "rows": [{"row": "er", "top5": [0.5]}]}
     assert rehearsal.merged(path, new, order) == new
-    old = {"name": "a", "sizes": {"epochs": 3}, "rows": [{"row": "joint", "top5": [0.1]}, {"row": "er", "top5": [0.2]}]}
+    old = {"name": "a", "sizes": {"epochs": 3}, "revision": "abc"}
+    old |= {"rows": [{"row": "joint", "top5": [0.1]}, {"row": "er", "top5": [0.2]}]}
     path.write_text(json.dumps(old))
-    assert rehearsal.merged(path, new, order)["rows"] == [*new["rows"], old["rows"][0]]
+    # A row that stays says of which commit it is.
+    assert rehearsal.merged(path, new, order)["rows"] == [*new["rows"], {"commits": ["abc"], **old["rows"][0]}]
     path.write_text(json.dumps(old | {"sizes": {"epochs": 4}}))
     assert rehearsal.merged(path, new, order) == new
 

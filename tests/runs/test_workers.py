@@ -18,8 +18,10 @@ from jaxcl.training.loop import train_and_evaluate
 from tests import whole as runs
 from tests.runs.test_damaged_data import flip
 
+# Its shared memory has names of its own: tests beside this one share memory too. The workers import this script, so theirs has.
 READ = """
-import os, sys
+import multiprocessing.shared_memory, os, sys
+multiprocessing.shared_memory._SHM_NAME_PREFIX = os.environ["SEGMENTS"]
 from jaxcl.data import open_source, train_batches
 
 if __name__ == "__main__":
@@ -51,6 +53,11 @@ def children(pid):
     found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in found.splitlines()[1:]]
     return [int(row[0]) for row in rows if int(row[1]) == pid and "multiprocessing.spawn" in row[2]]
+
+
+def segments(name):
+    """The shared memory whose names begin with this."""
+    return list(pathlib.Path("/dev/shm").glob(f"{name}*"))
 
 
 def alive(pids):
@@ -119,25 +126,23 @@ def test_a_damaged_record_is_named_and_a_dead_worker_too(tmp_path, monkeypatch):
 def test_nothing_outlives_the_process_that_reads(how, tmp_path):
     script = tmp_path / "read.py"
     script.write_text(READ)
-    shared = pathlib.Path("/dev/shm")
-    before = set(shared.glob("psm_*"))
+    name = f"w{os.getpid():x}"
     command = [sys.executable, str(script), str(tmp_path / "data"), how]
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "XDG_CACHE_HOME": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "XDG_CACHE_HOME": str(tmp_path), "SEGMENTS": f"/{name}"}
     reader = subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     assert reader.stdout.readline() == "reading\n"
     workers = children(reader.pid)
-    mine = set(shared.glob("psm_*")) - before
-    assert len(workers) == 2 and mine
+    assert len(workers) == 2 and segments(name)
     if how == "kill":
         reader.kill()
     reader.communicate("\n")
     assert ended(workers)
     end = time.monotonic() + 20
-    while set(shared.glob("psm_*")) & mine and time.monotonic() < end:
+    while segments(name) and time.monotonic() < end:
         time.sleep(0.1)
-    assert not set(shared.glob("psm_*")) & mine
+    assert not segments(name)
 
 
 @pytest.mark.slow
