@@ -141,9 +141,8 @@ def many_steps(
     bound: Bound, most: int, given: Given, state: TrainState, batches: PyTree, count: jax.Array
 ) -> tuple[TrainState, Metrics]:
     """`count` steps on this device's part of state and batches, and the metrics of each."""
-    step = jax.jit(
-        functools.partial(device_step, bound, given)
-    )  # traced once, for the shapes of its metrics and for the loop
+    # Traced once, for the shapes of its metrics and for the loop.
+    step = jax.jit(functools.partial(device_step, bound, given))
     shapes = jax.eval_shape(step, state, batch_of(batches, 0))[1]
     metrics = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), shapes)
 
