@@ -9,6 +9,9 @@ from collections.abc import Callable
 # Before jax starts: with as many threads as cores, collectives of several queued steps on fake devices can deadlock.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of a test's time is compilation, and a third of that is LLVM's optimisation of code that runs for a moment. In the
+# environment, so that commands in processes of their own compute the same bits as the tests that compare them.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jax
