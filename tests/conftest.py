@@ -1,17 +1,22 @@
 """What every test shares: sixteen fake CPU devices, meshes over the first n of them, the data packs."""
 
 import functools
+import gc
+import importlib.metadata
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # Before jax starts: with as many threads as cores, collectives of several queued steps on fake devices can deadlock.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of a test's time is compilation, and a third of that is LLVM's optimisation of code that runs for a moment. In the
-# environment, so that commands in processes of their own compute the same bits as the tests that compare them.
+# Most of a test's time is compilation, and most of that is spent on code that runs for a moment: neither LLVM's optimisations
+# nor the newer of XLA's two generators of code. In the environment, so that commands in processes of their own compute the
+# same bits as the tests that compare them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if importlib.metadata.version("jax").startswith("0.10."):  # later ones have one generator
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import hypothesis
 import jax
@@ -28,6 +33,7 @@ if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
 hypothesis.settings.register_profile("jaxcl", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("jaxcl")
 
+MAPPINGS = pathlib.Path("/proc/self/maps")
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -41,6 +47,15 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAXCL_TEST_CACHE") or str(cache))
     jax.config.update("jax_compilation_cache_max_size", 2**32)  # a bound makes JAX lock the folder
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs() -> Iterator[None]:
+    """Linux gives a process 65,530 mappings of memory, and compiled programs take several each: XLA dies at the last."""
+    yield
+    if MAPPINGS.is_file() and MAPPINGS.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

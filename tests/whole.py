@@ -55,7 +55,7 @@ def flags(config_changes: dict[str, Any]) -> list[str]:
 
 def command(module: str, workdir: pathlib.Path, *more: str) -> subprocess.Popen:
     """A command as a user calls it: without what conftest sets for tests."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("NPROC", "XLA_FLAGS", "JAX_PLATFORMS")}
+    environment = {k: v for k, v in os.environ.items() if k not in ("NPROC", "JAX_PLATFORMS")}
     line = [sys.executable, "-m", module, f"--workdir={workdir}", *more]
     return subprocess.Popen(line, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

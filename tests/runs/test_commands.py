@@ -17,7 +17,7 @@ def python(*arguments, **environment):
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=REPO,
-        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"COLUMNS": "100"} | environment,
+        env=os.environ | {"COLUMNS": "100"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

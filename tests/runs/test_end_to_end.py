@@ -126,7 +126,7 @@ def test_rehearsal_closes_the_gap(tmp_path):
 
 def command(name: str, *arguments: str) -> subprocess.CompletedProcess:
     """An entry point as a user calls it: in a process of its own, without what conftest sets for tests."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("NPROC", "XLA_FLAGS")}
+    environment = {k: v for k, v in os.environ.items() if k != "NPROC"}
     line = [sys.executable, "-m", f"experiments.{name}", *arguments]
     return subprocess.run(line, cwd=REPO, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
