@@ -8,7 +8,7 @@ written by a program
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,14 @@ def filled(text: str, parts: Mapping[str, str]) -> str:
 def load(name: str) -> Json:
     """The result file `experiments/results/NAME.json`."""
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def measured(name: str, markdown: Callable[[Json], str]) -> str:
+    """The table of a result file, with where it was measured; a line where there is none yet."""
+    if not (RESULTS / f"{name}.json").is_file():
+        return "Not measured yet."
+    found = load(name)
+    return f"{markdown(found)}\n\n{where(found)}"
 
 
 def as_json(found: Json) -> str:

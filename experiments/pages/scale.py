@@ -3,9 +3,7 @@
 python -m experiments.pages.scale
 """
 
-from collections.abc import Callable
-
-from experiments.pages.page import RESULTS, ROOT, Json, fill, load, spread, table, where
+from experiments.pages.page import ROOT, Json, fill, measured, spread, table
 from jaxcl import report
 
 PAGE = ROOT / "docs" / "scale.md"
@@ -14,24 +12,12 @@ DEVICES = (8, 64, 256)
 
 def parts() -> dict[str, str]:
     """What stands between each mark of the page."""
+    sizes = [measured(f"bench_mesh_{count}", of_bytes) for count in DEVICES]
     return {
-        "bytes": "\n\n".join(
-            part(f"bench_mesh_{count}", of_bytes) for count in DEVICES if measured(f"bench_mesh_{count}")
-        ),
-        "steps": part("bench_mesh_steps", of_steps),
-        "accuracy": part("mesh_split_cifar10", of_accuracy),
+        "bytes": "\n\n".join(dict.fromkeys(sizes)),
+        "steps": measured("bench_mesh_steps", of_steps),
+        "accuracy": measured("mesh_split_cifar10", of_accuracy),
     }
-
-
-def measured(name: str) -> bool:
-    return (RESULTS / f"{name}.json").is_file()
-
-
-def part(name: str, markdown: Callable[[Json], str]) -> str:
-    if not measured(name):
-        return "Not measured yet."
-    found = load(name)
-    return f"{markdown(found)}\n\n{where(found)}"
 
 
 def of_bytes(found: Json) -> str:

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from experiments.pages import configs, figures, scale
+from experiments.pages import configs, figures, normalisation, scale
 from experiments.pages.page import PLACE, filled
 
 
@@ -83,7 +83,7 @@ def test_a_mark_may_stand_on_two_lines(result):
     assert np.isclose(figures.value(RESULT, "records[name=two;size=4].size"), 4)
 
 
-@pytest.mark.parametrize("page", [configs, scale])
+@pytest.mark.parametrize("page", [configs, normalisation, scale])
 def test_a_page_is_that_of_the_result_files(page):
     text = page.PAGE.read_text()
     assert filled(text, page.parts()) == text, f"run python -m {page.__name__}"
