@@ -362,17 +362,20 @@ def test_importing_the_package_does_not_import_tfds():
     assert not {"tensorflow_datasets", "tensorflow", "flax", "sklearn"} & set(modules)
 
 
-@pytest.mark.slow
 def test_the_mnist_pack_reads_as_tfds_mnist(packs, tmp_path):
-    subprocess.run([sys.executable, packs / "prepare.py", "mnist", "--tfds", tmp_path], check=True, capture_output=True)
+    """Every thirtieth row of it, prepared by the pack's own script."""
+    shutil.copy(packs / "prepare.py", tmp_path)
     with np.load(packs / "mnist.npz") as file:
-        packed = {split: (file[f"x_{split}"], file[f"y_{split}"]) for split in ("train", "test")}
-    for source, (images, labels) in zip(open_source("tfds:mnist", str(tmp_path)), packed.values(), strict=True):
+        packed = {name: file[name][::30] for name in file.files}
+    np.savez(tmp_path / "mnist.npz", allow_pickle=False, **packed)
+    command = [sys.executable, tmp_path / "prepare.py", "mnist", "--tfds", tmp_path / "tfds"]
+    subprocess.run(command, check=True, capture_output=True)
+    for split, source in zip(("train", "test"), open_source("tfds:mnist", str(tmp_path / "tfds")), strict=True):
         assert source.image_shape == (28, 28, 1) and source.num_classes == 10
         found = source.read(np.arange(len(source)))
         rows, expected = (
             sorted((bytes(x), int(y)) for x, y in zip(*arrays, strict=True))
-            for arrays in ((found, source.labels), (images, labels))
+            for arrays in ((found, source.labels), (packed[f"x_{split}"], packed[f"y_{split}"]))
         )
         assert rows == expected
 
