@@ -35,8 +35,8 @@ def train(config, folder, devices=2, **options):
 
 @pytest.mark.parametrize("strategy", [pytest.param(s, marks=[] if s == "er" else pytest.mark.slow) for s in STRATEGIES])
 def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(strategy, tmp_path, monkeypatch):
-    """Stopped in the middle of a task and at the last step on its rows; er and gdumb also a step before, and ten steps later, in
-    gdumb's rehearsal, and before the run's end."""
+    """Stopped in the middle of a task and at the last step on its rows; er and gdumb also a step before, ten steps later (in
+    gdumb's rehearsal) and before the end of the run."""
     config = runs.small(strategy=strategy)
     config.strategies.mir.replayed = 4  # of the 8 that a step of this config draws
     whole = train(config, tmp_path / "whole")
