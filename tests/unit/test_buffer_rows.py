@@ -118,8 +118,8 @@ def test_records_that_cannot_be_stored_are_refused(record, text):
         ({"capacity": 2**30, "devices": 4, "memory": "independent"}, "buffer.capacity: 4294967296 is not allowed"),
         ({"repeats": "distinct", "num_ids": 2.5}, "buffer.num_ids: 2.5 is not allowed, give a positive integer"),
         (
-            {"devices": 4, "axis": "model"},
-            "buffer.axis: 'model' is not allowed, give one or several of the mesh's axes, data",
+            {"devices": 4, "axis": "rows"},
+            "buffer.axis: 'rows' is not allowed, give one or several of the mesh's axes, data, fsdp, model",
         ),
         ({"devices": 4, "axis": ("data", "data")}, "buffer.axis: ('data', 'data') is not allowed"),
     ],
