@@ -3,7 +3,7 @@
 python -m experiments.pages.scale
 """
 
-from experiments.pages.page import ROOT, Json, fill, measured, spread, table
+from experiments.pages.page import ROOT, Json, fill, measured, table
 from jaxcl import report
 
 PAGE = ROOT / "docs" / "scale.md"
@@ -40,13 +40,18 @@ def of_steps(found: Json) -> str:
     rows = [
         (
             one["shape"],
-            spread(one["step_ms"]["rehearsal"]),
-            spread(one["step_ms"]["plain"]),
+            milliseconds(one["step_ms"]["rehearsal"]),
+            milliseconds(one["step_ms"]["plain"]),
             f"{one['overhead']['median']:.2f}",
         )
         for one in found["steps"]
     ]
     return table(head, rows)
+
+
+def milliseconds(values: Json) -> str:
+    """Median and the range from p10 to p90."""
+    return f"{values['median']:,.0f} ({values['p10']:,.0f} to {values['p90']:,.0f})"
 
 
 def of_accuracy(found: Json) -> str:
