@@ -29,6 +29,7 @@ KAPPA, STRENGTH, WIDTH, FOLD = 0.4, 0.1, 8, 2
 FIELDS: Json = {
     "strategy": "er",
     "batch_size": 10,  # as the paper's online runs
+    "loss.prior": "none",
     "epochs": 1,
     "data.augment": (),
     "buffer.policy": "reservoir",
