@@ -5,8 +5,8 @@
 
 MNIST as one task, and Split-MNIST with rehearsal, as many rows replayed as are new but 512 at most; an epoch, a perceptron with
 norms. Every row states learning rate, epochs and warm-up for a batch of 64 and follows its rule from there: equal epochs, but
-for the rows that train longer. The gradient noise scale, measured at the batch of 64 on two devices or more, tells of the
-useful batch. FILE is best cut down by `experiments.studies.small_pack --train=2560 --test=500`.
+for the rows that train longer. The gradient noise scale, measured at the batch of 64 on two devices or more with a norm in which
+rows do not meet, tells of the useful batch. FILE is best cut down by `experiments.studies.small_pack --train=2560 --test=500`.
 """
 
 import functools
@@ -29,11 +29,13 @@ STREAMS: dict[str, Json] = {
     "split_mnist": {"strategy": "er", "loss.prior": "balanced", "buffer.capacity": 1000, "buffer.candidates": 16},
 }
 GHOST = {"model.options": {"hidden": (100, 100), "norm": "ghost", "norm_options": {"rows": BASE}}}
+LAYER = {"model.options": {"hidden": (100, 100), "norm": "layer"}, "optimizer.noise_scale": True}
 LAMB = {"optimizer.name": "lamb", "optimizer.learning_rate": 0.01, "optimizer.momentum": 0.0}
 LARS = {"optimizer.name": "lars", "optimizer.learning_rate": 10.0, "optimizer.momentum": 0.9}
 RULES: dict[str, Json] = {
     "plain": {},
     "linear": {"optimizer.batch_rule": "linear"},
+    "linear, no momentum": {"optimizer.batch_rule": "linear", "optimizer.momentum": 0.0},
     "sqrt": {"optimizer.batch_rule": "sqrt"},
     "sqrt, ghost": {"optimizer.batch_rule": "sqrt", **GHOST},
     "linear, ghost": {"optimizer.batch_rule": "linear", **GHOST},
@@ -60,12 +62,12 @@ def shared() -> Json:
 
 
 def settings(rows: list[str], devices: int) -> Iterator[Setting]:
-    """Of each stream the batch of 64 with its noise scale, then every rule, default all, with every larger batch."""
+    """Of each stream the batch of 64, also for its noise scale, then every rule, default all, with every larger batch."""
     for name in rows:
         check("--rows", name, one_of(RULES))
     for stream, own in STREAMS.items():
-        noise = {"optimizer.noise_scale": devices > 1}
-        cases: list[tuple[str, int, Json]] = [("small batch", BASE, noise)]
+        cases: list[tuple[str, int, Json]] = [("small batch", BASE, {})]
+        cases += [("small batch, layer norm", BASE, LAYER)] if devices > 1 else []
         cases += [(name, batch, RULES[name]) for name in rows or RULES for batch in BATCHES]
         for name, batch, fields in cases:
             sizes: dict[str, Any] = {"batch_size": batch}
