@@ -8,7 +8,7 @@ g_d those of its N devices with b = B / N rows each, there before and after the 
 
 are without bias, each by itself. Their means over many steps give B_noise = S / |G|^2, a useful batch: at B = B_noise a step
 does half of what one with the true gradient would. B counts the valid rows of a step, new and replayed, as if every device had
-as many. The parts g_d must be independent: where rows of several devices meet in a norm they are not, and |G|^2 comes out too small.
+as many. The g_d must be independent: where rows of several devices meet in a norm they are not, and |G|^2 comes out too small.
 """
 
 from collections.abc import Sequence
