@@ -6,7 +6,8 @@
 MNIST as one task, and Split-MNIST with rehearsal, as many rows replayed as are new but 512 at most; an epoch, a perceptron with
 norms. Every row states learning rate, epochs and warm-up for a batch of 64 and follows its rule from there: equal epochs, but
 for the rows that train longer. The gradient noise scale, measured at the batch of 64 on two devices or more with a norm in
-which rows do not meet, tells of the useful batch. FILE is best cut down by `experiments.studies.small_pack --train=2560 --test=500`.
+which rows do not meet, tells of the useful batch. FILE is best cut down by
+`experiments.studies.small_pack --train=2560 --test=500`.
 """
 
 import functools
