@@ -146,6 +146,17 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
     assert ra == rb, {name: (ra.get(name), rb.get(name)) for name in {*ra, *rb} if ra.get(name) != rb.get(name)}
 
 
+def assert_same_but_for_rounding(one: pathlib.Path, other: pathlib.Path, **tolerance: float) -> None:
+    """The arrays of two runs' newest checkpoints: float32 to `rtol` and `atol`, what is discrete exactly."""
+    (_, a), (_, b) = last(one), last(other)
+    assert a.keys() == b.keys()
+    for key in a:
+        if a[key].dtype == np.float32:
+            np.testing.assert_allclose(a[key], b[key], **tolerance, err_msg=key)
+        else:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
 def stop_at(monkeypatch: Any, steps: Iterable[int]) -> None:
     """SIGTERM to this very process when these steps have been taken."""
     original, when = session_lib.Session.after_step, set(steps)

@@ -45,31 +45,39 @@ def of_devices(found: Json) -> str:
 
 def of_norms(found: Json) -> str:
     """Accuracy, a row a norm, a column a number of devices and of rows replayed."""
-    points = unique((one["devices"], one["replayed"]) for one in found["rows"])
-    head = ("norm", *(f"{n} device{'s' * (n > 1)}, {r} replayed" for n, r in points))
-    rows = []
-    for name in unique(one["row"] for one in found["rows"]):
-        mine = {(one["devices"], one["replayed"]): one for one in found["rows"] if one["row"] == name}
-        rows.append((f"`{name}`", *(report.spread(mine[point]["average_accuracy"]) for point in points)))
-    return table(head, rows)
+    return accuracies(
+        found["rows"],
+        "norm",
+        ("devices", "replayed"),
+        lambda n, replayed: f"{n} device{'s' * (n > 1)}, {replayed} replayed",
+    )
 
 
 def of_batches(found: Json) -> str:
     """Accuracy, a row a rule, a column a stream and batch; the noise scale of the small batch in a line below."""
-    points = unique((one["stream"], one["batch_size"]) for one in found["rows"])
-    head = ("rule", *(f"{stream.replace('_', '-')}, {batch:,}" for stream, batch in points))
-    rows = []
-    for name in unique(one["row"] for one in found["rows"]):
-        mine = {(one["stream"], one["batch_size"]): one for one in found["rows"] if one["row"] == name}
-        rows.append(
-            (name, *(report.spread(mine[point]["average_accuracy"]) if point in mine else "" for point in points))
-        )
+    by_batch = accuracies(
+        found["rows"],
+        "rule",
+        ("stream", "batch_size"),
+        lambda stream, batch: f"{stream.replace('_', '-')}, {batch:,}",
+    )
     noise = [
         f"{one['stream'].replace('_', '-')} {report.spread(one['noise_scale'], 1, 0)}"
         for one in found["rows"]
         if "noise_scale" in one
     ]
-    return f"{table(head, rows)}\n\nGradient noise scale at a batch of {found['base_batch']}, rows: {', '.join(noise)}."
+    return f"{by_batch}\n\nGradient noise scale at a batch of {found['base_batch']}, rows: {', '.join(noise)}."
+
+
+def accuracies(rows: list[Json], first: str, names: tuple[str, str], head: Callable[..., str]) -> str:
+    """A table with a row for each `row` and a column, under `head`, for each pair of the values called `names`."""
+    points = unique(tuple(one[name] for name in names) for one in rows)
+    found = {(one["row"], *(one[name] for name in names)): report.spread(one["average_accuracy"]) for one in rows}
+    body = [
+        (f"`{name}`", *(found.get((name, *point), "") for point in points))
+        for name in unique(one["row"] for one in rows)
+    ]
+    return table((first, *(head(*point) for point in points)), body)
 
 
 def of_adab2n(found: Json) -> str:

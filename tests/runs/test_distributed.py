@@ -32,13 +32,7 @@ def train_all(folder, processes, devices, *more, **changes):
 
 def assert_equal_to_rounding(one, other):
     """Parameters to rounding; what is discrete (every row of the buffer, steps, counts) exactly."""
-    (_, a), (_, b) = runs.last(one), runs.last(other)
-    assert a.keys() == b.keys()
-    for key in a:
-        if a[key].dtype == np.float32:
-            np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-5, err_msg=key)
-        else:
-            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+    runs.assert_same_but_for_rounding(one, other, rtol=1e-4, atol=1e-5)
     steps = [[(line["step"], line["rows"], line["replayed"]) for line in runs.lines(x, "train")] for x in (one, other)]
     assert steps[0] == steps[1] and steps[0]
 

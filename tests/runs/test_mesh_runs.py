@@ -33,13 +33,7 @@ def on(shape, **changes):
 
 def assert_close(one, other):
     """Weights to rounding, what is discrete exactly, accuracies as nearly as a few rows may tip."""
-    (_, a), (_, b) = runs.last(one), runs.last(other)
-    assert a.keys() == b.keys()
-    for key in a:
-        if a[key].dtype == np.float32:
-            np.testing.assert_allclose(a[key], b[key], rtol=1e-3, atol=1e-4, err_msg=key)
-        else:
-            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+    runs.assert_same_but_for_rounding(one, other, rtol=1e-3, atol=1e-4)
     first, second = (json.loads((folder / "result.json").read_text()) for folder in (one, other))
     np.testing.assert_allclose(first["accuracy_matrix"], second["accuracy_matrix"], atol=0.02)
     for result in (first, second):

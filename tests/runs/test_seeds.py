@@ -11,7 +11,7 @@ import pytest
 from jaxcl.errors import Preempted, UserError
 from jaxcl.search.seeds import train_seeds, with_seed
 from jaxcl.training.loop import train_and_evaluate
-from tests.whole import assert_same_run, last, lines, small, stop_at
+from tests.whole import assert_same_but_for_rounding, assert_same_run, last, lines, small, stop_at
 
 TIMES = {"seconds", "seconds_by_phase", "images_per_second", "seeds_together"}
 
@@ -26,14 +26,9 @@ def folders(path):
 
 def assert_close_runs(one, other):
     """The same run but for rounding: integers, such as the ids in the buffer, are the same."""
-    (progress_a, a), (progress_b, b) = last(one), last(other)
+    (progress_a, _), (progress_b, _) = last(one), last(other)
     assert (progress_a["step"], progress_a["counts"]) == (progress_b["step"], progress_b["counts"])
-    assert a.keys() == b.keys()
-    for key in a:
-        if np.issubdtype(a[key].dtype, np.floating):
-            np.testing.assert_allclose(a[key], b[key], rtol=1e-3, atol=1e-5, err_msg=key)
-        else:
-            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+    assert_same_but_for_rounding(one, other, rtol=1e-3, atol=1e-5)
     logs = [lines(folder, "train", "evaluation") for folder in (one, other)]
     for x, y in zip(*logs, strict=True):
         assert x.keys() == y.keys()

@@ -87,3 +87,24 @@ def test_a_mark_may_stand_on_two_lines(result):
 def test_a_page_is_that_of_the_result_files(page):
     text = page.PAGE.read_text()
     assert filled(text, page.parts()) == text, f"run python -m {page.__name__}"
+
+
+def test_what_depends_on_the_devices_is_the_worst_over_their_numbers():
+    def record(norm, devices, parameters, statistics, accuracy_apart):
+        return {"norm": norm, "devices": devices, "parameters": parameters, "statistics": statistics} | {
+            "accuracy_apart": accuracy_apart
+        }
+
+    found = [record("sync", 1, 0, 0, 0), record("sync", 2, 1e-6, 3e-6, 0.01), record("sync", 8, 2e-6, 1e-6, 0.0)]
+    assert normalisation.of_devices({"norms": found}).splitlines()[2:] == ["| `sync` | 2.0e-06 | 3.0e-06 | 1.00 |"]
+
+
+def test_accuracies_lie_under_their_points_and_what_was_not_run_is_empty():
+    rows = [("local", 1, 8, 0.5), ("local", 8, 8, 0.25), ("sync", 8, 8, 0.75)]
+    found = [{"row": row, "devices": n, "replayed": r, "average_accuracy": [accuracy]} for row, n, r, accuracy in rows]
+    assert normalisation.of_norms({"rows": found}).splitlines() == [
+        "| norm | 1 device, 8 replayed | 8 devices, 8 replayed |",
+        "| --- | --- | --- |",
+        "| `local` | 50.00 | 25.00 |",
+        "| `sync` |  | 75.00 |",
+    ]
