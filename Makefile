@@ -1,15 +1,16 @@
 # Two commands need nothing but Python 3.11 or newer and make; each prepares .venv when its requirements changed:
 #     make demo    a small comparison of strategies on 8 fake CPU devices, with a report in runs/demo
-#     make test    what CI runs: format, lint, types, every test
+#     make test    what CI runs: format, lint, types, a test of every law
 #     make docs    the documentation as a site in site/; a link that leads nowhere is an error
 #     make check   for every edit: format, lint, types, the unit tests that are quick; 4 minutes on 2 cores
+#     make exhaustive   before a release: what make test does, and its laws for more strategies, policies and shapes
 # Paths are relative, so that a checkout in a folder with spaces works too.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check lint docs clean
+.PHONY: demo test check exhaustive lint docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.stamp-run
@@ -17,10 +18,13 @@ demo: .venv/.stamp-run
 		--strategies=from_scratch,incremental,er --devices=8 --overwrite
 
 test: lint
-	$(PY) -m pytest -n auto --maxprocesses=4 --dist=worksteal
+	$(PY) -m pytest -n auto --maxprocesses=4 --dist=worksteal -m "not exhaustive"
 
 check: lint
-	$(PY) -m pytest -n auto --maxprocesses=4 --dist=worksteal -m "not slow" tests/unit
+	$(PY) -m pytest -n auto --maxprocesses=4 --dist=worksteal -m "not slow and not exhaustive" tests/unit
+
+exhaustive: lint
+	$(PY) -m pytest -n auto --maxprocesses=4 --dist=worksteal
 
 lint: .venv/.stamp-dev
 	$(PY) -m ruff format --check .

@@ -33,7 +33,7 @@ def squares(rows: int, seed: int) -> dict[str, np.ndarray | tuple[str, ...]]:
 def main(folder: pathlib.Path) -> float:
     """Average accuracy over all tasks."""
     config = jaxcl.default_config()
-    config.data.tasks, config.epochs, config.batch_size = 3, 10, 32
+    config.data.tasks, config.epochs, config.batch_size = 3, 4, 32
     config.model.name = "convnet"
     config.model.options = {"width": 8}
     config.buffer.capacity, config.buffer.representatives, config.buffer.candidates = 120, 32, 16

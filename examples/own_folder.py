@@ -38,7 +38,7 @@ def main(root: pathlib.Path) -> float:
     new = write(root / "images" / "test", 300, seed=1)
     config = jaxcl.default_config()
     config.data.source, config.data.image_size = f"folder:{root / 'images'}", 12
-    config.data.tasks, config.epochs, config.batch_size = 3, 10, 32
+    config.data.tasks, config.epochs, config.batch_size = 3, 4, 32
     config.model.name = "convnet"
     config.model.options = {"width": 8}
     config.buffer.capacity, config.buffer.representatives, config.buffer.candidates = 120, 32, 16

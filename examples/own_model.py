@@ -40,6 +40,7 @@ def main(folder: pathlib.Path) -> Trained:
     config = shipped.load("digits").get_config()
     config.model.name = "examples.own_model:Small"
     config.model.options = {"width": 8}
+    config.epochs = 4
     jaxcl.train_and_evaluate(config, folder, progress=False)
     return jaxcl.load(folder)
 

@@ -4,8 +4,8 @@
         --workdir=DIR --json=experiments/results/mesh_split_cifar10.json [--seeds=3] [--rows=8x1x1,4x1x2]
 
 ViT-Ti with 4 heads, which two devices can share, and patches of 8x8. Shapes with as many row shards (data times fsdp) draw the
-same rows and differ by rounding; others draw other rows of the same law. FILE is best cut down by
-`experiments.studies.small_pack`.
+same rows and differ by rounding; others draw other rows of the same law. FILE: the first 1,000
+rows of each class, `experiments.studies.small_pack --train=1000`.
 """
 
 from collections.abc import Iterator
@@ -20,14 +20,15 @@ SHAPES = ("8x1x1", "4x1x2", "4x2x1", "2x2x2")  # data x fsdp x model
 FIELDS: Fields = {
     "strategy": "er",
     "epochs": 4,
+    "data.augment": (),
     "model.name": "vit",
     "model.options": {"size": "Ti", "patch": 8, "heads": 4},
     "optimizer.name": "adamw",
-    "optimizer.learning_rate": 5e-4,
+    "optimizer.learning_rate": 1e-3,
     "optimizer.momentum": 0.0,
     "optimizer.weight_decay": 0.05,
-    "buffer.capacity": 504,
-    "buffer.representatives": 16,
+    "buffer.capacity": 1000,
+    "buffer.representatives": 32,
 }
 
 

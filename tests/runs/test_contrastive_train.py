@@ -104,7 +104,7 @@ def test_evaluations_lie_in_the_checkpoint_and_not_in_the_log_alone(emoji, tmp_p
 @pytest.mark.slow
 def test_kills_change_nothing(emoji, tmp_path):
     """SIGKILL of the command, once while a checkpoint is being written and once when one has been."""
-    changes = {"negatives": "momentum", "momentum": 0.9, "epochs": 20, "checkpoint.every_steps": 5}
+    changes = {"negatives": "momentum", "momentum": 0.9, "epochs": 10, "checkpoint.every_steps": 5}
     train(small(emoji, **changes), tmp_path / "whole")
     killed, folder = tmp_path / "killed", tmp_path / "killed" / "checkpoints"
     fields = (f"--config.{name}={x}" for name, x in changed(emoji, **changes).items())

@@ -37,7 +37,7 @@ def assert_equal_to_rounding(one, other):
     assert steps[0] == steps[1] and steps[0]
 
 
-@pytest.mark.parametrize(("processes", "devices"), [(2, 4), pytest.param(4, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("processes", "devices"), [(2, 4), pytest.param(4, 2, marks=pytest.mark.exhaustive)])
 def test_several_processes_are_one_run(processes, devices, tmp_path):
     train_and_evaluate(runs.small(), tmp_path / "one", devices=jax.devices()[:8], progress=False)
     train_all(tmp_path / "several", processes, devices)

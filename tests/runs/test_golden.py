@@ -13,9 +13,12 @@ GOLDEN = json.loads(golden.FILE.read_text())
 CHANGED = "if this change is meant to alter what is trained, run `python -m tests.golden` and say so in the commit"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", golden.DEVICES)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+def case(strategy, devices):
+    few = devices == 8 or strategy in ("er", "icarl")  # that devices do not matter, test_strategies.py says of a step
+    return pytest.param(strategy, devices, marks=pytest.mark.slow if few else pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize("strategy, devices", [case(s, n) for s in STRATEGIES for n in golden.DEVICES])
 def test_a_whole_run(strategy, devices, tmp_path, mesh_of):
     mesh_of(devices)
     found, _ = golden.run(strategy, devices, tmp_path)

@@ -15,7 +15,7 @@ from jaxcl.training.loop import train_and_evaluate
 from tests import whole as runs
 
 
-@pytest.mark.parametrize("strategy", ["er", "der_pp"])
+@pytest.mark.parametrize("strategy", ["er", pytest.param("der_pp", marks=pytest.mark.exhaustive)])
 def test_two_processes_learn_the_same_in_both_tiers(strategy, tmp_path):
     for tier in ("device", "host"):
         processes = runs.start_all(tmp_path / tier, 2, 2, buffer__tier=tier, strategy=strategy)

@@ -21,7 +21,7 @@ def run(folder, devices, **changes):
 
 
 @pytest.mark.parametrize(
-    ("devices", "strategy"), [(1, "er"), (8, "er"), pytest.param(8, "der_pp", marks=pytest.mark.slow)]
+    ("devices", "strategy"), [(1, "er"), (8, "er"), pytest.param(8, "der_pp", marks=pytest.mark.exhaustive)]
 )
 def test_calls_of_any_number_of_steps_are_the_same_run(devices, strategy, tmp_path, mesh_of):
     mesh_of(devices)

@@ -46,22 +46,22 @@ def assert_close(one, other):
     "changes",
     [
         {"optimizer__average": 0.9, "eval__metrics": ("nmc",), "optimizer__clip_norm": 1.0},  # of er
-        pytest.param({"strategy": "ewc", "optimizer__split_state": True}, marks=pytest.mark.slow),
+        pytest.param({"strategy": "ewc", "optimizer__split_state": True}, marks=pytest.mark.exhaustive),
         pytest.param({"strategy": "icarl"}, marks=pytest.mark.slow),
         pytest.param({"strategy": "bic"}, marks=pytest.mark.slow),
-        pytest.param({"strategy": "lwf"}, marks=pytest.mark.slow),
+        pytest.param({"strategy": "lwf"}, marks=pytest.mark.exhaustive),
         pytest.param({"strategy": "wa", "microbatches": 2}, marks=pytest.mark.slow),
         pytest.param({"strategy": "gdumb", "strategies__gdumb__epochs": 2}, marks=pytest.mark.slow),
-        pytest.param({"buffer__selection__by": "icarl", "finetune__epochs": 1}, marks=pytest.mark.slow),
+        pytest.param({"buffer__selection__by": "icarl", "finetune__epochs": 1}, marks=pytest.mark.exhaustive),
         pytest.param({"buffer__tier": "host"}, marks=pytest.mark.slow),
-        pytest.param({"steps_per_call": 8, "strategy": "der_pp"}, marks=pytest.mark.slow),
-        pytest.param({"strategy": "simplecil", "strategies__simplecil__adapt": True}, marks=pytest.mark.slow),
+        pytest.param({"steps_per_call": 8, "strategy": "der_pp"}, marks=pytest.mark.exhaustive),
+        pytest.param({"strategy": "simplecil", "strategies__simplecil__adapt": True}, marks=pytest.mark.exhaustive),
         # A ridge that keeps the solution's rounding that of its sums.
         pytest.param(
             {"strategy": "ranpac", "strategies__ranpac__adapt": True, "strategies__ranpac__ridge": 0.1},
             marks=pytest.mark.slow,
         ),
-        pytest.param({"strategy": "slca"}, marks=pytest.mark.slow),
+        pytest.param({"strategy": "slca"}, marks=pytest.mark.exhaustive),
         pytest.param({"optimizer__name": "lamb", "freeze": ("Dense_0",), "microbatches": 2}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: changes.get("strategy", "er") + "-" + next(iter(changes)),

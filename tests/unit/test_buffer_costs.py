@@ -43,13 +43,17 @@ def scanned(step):
 
 
 FORMS = {"plain": lambda step: step, "scan": scanned, "vmap": jax.vmap}
-SLOW = pytest.mark.slow
+SLOW, MORE = pytest.mark.slow, pytest.mark.exhaustive
 
 
 @pytest.mark.parametrize(
     ("devices", "memory", "draws", "counts"),
     [(0, "sharded", False, False), (0, "sharded", False, True), pytest.param(0, "sharded", True, False, marks=SLOW)]
-    + [pytest.param(4, m, d, d, marks=SLOW) for m in MEMORIES for d in (False, True)],
+    + [
+        pytest.param(4, m, d, d, marks=SLOW if (m, d) == ("sharded", True) else MORE)
+        for m in MEMORIES
+        for d in (False, True)
+    ],
 )
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("policy", POLICIES)

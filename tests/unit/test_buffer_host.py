@@ -99,9 +99,9 @@ def assert_same(a, b):
         (4, {"memory": "replicated", "handover": "outputs"}),
         (4, {"memory": "independent"}),
         (4, {"repeats": "distinct", "num_ids": 5000}),
-        (8, {"exchange": "balance"}),
+        pytest.param(8, {"exchange": "balance"}, marks=pytest.mark.exhaustive),
         (8, {"exchange": "local", "handover": "outputs"}),
-        (16, {"policy": "fifo", "queue": 1, "handover": "outputs"}),
+        pytest.param(16, {"policy": "fifo", "queue": 1, "handover": "outputs"}, marks=pytest.mark.exhaustive),
     ],
 )
 def test_both_tiers_store_and_draw_the_same(devices, options, mesh_of):

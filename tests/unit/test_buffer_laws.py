@@ -129,7 +129,7 @@ def test_colliding_rows_survive_whole():
     assert (np.delete(kept, [4, 5]) >= 8).all() and len(set(kept)) == 7
 
 
-@pytest.mark.parametrize("devices", [0, 1, 2, 4, 8])
+@pytest.mark.parametrize("devices", [0, 1, 4, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (2, 8))])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_draws_at_every_fill(policy, devices):
     """Law 3: from the empty buffer to the full one, rows arriving one at a time at uneven shards."""

@@ -171,8 +171,15 @@ def test_slca_learns_among_the_present_classes_and_aligns_from_the_second_task_o
     close(jax.device_get(first.params), before)
 
 
-@pytest.mark.parametrize("name", ["simplecil", "ranpac"])
-@pytest.mark.parametrize("adapt", [False, True])
+@pytest.mark.parametrize(
+    "name, adapt",
+    [
+        ("simplecil", False),
+        ("ranpac", True),
+        pytest.param("simplecil", True, marks=pytest.mark.exhaustive),
+        pytest.param("ranpac", False, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_weights_stay_but_in_the_first_task_of_one_that_adapts(name, adapt, tmp_path):
     config = small(strategy=name, epochs=2, **{f"strategies__{name}__adapt": adapt})
     found = {}

@@ -101,8 +101,13 @@ def test_networks_for_imagenet_are_the_published_ones(name, options, parameters,
             assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == parameters
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet50", "ghostnet", "mobilenet_v3_small", "convnext_tiny", "ptychonn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet_v3_small", "ptychonn")),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("resnet50", "ghostnet", "convnext_tiny")),
+    ],
+)
 def test_a_deep_network_computes_in_bfloat16_and_every_norm_is_synchronised_and_masked(name, mesh_of):
     options = {} if name in ("convnext_tiny", "ptychonn") else {"norm": "sync"}
     model = make_model(name, 10, options=options, dtype="bfloat16", axis_name=AXIS)

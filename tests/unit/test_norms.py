@@ -248,7 +248,10 @@ def test_there_is_an_oracle_of_every_norm():
     assert set(ORACLES) == set(NORMS) - {"local"}
 
 
-@pytest.mark.parametrize("norm", ["ghost", "split", "ada", "unmix", "bcn", "group"])
+@pytest.mark.parametrize(
+    "norm",
+    ["ghost", "split", "ada", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ("unmix", "bcn", "group"))],
+)
 def test_a_step_with_replayed_rows_is_the_same_on_any_number_of_devices(norm, mesh_of):
     """The whole step, from which the norms are told of tasks, parts and places."""
     found = {}

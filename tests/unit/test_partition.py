@@ -140,7 +140,7 @@ def test_a_foreign_strategy_whose_gradients_need_whole_weights_is_refused(monkey
         check_config(config, 8)
 
 
-@pytest.mark.parametrize("size", ["Ti", "S", "B", "L"])
+@pytest.mark.parametrize("size", ["Ti", "B", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in "SL")])
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2), (1, 2, 4)])
 def test_a_device_holds_its_share_of_weights_and_moments(mesh_of_shape, size, shape):
     mesh = mesh_of_shape(*shape)
@@ -313,7 +313,7 @@ def test_with_split_state_every_device_keeps_its_part_and_nothing_changes(mesh_o
     assert sorted(share) == [0.25, 0.25, 0.25, 1.0]  # 64 x 12, 12 and 12 x 6 numbers of the network; the bias of 6 not
 
 
-@pytest.mark.parametrize("name", ["er", "er_ace", "uer", "der_pp", "agem"])
+@pytest.mark.parametrize("name", ["er", pytest.param("uer", marks=pytest.mark.exhaustive), "er_ace", "der_pp", "agem"])
 def test_microbatches_give_the_gradients_of_the_whole_batch(mesh_of_shape, name):
     """Of any loss, with rows that are not valid unevenly among devices and parts."""
     found = []
@@ -328,15 +328,17 @@ def test_microbatches_give_the_gradients_of_the_whole_batch(mesh_of_shape, name)
     close(*found)
 
 
-NAMES = ["agem", "mir", "l2", "ewc", "lwf", "icarl", "bic", "uer", "feature_distillation", "der_pp", "er_ace"]
+NAMES = ["agem", "mir", "icarl", "bic", "der_pp", "er_ace"]
+MORE = ["l2", "ewc", "lwf", "uer", "feature_distillation"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, shape",
     [
-        *((name, (1, 2, 2)) for name in NAMES),
-        *((name, (1, 2, 1)) for name in ("agem", "mir", "bic", "dytox")),  # with gradients or a network of their own
+        *(pytest.param(name, (1, 2, 2), marks=pytest.mark.slow) for name in NAMES),
+        *(pytest.param(name, (1, 2, 2), marks=pytest.mark.exhaustive) for name in MORE),
+        # With gradients or a network of their own.
+        *(pytest.param(name, (1, 2, 1), marks=pytest.mark.exhaustive) for name in ("agem", "mir", "bic", "dytox")),
     ],
 )
 def test_every_strategy_learns_with_parts_what_it_learns_with_whole_weights(mesh_of_shape, name, shape):
