@@ -12,10 +12,15 @@ from jaxcl.models._norms.base import NormLayer
 from jaxcl.types import PyTree
 
 HEAD, BACKBONE = "head", "backbone"
+OWN_PARTS = (
+    HEAD,
+    "prompts",
+)  # of the classes and tasks of a run: not of its backbone, nor need a file of weights have them
 
 
 def parts_named(field: str, patterns: Sequence[str], parts: Collection[str]) -> list[str]:
-    """The parts that any of these names means: that of a part, `backbone` for all parts but the head, or a pattern ("block_*").
+    """The parts that any of these names means: that of a part, `backbone` for all parts but the head and prompts, or a pattern
+    ("block_*").
 
     Raises:
       UserError: one of them means none.
@@ -23,7 +28,7 @@ def parts_named(field: str, patterns: Sequence[str], parts: Collection[str]) -> 
     found: list[str] = []
     for pattern in patterns:
         if pattern == BACKBONE and BACKBONE not in parts:
-            named = [part for part in parts if part != HEAD]
+            named = [part for part in parts if part not in OWN_PARTS]
         else:
             named = fnmatch.filter(parts, pattern)
         if not named:
