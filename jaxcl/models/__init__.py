@@ -11,8 +11,9 @@ which it names those that it uses:
 
 A field or parameter with a default is an option, see `_options`. Every model has one more: `batchformer`, heads of attention
 across the rows of a batch in training, 0 for none, see `_batchformer`. A class of modules may have `rules` for its weights on a
-mesh, see `jaxcl.partition`, and `remat`, `reads` and `mixes`, see `Model`. The module is called as
-`module(images, train=..., mask=...)`, see `Apply`. The rest of jaxcl sees parameters, batch statistics and outputs, never a module.
+mesh, see `jaxcl.partition`, and of what `Model` has `reads`, `remat`, `mixes` and `begin`. The module is called as
+`module(images, train=..., mask=...)`, see `Apply`. The rest of jaxcl sees parameters, batch statistics and outputs, never a
+module.
 """
 
 import inspect
@@ -99,6 +100,8 @@ class Model(NamedTuple):
       rules: by which its weights are divided over a mesh; () without any of its own.
       remat: whether its blocks are computed anew in the backward pass; what they leave is then named `partition.BLOCK`.
       mixes: the option by which rows meet in training elsewhere than in a batch norm; "" where they do not.
+      begin: `(params, task) -> params` at the beginning of a task but the first, from those at the end of the one before; None:
+        they stay. Arrays may have an axis of seeds before their own.
     """
 
     init: Init
@@ -109,6 +112,7 @@ class Model(NamedTuple):
     rules: tuple[Split, ...] = ()
     remat: bool = False
     mixes: str = ""
+    begin: Callable[[PyTree, jax.Array], PyTree] | None = None
 
 
 def make_model(
@@ -154,7 +158,8 @@ def make_model(
     apply: Apply = partial(_apply, made)
     if heads:
         init, apply = _batchformer.make_batchformer(init, apply, heads, axis_name)
-    said: Any = {field: getattr(made, field) for field in ("rules", "remat", "reads", "mixes") if hasattr(made, field)}
+    fields = ("rules", "remat", "reads", "mixes", "begin")
+    said: Any = {field: getattr(made, field) for field in fields if hasattr(made, field)}
     if norm:
         said |= {"reads": norm.reads, "fits": norm.fits}
     if heads:

@@ -11,11 +11,9 @@ from jaxcl.errors import UserError
 from jaxcl.models._norms.base import NormLayer
 from jaxcl.types import PyTree
 
-HEAD, BACKBONE = "head", "backbone"
-OWN_PARTS = (
-    HEAD,
-    "prompts",
-)  # of the classes and tasks of a run: not of its backbone, nor need a file of weights have them
+HEAD, PROMPTS, BACKBONE = "head", "prompts", "backbone"
+# Of the classes and tasks of a run: no parts of its backbone, and a file of weights need not have them.
+OWN_PARTS = (HEAD, PROMPTS)
 
 
 def parts_named(field: str, patterns: Sequence[str], parts: Collection[str]) -> list[str]:

@@ -14,7 +14,7 @@ the loss grows by
 
 As in the authors' code but for this: the query is by the weights as they are, of which the authors keep a second copy, the same
 as long as the backbone is frozen; the majority of `batchwise` is that of the valid rows of all devices, and of training alone,
-so that no prediction depends on the rows beside it; a task's expert begins as it was drawn, not as that of the task before.
+so that no prediction depends on the rows beside it.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +29,9 @@ from jaxcl.check import Rule, check, one_of, refused
 from jaxcl.mesh import Axis
 from jaxcl.models._norms.base import PENALTIES, Mask, facts_of, of_groups, valid_of
 from jaxcl.models._options import WHOLE, Amount, Size, bind
+from jaxcl.models._parts import PROMPTS
 from jaxcl.models._towers import unit
+from jaxcl.types import PyTree
 
 OPTION = "model.options.prompts"
 Prefix = tuple[jax.Array, jax.Array]  # further keys and values of attention, [B, L, H, D / H] each
@@ -86,11 +88,11 @@ class L2P(nn.Module):
     read: Literal["prompts", "token", "both"] = "prompts"
     pull: Amount = 1.0
 
-    reads: ClassVar[bool] = False  # see `Model`
+    reads: ClassVar[bool] = False  # this and the next, see `Model`
+    begin: ClassVar[Any] = None
 
     @property
     def mixes(self) -> str:
-        """See `Model`."""
         return f"{OPTION}.batchwise" if self.batchwise else ""
 
     @nn.compact
@@ -127,6 +129,7 @@ class DualPrompt(nn.Module):
       tasks: T.
       general_length, expert_length: L of either.
       general_blocks, expert_blocks: those whose attention gets them; one that is in both gets the general ones first.
+      inherit: whether a task's expert begins as that of the task before ended; else as it was drawn.
       pull: see above.
     """
 
@@ -137,10 +140,15 @@ class DualPrompt(nn.Module):
     expert_length: Size = 5
     general_blocks: Blocks = (0, 1)
     expert_blocks: Blocks = (2, 3, 4)
+    inherit: bool = True
     pull: Amount = 1.0
 
-    reads: ClassVar[bool] = True
+    reads: ClassVar[bool] = True  # this and the next two, see `Model`
     mixes: ClassVar[str] = ""
+
+    @property
+    def begin(self) -> Any:
+        return inherited if self.inherit else None
 
     @nn.compact
     def __call__(self, query: jax.Array, *, train: bool, mask: Mask = None) -> Added:
@@ -161,6 +169,14 @@ class DualPrompt(nn.Module):
             for block, part in zip(blocks, parts, strict=True):
                 found[block] = jnp.concatenate([found[block], part], 2) if block in found else part
         return Added({}, {block: (part[0], part[1]) for block, part in found.items()}, NOTHING.read)
+
+
+def inherited(params: PyTree, task: jax.Array) -> PyTree:
+    """The parameters with the task's expert as that of the task before."""
+    own = params[PROMPTS]
+    expert = jnp.moveaxis(own["expert"], -4, 0)
+    expert = jnp.moveaxis(expert.at[task].set(expert[task - 1]), 0, -4)
+    return params | {PROMPTS: own | {"expert": expert}}
 
 
 KINDS: dict[str, Callable[..., Any]] = {"l2p": L2P, "dualprompt": DualPrompt}

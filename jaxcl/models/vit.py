@@ -159,6 +159,11 @@ class ViT(nn.Module):
         """See `Model`."""
         return "" if self.prompts is None else self.prompts.mixes
 
+    @property
+    def begin(self) -> Any:
+        """See `Model`."""
+        return None if self.prompts is None else self.prompts.begin
+
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, mask: Mask = None) -> dict[str, jax.Array]:
         """images `[B, H, W, C]` floats -> logits `[B, K]`, features `[B, D]`: of the class token, or what the prompts have the

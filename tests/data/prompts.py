@@ -3,8 +3,8 @@
 git clone https://github.com/google-research/l2p && git -C l2p checkout dd8836e6e372df29f03d83bf3dc3a806114e9d8e
 PYTHONPATH=l2p python tests/data/prompts.py
 
-Recorded with that commit, jax 0.10.2 and flax 0.12.8. The settings are those of its configs for CIFAR-100 but for sizes. In the
-file: images and their tasks; query, the features of the network without prompts; backbone/..., its weights by their names there;
+Recorded with that commit, jax 0.10.2 and flax 0.12.8. The settings are those of its configs for CIFAR-100 but for sizes. The
+file has images and their tasks; query, the features of the network without prompts; backbone/..., its weights by their names;
 and of every case METHOD/CASE/..., the weights of the prompts and outputs.
 """
 
