@@ -333,7 +333,7 @@ def test_prompts_are_new_beside_weights_without_them():
     assert other.report["new"] == prompts  # never the ones without the others
     plain = init_from.fitted("F", "vit", shapes_and_form(7)[1], own)
     assert plain.report["not_used"] == prompts
-    with pytest.raises(UserError, match=r"F has nothing for blocks.2.norm1.weight, where vit needs"):
+    with pytest.raises(UserError, match=r"F has nothing for blocks.2.attn.qkv.bias, where vit needs"):
         init_from.fitted("F", "vit", shapes_and_form(7, depth=3)[1], timm_weights())
     with pytest.raises(UserError, match=r"F has the shape \(5, 16\) for pos_embed, where vit needs \(17, 16\)"):
         init_from.fitted("F", "vit", shapes | {"params.pos_embed": (17, 16)}, timm_weights())
