@@ -54,7 +54,7 @@ def scale_of_parts(field: str, scales: Mapping[str, float], parts: Collection[st
 
 def with_still(model: Any, parts: Collection[str]) -> Any:
     """The model with these parts as in evaluation also where the rest is trained: their norms use the running statistics, and
-    leave them as they are."""
+    leave them as they are; and no task begins with others."""
     if not parts:
         return model
 
@@ -73,4 +73,7 @@ def with_still(model: Any, parts: Collection[str]) -> Any:
         with nn.intercept_methods(keep):
             return model.apply(params, batch_stats, images, **how)
 
-    return model._replace(apply=apply)
+    def begin(params: PyTree, task: jax.Array) -> PyTree:
+        return model.begin(params, task) | {part: params[part] for part in parts}
+
+    return model._replace(apply=apply, begin=model.begin and begin)

@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 from scipy import special
 
 from jaxcl.errors import UserError
-from jaxcl.models import RowFacts, make_model, parts_named, split
+from jaxcl.models import RowFacts, make_model, parts_named, split, with_still
 from jaxcl.runs import checkpoint
 from jaxcl.strategies import make_strategy
 from jaxcl.training import init_from
@@ -255,6 +255,8 @@ def test_an_expert_begins_as_that_of_the_task_before(seeds):
     assert found["head"] == 2 and found["prompts"]["keys"] == 1
     for task, other in enumerate((0, 1, 1, 3)):
         np.testing.assert_array_equal(found["prompts"]["expert"][..., task, :, :, :], expert[..., other, :, :, :])
+    assert with_still(model_with(EXPERTS), ("prompts",)).begin(params, 2)["prompts"] is params["prompts"]
+    assert with_still(model_with(POOL), ("prompts",)).begin is None
 
 
 # --- weights of a plain network ---------------------------------------------------------------------------------------
