@@ -1,5 +1,6 @@
 """Prompts of a Vision Transformer: the authors' forward pass, the same step on any number of devices, gradients, options."""
 
+import dataclasses
 import pathlib
 from functools import cache, partial
 
@@ -171,8 +172,9 @@ def after_step(mesh, kind, network=None, **options):
     prompts = SMALLEST[kind] | (network or {}).get("prompts", {})
     network = {"heads": 2, **(network or {}), "prompts": prompts}
     rig = Rig(mesh, make_strategy("er"), "vit", network=network, frozen=frozen, optimizer=optax.identity(), **options)
-    state = rig.state(stored=False)
-    state = rig.state(stored=False, params=large_prompts(jax.device_get(state.params)), task=np.int32(2))
+    state = rig.state(stored=False, task=np.int32(2))
+    places = jax.tree.map(lambda x: x.sharding, state.params)
+    state = dataclasses.replace(state, params=jax.device_put(large_prompts(jax.device_get(state.params)), places))
     before = jax.device_get(state.params)
     state = rig.stage(state, [make_draw(1)])
     state, metrics = rig.step(state, rig.rows(make_batch(0)))
