@@ -11,8 +11,9 @@ which it names those that it uses:
 
 A field or parameter with a default is an option, see `_options`. Every model has one more: `batchformer`, heads of attention
 across the rows of a batch in training, 0 for none, see `_batchformer`. A class of modules may have `rules` for its weights on a
-mesh, see `jaxcl.partition`, and `remat`, see `vit`. The module is called as `module(images, train=..., mask=...)`, see `Apply`.
-The rest of jaxcl sees parameters, batch statistics and outputs, never a module.
+mesh, see `jaxcl.partition`, and of what `Model` has `reads`, `remat`, `mixes` and `begin`. The module is called as
+`module(images, train=..., mask=...)`, see `Apply`. The rest of jaxcl sees parameters, batch statistics and outputs, never a
+module.
 """
 
 import inspect
@@ -31,7 +32,7 @@ from jaxcl.models import _batchformer
 from jaxcl.models._norms import NORMS, Normalisation, RowFacts, make_norm
 from jaxcl.models._norms.base import PENALTIES, Mask, valid_of
 from jaxcl.models._options import SIZE, WHOLE, bind
-from jaxcl.models._parts import parts_named, scale_of_parts, with_still
+from jaxcl.models._parts import OWN_PARTS, parts_named, scale_of_parts, with_still
 from jaxcl.models._split import Halves, split
 from jaxcl.models._towers import Towers, make_towers
 from jaxcl.partition import Split
@@ -41,6 +42,7 @@ from jaxcl.types import PyTree
 __all__ = [
     "MODELS",
     "NORMS",
+    "OWN_PARTS",
     "PENALTIES",
     "Halves",
     "Model",
@@ -83,7 +85,8 @@ class Apply(Protocol):
           {"logits": [B, K] float32, "features": [B, D] float32, the input of the head} (see `dytox` for what it adds), or of
           a model that reconstructs images {"amplitude": ..., "phase": ...} of `[B, H, W, 1]` float32; and the new batch_stats:
           as given unless `train`. With the norms "local" and "ghost" they differ between devices; average them to keep them
-          replicated. In training a norm may add "penalty", float32 scalar, the same on every device: a term of the loss.
+          replicated. In training a layer may add "penalty", a term of the loss: float32 scalar, the same on every device, or
+          `[B]`, whose mean over the valid rows of all devices is meant.
           With `batchformer`, training adds "batch_logits" `[B, K]`.
         """
 
@@ -96,6 +99,9 @@ class Model(NamedTuple):
       fits: see `Normalisation`.
       rules: by which its weights are divided over a mesh; () without any of its own.
       remat: whether its blocks are computed anew in the backward pass; what they leave is then named `partition.BLOCK`.
+      mixes: the option by which rows meet in training elsewhere than in a batch norm; "" where they do not.
+      begin: `(params, task) -> params` at the beginning of a task but the first, from those at the end of the one before; None:
+        they stay. Arrays may have an axis of seeds before their own.
     """
 
     init: Init
@@ -105,6 +111,8 @@ class Model(NamedTuple):
     fits: Callable[[int], None] | None = None
     rules: tuple[Split, ...] = ()
     remat: bool = False
+    mixes: str = ""
+    begin: Callable[[PyTree, jax.Array], PyTree] | None = None
 
 
 def make_model(
@@ -150,9 +158,13 @@ def make_model(
     apply: Apply = partial(_apply, made)
     if heads:
         init, apply = _batchformer.make_batchformer(init, apply, heads, axis_name)
-    of_mesh: Any = {field: getattr(made, field) for field in ("rules", "remat") if hasattr(made, field)}
-    model = Model(init, apply, name, **of_mesh)
-    return model._replace(reads=norm.reads, fits=norm.fits) if norm else model
+    fields = ("rules", "remat", "reads", "mixes", "begin")
+    said: Any = {field: getattr(made, field) for field in fields if hasattr(made, field)}
+    if norm:
+        said |= {"reads": norm.reads, "fits": norm.fits}
+    if heads:
+        said["mixes"] = _batchformer.OPTION
+    return Model(init, apply, name, **said)
 
 
 def takes_norm(make: Callable[..., Any]) -> bool:

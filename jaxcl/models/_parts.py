@@ -11,11 +11,14 @@ from jaxcl.errors import UserError
 from jaxcl.models._norms.base import NormLayer
 from jaxcl.types import PyTree
 
-HEAD, BACKBONE = "head", "backbone"
+HEAD, PROMPTS, BACKBONE = "head", "prompts", "backbone"
+# Of the classes and tasks of a run: no parts of its backbone, and a file of weights need not have them.
+OWN_PARTS = (HEAD, PROMPTS)
 
 
 def parts_named(field: str, patterns: Sequence[str], parts: Collection[str]) -> list[str]:
-    """The parts that any of these names means: that of a part, `backbone` for all parts but the head, or a pattern ("block_*").
+    """The parts that any of these names means: that of a part, `backbone` for all parts but the head and prompts, or a pattern
+    ("block_*").
 
     Raises:
       UserError: one of them means none.
@@ -23,7 +26,7 @@ def parts_named(field: str, patterns: Sequence[str], parts: Collection[str]) -> 
     found: list[str] = []
     for pattern in patterns:
         if pattern == BACKBONE and BACKBONE not in parts:
-            named = [part for part in parts if part != HEAD]
+            named = [part for part in parts if part not in OWN_PARTS]
         else:
             named = fnmatch.filter(parts, pattern)
         if not named:
@@ -51,7 +54,7 @@ def scale_of_parts(field: str, scales: Mapping[str, float], parts: Collection[st
 
 def with_still(model: Any, parts: Collection[str]) -> Any:
     """The model with these parts as in evaluation also where the rest is trained: their norms use the running statistics, and
-    leave them as they are."""
+    leave them as they are; and no task begins with others."""
     if not parts:
         return model
 
@@ -70,4 +73,7 @@ def with_still(model: Any, parts: Collection[str]) -> Any:
         with nn.intercept_methods(keep):
             return model.apply(params, batch_stats, images, **how)
 
-    return model._replace(apply=apply)
+    def begin(params: PyTree, task: jax.Array) -> PyTree:
+        return model.begin(params, task) | {part: params[part] for part in parts}
+
+    return model._replace(apply=apply, begin=model.begin and begin)

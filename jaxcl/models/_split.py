@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxcl.check import near, refused
 from jaxcl.errors import UserError
 from jaxcl.models._norms.base import Mask, valid_of
-from jaxcl.models._parts import HEAD
+from jaxcl.models._parts import HEAD, PROMPTS
 from jaxcl.types import PyTree
 
 FEATURES = "features"  # as a layer: the input of the head
@@ -43,8 +43,8 @@ def split(model: Any, layer: str, image_shape: tuple[int, int, int]) -> Halves:
     """The model cut behind the part `layer`, or in front of its head ("features").
 
     Raises:
-      UserError: there is no such part, it gives no array with a row for each image, or the network has a way around it; or its
-        parts are computed anew in the backward pass, behind which no hook reaches.
+      UserError: there is no such part, it gives no array with a row for each image, or the network has a way around it; its
+        parts are computed anew in the backward pass, behind which no hook reaches; or it has prompts.
     """
     if model.remat and layer != FEATURES:
         raise refused("model.options.remat", True, f"False with latent.layer = {layer}")
@@ -70,6 +70,8 @@ def split(model: Any, layer: str, image_shape: tuple[int, int, int]) -> Halves:
     params, stats = variables["params"], variables["batch_stats"]
     if (layer != FEATURES and layer not in params) or layer == HEAD or HEAD not in params:
         raise UserError(f"latent.layer: no such part; {near(layer, [*(x for x in params if x != HEAD), FEATURES])}")
+    if PROMPTS in params:
+        raise refused("latent.layer", layer, "None with model.options.prompts, which learn beside images")
     one = jax.eval_shape(lower, params, stats, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
 
     def apply(

@@ -5,13 +5,17 @@ there, "_blocks.1._expand_conv". The tensors of a module go by its kind, see `LE
 
     efficientnet_lite0     the package efficientnet-lite-pytorch, whose names are those of EfficientNet-PyTorch
     resnet18, resnet50     torchvision
+    vit                    timm
 """
 
+import math
 import re
 from collections.abc import Callable
 
 import numpy as np
 
+_OF_THREE = re.compile(r"\.attn\.(query|key|value)\.")
+_TOKENS = ("params.cls_token", "params.pos_embed")
 Names = Callable[[str], str]
 
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -45,10 +49,19 @@ def resnet(blocks: tuple[int, ...]) -> Names:
     return names
 
 
+def vit(module: str) -> str:
+    if not (found := re.fullmatch(r"block_(\d+)\.(?:(attn)\.)?(\w+)", module)):
+        return {"patch_embed": "patch_embed.proj"}.get(module, module)
+    number, attention, layer = found.groups()
+    inside = f"attn.{'proj' if layer == 'out' else 'qkv'}" if attention else f"mlp.{layer}" if "fc" in layer else layer
+    return f"blocks.{number}.{inside}"
+
+
 NAMES: dict[str, Names] = {
     "efficientnet_lite0": efficientnet_lite0,
     "resnet18": resnet((2, 2, 2, 2)),
     "resnet50": resnet((3, 4, 6, 3)),
+    "vit": vit,
 }
 
 
@@ -56,11 +69,18 @@ def there(names: Names, path: str) -> str:
     """The name of a tensor there, for its path here, "params.stem.Conv_0.kernel"."""
     _, _, place = path.partition(".")
     module, _, leaf = place.rpartition(".")
-    return f"{names(module)}.{LEAVES[leaf]}"
+    return f"{names(module)}.{LEAVES.get(leaf, leaf)}".removeprefix(".")
 
 
-def here(path: str, tensor: np.ndarray) -> np.ndarray:
-    """A tensor of PyTorch in the order of axes here: a kernel's inputs before its outputs, its window first."""
+def here(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor of PyTorch in the order of axes here: a kernel's inputs before its outputs, its window first. Of a transformer's
+    the query, the key or the value of attention, which are one tensor there, with an axis of heads as in `shape`; and tokens
+    without their axis of rows."""
+    if found := _OF_THREE.search(path):
+        thirds = np.split(tensor, 3) if len(tensor) % 3 == 0 else [tensor] * 3
+        tensor = thirds[("query", "key", "value").index(found[1])]
     if path.endswith(".kernel") and tensor.ndim in (2, 4):
-        return np.transpose(tensor, (1, 0) if tensor.ndim == 2 else (2, 3, 1, 0))
-    return tensor
+        tensor = np.transpose(tensor, (1, 0) if tensor.ndim == 2 else (2, 3, 1, 0))
+    if path in _TOKENS and tensor.ndim == 3 and len(tensor) == 1:
+        return tensor[0]
+    return tensor.reshape(shape) if ".attn." in path and tensor.size == math.prod(shape) else tensor

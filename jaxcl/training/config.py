@@ -176,8 +176,8 @@ def fields(outside: Fields | None = None) -> Fields:
         },
         "freeze": Field(
             (),
-            "parts of the model, as its parameters are named, that stay as they are in all training; backbone: all but the "
-            "head; block_*: all of such names",
+            "parts of the model, as its parameters are named, that stay as they are in all training; backbone: all but "
+            "head and prompts; block_*: all of such names",
             each(NAME),
         ),
         "loss": LOSS,

@@ -1,9 +1,9 @@
 """`model.init_from`: a run begins with the weights of a file instead of random ones.
 
 The file may be safetensors, npz, a PyTorch file (read without PyTorch, and without running code), the folder of a run, or the
-folder of one checkpoint. Every weight and running statistic of the network must be in it, in its shape; only the head may
-differ or be missing, and is then a new one. What was loaded, what is new and what of the file is not used is told once, in a
-line and in result.json as "init_from".
+folder of one checkpoint. Every weight and running statistic of the network must be in it, in its shape; only the head and the
+prompts may differ or be missing, and are then new. What was loaded, what is new and what of the file is not used is told once,
+in a line and in result.json as "init_from".
 
 A run is bound to the numbers, not to the name of a file alone: their digest becomes `model.init_digest` of its config.
 """
@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from jaxcl.check import refused
 from jaxcl.errors import UserError
-from jaxcl.models import Model
+from jaxcl.models import OWN_PARTS, Model
 from jaxcl.pretrained import read as files
 from jaxcl.pretrained.names import NAMES, here, there
 from jaxcl.runs import checkpoint, workdir
@@ -27,7 +27,6 @@ from jaxcl.sealed import Damaged, read_sealed
 from jaxcl.training import weights as weights_lib
 from jaxcl.training.config import check_values
 
-HEAD = "head"  # the part that answers for the classes
 _log = logging.getLogger("jaxcl")
 
 
@@ -133,7 +132,7 @@ def fitted(file: str, name: str, shapes: dict[str, tuple[int, ...]], found: file
       found: what the file holds.
 
     Raises:
-      UserError: a tensor that is not the head's is missing, of another shape, or not finite.
+      UserError: a tensor that is not of `OWN_PARTS` is missing, of another shape, or not finite.
     """
     own = files.is_own(found)
     if not own and name not in NAMES:
@@ -144,7 +143,7 @@ def fitted(file: str, name: str, shapes: dict[str, tuple[int, ...]], found: file
         called = path if own else there(NAMES[name], path)
         tensor = found.get(called)
         if tensor is not None and not own:
-            tensor = here(path, tensor)
+            tensor = here(path, tensor, shape)
         if tensor is None or tensor.shape != shape:
             has = "nothing" if tensor is None else f"the shape {tensor.shape}"
             misfits[path] = f"{file} has {has} for {called}, where {name} needs {shape} for {path}"
@@ -153,13 +152,18 @@ def fitted(file: str, name: str, shapes: dict[str, tuple[int, ...]], found: file
             raise UserError(f"model.init_from: {file} has numbers in {called} that are not finite")
         tensors[path] = np.asarray(tensor, np.float32)
     for path, why in misfits.items():
-        if path.split(".")[1] != HEAD:
+        if part_of(path) not in OWN_PARTS:
             raise UserError(f"model.init_from: {why}; are model.name and model.options those of the file?")
-    if misfits:  # a head is loaded whole or not at all
-        tensors = {path: x for path, x in tensors.items() if path.split(".")[1] != HEAD}
+    other = {part_of(path) for path in misfits}  # these parts are loaded whole or not at all
+    tensors = {path: x for path, x in tensors.items() if part_of(path) not in other}
     if not tensors:
         raise UserError(f"model.init_from: {file} has nothing for {name} but its head")
     new = [path for path in shapes if path not in tensors]
     loaded = {path if own else there(NAMES[name], path) for path in tensors}
     report = {"file": file, "tensors": len(tensors), "numbers": sum(x.size for x in tensors.values()), "new": new}
     return Loaded(tensors, report | {"not_used": sorted(found.keys() - loaded)})
+
+
+def part_of(path: str) -> str:
+    """The part of the network to which a variable belongs."""
+    return path.split(".")[1]

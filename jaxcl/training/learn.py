@@ -246,12 +246,12 @@ def descend(bound: Bound, context: Context, params: PyTree, batch_stats: PyTree,
         )
         share = bound.strategy.loss(bound.whole(still | trained), done, context)
         if penalty is not None:
-            share = share.plus(penalty)
+            share = share.plus(mean_of_rows(penalty, valid) if penalty.ndim else penalty)
         return share.value, (share.weight, done)
 
     if bound.microbatches > 1:
         value, (weight, done), grads = in_microbatches(
-            bound.microbatches, by_layout(bound, forward), judge, trained, images, valid
+            bound.microbatches, by_layout(bound, forward), judge, trained, images, mask
         )
         new_stats = batch_stats
     else:
@@ -277,8 +277,15 @@ def descend(bound: Bound, context: Context, params: PyTree, batch_stats: PyTree,
     return Descent(grads, loss, lax.pmean(new_stats, AXIS), done, found)
 
 
+def mean_of_rows(values: jax.Array, valid: jax.Array) -> jax.Array:
+    """The mean of `values` `[b]` over the valid rows of all devices, which every device then knows; 0 where there are none."""
+    counts = jnp.where(valid, values, 0.0).sum(), jnp.sum(valid, dtype=jnp.float32)
+    total, count = lax.psum(counts, AXIS)
+    return total / jnp.maximum(count, 1.0)
+
+
 def row_facts(bound: Bound, parts: Sequence[Part], context: Context) -> RowFacts:
-    """What the norms are told of this device's rows, part after part."""
+    """What the model is told of this device's rows, part after part."""
     assert bound.task_of_row is not None
     me, devices = lax.axis_index(AXIS), lax.axis_size(AXIS)
     sizes = [len(part.label) for part in parts]

@@ -21,31 +21,32 @@ from jaxcl.types import PyTree
 
 def in_microbatches(
     count: int,
-    forward: Callable[[PyTree, jax.Array, jax.Array], tuple[PyTree, PyTree]],
+    forward: Callable[[PyTree, jax.Array, PyTree], tuple[PyTree, PyTree]],
     judge: Callable[[PyTree, PyTree], tuple[jax.Array, Any]],
     params: PyTree,
     images: jax.Array,
-    valid: jax.Array,
+    mask: PyTree,
 ) -> tuple[jax.Array, Any, PyTree]:
     """The loss, what `judge` gives beside it, and the gradient.
 
     Args:
       count: of the parts; divides the rows `[B]`.
-      forward: `(params, images, valid) -> (outputs, unused)` of some rows, leaves `[b, ...]`.
+      forward: `(params, images, mask) -> (outputs, unused)` of some rows, leaves `[b, ...]`.
       judge: `(params, outputs) -> (loss, more)` of all rows.
+      mask: of the model; what has no axis of rows is of every part.
     """
 
     def split(x: jax.Array) -> jax.Array:
-        return x.reshape(count, len(x) // count, *x.shape[1:])
+        return x.reshape(count, len(x) // count, *x.shape[1:]) if x.ndim else jnp.broadcast_to(x, count)
 
-    parts = split(images), split(valid)
+    parts = jax.tree.map(split, (images, mask))
     outputs = lax.map(lambda rows: forward(params, *rows)[0], parts)
     outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
     (loss, more), (grads, by_outputs) = jax.value_and_grad(judge, argnums=(0, 1), has_aux=True)(params, outputs)
 
-    def add(grads: PyTree, rows: tuple[jax.Array, jax.Array, PyTree]) -> tuple[PyTree, None]:
-        images, valid, by_outputs = rows
-        _, back = jax.vjp(lambda params: forward(params, images, valid)[0], params)
+    def add(grads: PyTree, rows: tuple[jax.Array, PyTree, PyTree]) -> tuple[PyTree, None]:
+        images, mask, by_outputs = rows
+        _, back = jax.vjp(lambda params: forward(params, images, mask)[0], params)
         return jax.tree.map(jnp.add, grads, back(by_outputs)[0]), None
 
     grads, _ = lax.scan(add, grads, (*parts, jax.tree.map(split, by_outputs)))

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -12,6 +13,7 @@ from jaxcl import data
 from jaxcl.check import refused
 from jaxcl.errors import UserError
 from jaxcl.mesh import WHOLE, over_mesh
+from jaxcl.models import RowFacts
 from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
 from jaxcl.training.config import means_asked
 from jaxcl.training.network import Network
@@ -86,11 +88,13 @@ def check_apart(config: ConfigDict, mesh: Mesh, network: Network) -> None:
     variables = jax.eval_shape(lambda key: model.init(key, network.image_shape), jax.random.key(0))
     if any(name not in network.frozen for name in variables["batch_stats"]):
         raise refused("microbatches", count, f"1 with {model.name}, whose batch norm mixes rows")
-    if config.model.options.get("batchformer", 0):
-        raise refused("microbatches", count, "1 with model.options.batchformer, which mixes rows")
+    if model.mixes:
+        raise refused("microbatches", count, f"1 with {model.mixes}, which mixes rows")
 
-    def trained(params: PyTree, batch_stats: PyTree, images: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-        return model.apply(params, batch_stats, network.normalize(images), train=True, mask=mask)[0]
+    def trained(params: PyTree, batch_stats: PyTree, images: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
+        number = valid.astype(jnp.int32)
+        facts = RowFacts(valid, number, valid, number, number, number[0], config.batch_size) if model.reads else valid
+        return model.apply(params, batch_stats, network.normalize(images), train=True, mask=facts)[0]
 
     rows = jax.ShapeDtypeStruct((3, *network.train.image_shape), np.uint8), jax.ShapeDtypeStruct((3,), np.bool_)
     found = jax.eval_shape(over_mesh(mesh, trained, WHOLE, WHOLE), variables["params"], variables["batch_stats"], *rows)

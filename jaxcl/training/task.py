@@ -79,6 +79,8 @@ def train(course: Course, state: TrainState, task: int, own: Loaders) -> TrainSt
     begins = lanes.at.iterator is None
     if begins and parts.strategy.fresh and task:
         state = with_weights(state, new_weights(lanes, parts, task))
+    elif begins and parts.network.model.begin is not None and task:
+        state = dataclasses.replace(state, params=begun(parts.network.model.begin, state.params, task))
     if lanes.configs[0].buffer.replay != "draw":
         before = len(own[0])
         own = own_batches(lanes, parts, task, state)
@@ -210,6 +212,12 @@ def begin(lanes: Lanes[TrainState], state: TrainState, task: int, loaders: Loade
     """The state in which the first of these batches is taken."""
     start, per_epoch, number = (lanes.number(x) for x in (0, loaders[0].steps_per_epoch, task))
     return dataclasses.replace(state, task_step=start, steps_per_epoch=per_epoch, task=number)
+
+
+def begun(change: Callable[[PyTree, jax.Array], PyTree], params: PyTree, task: int) -> PyTree:
+    """What a model makes of its parameters at the beginning of a task, as these lie on the mesh."""
+    where = jax.tree.map(lambda x: x.sharding, params)
+    return jax.jit(change, out_shardings=where)(params, np.int32(task))
 
 
 def scores_of(lanes: Lanes[TrainState], parts: Parts, state: TrainState) -> list[Scores]:

@@ -243,7 +243,7 @@ def torch_file_of(name, path, classes=7, **options):
         own[place] = np.abs(rng.normal(size=x.shape)).astype("f4")
         axes = {4: (3, 2, 0, 1), 2: (1, 0)}.get(own[place].ndim, range(own[place].ndim))
         array = np.ascontiguousarray(own[place].transpose(axes)) if place.endswith("kernel") else own[place]
-        np.testing.assert_array_equal(here(place, array), own[place])
+        np.testing.assert_array_equal(here(place, array, x.shape), own[place])
         key = str(len(storages))
         storages[key], flat[there(NAMES[name], place)] = array, tensor(key, array)
     flat["bn1.num_batches_tracked"] = tensor("n", np.int64([1]), shape=(), stride=())

@@ -157,5 +157,5 @@ def facts_of(mask: Mask) -> RowFacts:
     UserError: the caller hands over a plain mask.
     """
     if not isinstance(mask, RowFacts):
-        raise UserError("model.options.norm: this norm needs to know of rows whence they come: give RowFacts for mask")
+        raise UserError("model.options: this network needs to know of rows whence they come: give RowFacts for mask")
     return mask
