@@ -13,7 +13,7 @@ import optax
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Drawn, make_buffer
 from jaxcl.data import make_augment, make_normalize
-from jaxcl.models import make_model
+from jaxcl.models import dense_layers, make_model
 from jaxcl.partition import Layout, Split, make_layout
 from jaxcl.strategies import Strategy
 from jaxcl.training.layout import squares_of
@@ -53,9 +53,10 @@ class Rig:
         split_state: bool = False,
         **options: Any,
     ):
-        self.mesh, self.strategy = mesh, strategy
         network = {**MODELS[model], **network}
         self.model = make_model(model, K, options=network, axis_name=mesh_lib.AXIS, classes=CLASSES)
+        strategy = strategy if strategy.fit is None else strategy.fit(dense_layers(self.model, SHAPE, ()))
+        self.mesh, self.strategy = mesh, strategy
         self.buffer = None
         if strategy.draws:
             variables = self.model.init(jax.random.key(0), SHAPE)
@@ -70,7 +71,7 @@ class Rig:
         make: Any = (lambda squares: optimizer) if isinstance(optimizer, optax.GradientTransformation) else optimizer
         self.layout = self._layout(make(None), rules, split_state)
         optimizer = make(squares_of(self.layout))
-        self.new_weights = make_weights(mesh, self.model, optimizer, SHAPE, layout=self.layout)
+        self.new_weights = make_weights(mesh, self.model, optimizer, SHAPE, layout=self.layout, begin=strategy.begin)
         images = make_augment(augment, SHAPE), make_normalize(SHAPE)
         rows = {"batch_size": BATCH, "task_of_row": np.arange(BATCH, dtype=np.int32) % len(CLASSES)}
         self.bound = Bound(

@@ -28,6 +28,7 @@ import numpy as np
 from jaxcl.check import check, one_of, refused
 from jaxcl.mesh import Axis
 from jaxcl.models import _batchformer
+from jaxcl.models._dense import dense_inputs, dense_layers
 from jaxcl.models._norms import NORMS, Normalisation, RowFacts, make_norm
 from jaxcl.models._norms.base import PENALTIES, Mask, valid_of
 from jaxcl.models._options import SIZE, WHOLE, bind
@@ -47,6 +48,8 @@ __all__ = [
     "Normalisation",
     "RowFacts",
     "Towers",
+    "dense_inputs",
+    "dense_layers",
     "make_model",
     "make_norm",
     "make_towers",

@@ -16,7 +16,7 @@ from jaxcl.buffer import Buffer, Rows, Shard, Staged
 from jaxcl.buffer import threefry as random
 from jaxcl.data.augment import Augment, Normalize
 from jaxcl.mesh import AXIS
-from jaxcl.models import Model, RowFacts
+from jaxcl.models import Model, RowFacts, dense_inputs
 from jaxcl.partition import Layout
 from jaxcl.strategies import Context, Descent, Part, Strategy
 from jaxcl.strategies.base import Outputs
@@ -93,6 +93,10 @@ class Bound:
         """The model's outputs as in evaluation, by running statistics."""
         return self.model.apply(self.whole(params), batch_stats, images, train=False)[0]
 
+    def inputs(self, params: PyTree, batch_stats: PyTree, images: jax.Array) -> Outputs:
+        """What enters each dense layer, likewise."""
+        return dense_inputs(self.model, self.whole(params), batch_stats, images)
+
     def whole(self, params: PyTree) -> PyTree:
         """The parameters, of which this device may have parts."""
         return params if self.layout is None else self.layout.whole(params)
@@ -106,7 +110,8 @@ class Bound:
     ) -> Context:
         """What the strategy's functions are told beside the rows."""
         rate = jnp.asarray(learning_rate, jnp.float32)
-        context = Context(self.predict, self.whole_state(state), task, self.classes, rate, key, self.tuning)
+        own = self.whole_state(state)
+        context = Context(self.predict, own, task, self.classes, rate, key, self.tuning, inputs=self.inputs)
         return context if self.layout is None else dataclasses.replace(context, vdot=self.layout.vdot)
 
 

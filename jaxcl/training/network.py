@@ -18,7 +18,8 @@ from jaxcl.data.augment import Augment, Normalize
 from jaxcl.errors import UserError
 from jaxcl.memory import free_memory
 from jaxcl.mesh import AXIS
-from jaxcl.models import Halves, Model, make_model, parts_named, scale_of_parts, split, with_still
+from jaxcl.models import Halves, Model, dense_layers, make_model, parts_named, scale_of_parts, split, with_still
+from jaxcl.strategies import Strategy
 from jaxcl.training import init_from
 from jaxcl.training.latents import Activations, Below, Codec, digest_of, whole_model
 from jaxcl.training.sizes import check_memory
@@ -160,6 +161,36 @@ def evaluated_model(config: ConfigDict, model: Model, image_shape: tuple[int, in
     if config.get("latent", {}).get("layer") is None:
         return model
     return whole_model(model, *halves_of(config, model, image_shape))
+
+
+def frozen_of(config: ConfigDict, model: Model, image_shape: tuple[int, int, int]) -> tuple[str, ...]:
+    """The parts of the model that no step changes."""
+    frozen = parts_named("freeze", config.freeze, parts_of(model, image_shape)) if config.get("freeze") else []
+    below: tuple[str, ...] = ()
+    if config.get("latent", {}).get("layer") is not None:
+        below = split(model, config.latent.layer, image_shape).below
+    return tuple(dict.fromkeys((*below, *frozen)))
+
+
+def fitted(strategy: Strategy, network: Network) -> Strategy:
+    """The strategy for this network.
+
+    Raises:
+      UserError: the network is not what it needs.
+    """
+    if strategy.fit is None:
+        return strategy
+    row = jax.eval_shape(network.normalize, jax.ShapeDtypeStruct((1, *network.train.image_shape), np.uint8))
+    return strategy.fit(dense_layers(network.model, network.image_shape, network.frozen, row.shape[1:]))
+
+
+def fitted_to(strategy: Strategy, config: ConfigDict, model: Model, image_shape: tuple[int, int, int]) -> Strategy:
+    """The same for the model from images of a run with this config."""
+    return (
+        strategy
+        if strategy.fit is None
+        else strategy.fit(dense_layers(model, image_shape, frozen_of(config, model, image_shape)))
+    )
 
 
 def parts_of(model: Model, image_shape: tuple[int, int, int]) -> Sequence[str]:
