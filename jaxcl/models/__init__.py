@@ -29,6 +29,7 @@ from jaxcl.check import check, one_of, refused
 from jaxcl.mesh import Axis
 from jaxcl.models import _batchformer
 from jaxcl.models._dense import dense_inputs, dense_layers
+from jaxcl.models._join import joining
 from jaxcl.models._norms import NORMS, Normalisation, RowFacts, make_norm
 from jaxcl.models._norms.base import PENALTIES, Mask, valid_of
 from jaxcl.models._options import SIZE, WHOLE, bind
@@ -50,6 +51,7 @@ __all__ = [
     "Towers",
     "dense_inputs",
     "dense_layers",
+    "joining",
     "make_model",
     "make_norm",
     "make_towers",

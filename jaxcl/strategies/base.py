@@ -32,7 +32,8 @@ class Part:
     """Rows of one origin: the new rows of a batch, or those of one draw from the buffer. b of them on this device.
 
     Attributes:
-      image: float32 `[b, H, W, C]`, augmented and normalised.
+      image: float32 `[b, H, W, C]`, augmented and normalised; or where the memory holds activations and new rows are images
+        (`latent.below = slow`) a `Latent` for rows of the memory.
       label: int32 `[b]`.
       valid: bool `[b]`; a row that is not valid holds anything and weighs nothing.
       id: int32 `[b]`, each row's number in the data set, by which a row is known again; of invalid rows anything.
@@ -48,7 +49,7 @@ class Part:
         constant, see `jaxcl.training.prior`; None likewise.
     """
 
-    image: jax.Array
+    image: Any
     label: jax.Array
     valid: jax.Array
     id: jax.Array

@@ -175,9 +175,10 @@ def build(
         noise=config.optimizer.noise_scale,
         task_of_row=scenario.task_of_train_row if network.model.reads else None,
         layout=layout,
+        codec=network.codec,
         microbatches=config.microbatches,
         numbers=config_numbers(config),
-        rebind=functools.partial(with_numbers, config),
+        rebind=functools.partial(with_numbers, config, network),
     )
     store_exemplars = None
     if buffer is not None and strategy.selection:
@@ -274,7 +275,7 @@ def schedule_of(
     return schedule if times == 1 else lambda epoch: schedule(epoch / times)
 
 
-def with_numbers(config: ConfigDict, bound: Bound, numbers: Numbers) -> Bound:
+def with_numbers(config: ConfigDict, network: Network, bound: Bound, numbers: Numbers) -> Bound:
     """The same with these numbers, traced or not, in place of those of the config."""
 
     def group(name: str) -> dict[str, Any]:
@@ -283,7 +284,7 @@ def with_numbers(config: ConfigDict, bound: Bound, numbers: Numbers) -> Bound:
     optimizer, given = config.optimizer, config.strategies.get(short(config.strategy), {})
     strategy = bound.strategy
     if group("strategy."):
-        strategy = make_strategy(config.strategy, {**given, **group("strategy.")})
+        strategy = fitted(make_strategy(config.strategy, {**given, **group("strategy.")}), network)
     schedule = schedule_of(config, strategy, group("optimizer."))
     return dataclasses.replace(
         bound,
