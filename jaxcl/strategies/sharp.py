@@ -25,9 +25,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from jaxcl.check import COUNT, SEED, SHARE, check, refused
+from jaxcl.check import COUNT, SEED, SHARE, check
 from jaxcl.errors import UserError
 from jaxcl.strategies.base import Context, End, Part, Strategy, recent_classes
 from jaxcl.types import PyTree
@@ -43,10 +42,6 @@ def sharp(density: float = 0.4, activity: float = 0.6, recent: int = 1, seed: in
         ("seed", seed, SEED),
     ):
         check(f"strategies.sharp.{name}", value, rule)
-
-    def fits(config: ConfigDict) -> None:
-        if config.latent.below == "slow":
-            raise refused("latent.below", "slow", "frozen with sharp, whose mature classes stay")
 
     def fit(layers: Sequence[str]) -> Strategy:
         if len(layers) < 2:
@@ -111,7 +106,6 @@ def sharp(density: float = 0.4, activity: float = 0.6, recent: int = 1, seed: in
             return still
 
         return Strategy(
-            check=fits,
             draws=1,
             selection="random",
             recent=recent,

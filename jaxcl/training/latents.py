@@ -117,6 +117,8 @@ def check_slow(config: ConfigDict, strategy: Strategy) -> None:
     one = config.latent
     if not strategy.draws or strategy.rehearse:
         raise refused("latent.below", "slow", f"frozen with {config.strategy}, which replays no rows beside new ones")
+    if strategy.fit is not None:
+        raise refused("latent.below", "slow", f"frozen with {config.strategy}, which has to know the layers that learn")
     for name in ("views", "cache"):
         if one[name]:
             raise refused(f"latent.{name}", one[name], "none of it with latent.below = slow, where new rows are images")

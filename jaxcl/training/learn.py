@@ -270,6 +270,7 @@ def descend(bound: Bound, context: Context, params: PyTree, batch_stats: PyTree,
         return share.value, (share.weight, done)
 
     if bound.microbatches > 1:
+        assert isinstance(images, jax.Array), "activations of some rows do not go with microbatches"
         value, (weight, done), grads = in_microbatches(
             bound.microbatches, by_layout(bound, forward), judge, trained, images, valid
         )

@@ -277,7 +277,7 @@ SLOW = {"latent__layer": "Dense_0", "latent__below": "slow", "optimizer__scales"
         ),
         (
             SLOW | {"strategy": "sharp"},
-            "latent.below: 'slow' is not allowed, give frozen with sharp, whose mature classes",
+            "latent.below: 'slow' is not allowed, give frozen with sharp, which has to know",
         ),
         (SLOW | {"latent__views": 1}, "latent.views: 1 is not allowed, give none of it with latent.below = slow"),
         (SLOW | {"latent__cache": "x"}, "latent.cache: 'x' is not allowed, give none of it with latent.below = slow"),
