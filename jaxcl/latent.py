@@ -5,8 +5,12 @@ since a scatter into 16-bit floats would copy the whole buffer on a CPU, see `ja
 
     float32, float16, bfloat16    the numbers' own bits
     int8                          q = round(127 x / max |x|) of each view, behind its max |x| / 127 as float32
+
+Where the network below the layer learns too, rows that are remembered are activations and new ones images: `Latent` tells them
+apart.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -15,7 +19,35 @@ import jax.numpy as jnp
 from jax import lax
 
 DTYPES = ("float16", "bfloat16", "int8", "float32")
+LATENT = "latent"  # among a model's outputs: the activations of each row
 SCALE = 4  # bytes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Activations of some rows where others have images.
+
+    Attributes:
+      x: float32 `[n, *shape]`.
+    """
+
+    x: jax.Array
+
+
+Rows = (
+    jax.Array | Latent | tuple[jax.Array, Latent]
+)  # as a model reads them: images, activations, or the one before the other
+
+
+def joined(rows: Sequence[jax.Array | Latent]) -> Rows:
+    """All of these rows, of which images come first."""
+    latents = [one.x for one in rows if isinstance(one, Latent)]
+    images = [one for one in rows if not isinstance(one, Latent)]
+    if not latents:
+        return jnp.concatenate(images)
+    found = Latent(jnp.concatenate(latents))
+    return (jnp.concatenate(images), found) if images else found
 
 
 def row_bytes(shape: Sequence[int], dtype: str) -> int:

@@ -13,9 +13,10 @@ import optax
 from jaxcl import mesh as mesh_lib
 from jaxcl.buffer import Drawn, make_buffer
 from jaxcl.data import make_augment, make_normalize
-from jaxcl.models import make_model
+from jaxcl.models import dense_layers, joining, make_model
 from jaxcl.partition import Layout, Split, make_layout
 from jaxcl.strategies import Strategy
+from jaxcl.training.latents import Codec, remembering
 from jaxcl.training.layout import squares_of
 from jaxcl.training.learn import Bound
 from jaxcl.training.state import TrainState, initial_state, make_weights
@@ -36,7 +37,8 @@ RATE = 0.5
 class Rig:
     """`rig.step(state, batch)` and what it is made of; in the host tier `rig.train_step` has to be prepared.
 
-    `optimizer` is one, or makes one of the squares of gradients, see `make_optimizer`.
+    `optimizer` is one, or makes one of the squares of gradients, see `make_optimizer`. With `codec` and `layer` the memory
+    holds the activations of this layer, and what lies below learns.
     """
 
     def __init__(
@@ -51,11 +53,16 @@ class Rig:
         augment: Sequence[str] = (),
         rules: Sequence[Split] = (),
         split_state: bool = False,
+        codec: Codec | None = None,
+        layer: str | None = None,
         **options: Any,
     ):
-        self.mesh, self.strategy = mesh, strategy
         network = {**MODELS[model], **network}
         self.model = make_model(model, K, options=network, axis_name=mesh_lib.AXIS, classes=CLASSES)
+        if codec is not None and layer is not None:  # what lies below it learns too
+            self.model, strategy = joining(self.model, layer, SHAPE)[0], remembering(strategy, codec)
+        strategy = strategy if strategy.fit is None else strategy.fit(dense_layers(self.model, SHAPE, ()))
+        self.mesh, self.strategy = mesh, strategy
         self.buffer = None
         if strategy.draws:
             variables = self.model.init(jax.random.key(0), SHAPE)
@@ -70,7 +77,7 @@ class Rig:
         make: Any = (lambda squares: optimizer) if isinstance(optimizer, optax.GradientTransformation) else optimizer
         self.layout = self._layout(make(None), rules, split_state)
         optimizer = make(squares_of(self.layout))
-        self.new_weights = make_weights(mesh, self.model, optimizer, SHAPE, layout=self.layout)
+        self.new_weights = make_weights(mesh, self.model, optimizer, SHAPE, layout=self.layout, begin=strategy.begin)
         images = make_augment(augment, SHAPE), make_normalize(SHAPE)
         rows = {"batch_size": BATCH, "task_of_row": np.arange(BATCH, dtype=np.int32) % len(CLASSES)}
         self.bound = Bound(
@@ -83,6 +90,7 @@ class Rig:
             *images,
             CLASSES,
             layout=self.layout,
+            codec=codec,
             **rows | options,
         )
         self.train_step = make_train_step(self.bound, 0)

@@ -8,12 +8,13 @@
     joint           fine-tuning on all tasks at once, the bound
     er              fine-tuning with images remembered
     latent          replay of the activations of block_14 as int8: all below stays
-    features        the same of the features: the head alone is trained
+    slow            the same, and all below learns from new rows at a hundredth of the rate
+    features        replay of the features: the head alone is trained
     simplecil       a mean of the features a class (the nearest class mean, by cosines)
     ranpac          ridge regression on random features
     slca            a slow backbone, class Gaussians, the head aligned on draws from them
 
-er, latent and features come with 1 % and with 10 % of the bytes of the training images; for the latter two the nearest mean of
+er, latent, slow and features come with 1 % and with 10 % of the bytes of the training images; of all but er the nearest mean of
 the rows that are remembered is told too. Reported are the final average accuracy and its part of joint's, bytes remembered
 beside the network, seconds of a run and of the features, and rows a second: new rows by the time of the steps, and features by
 the time that they took. Activations are computed once for all rows and seeds that share them.
@@ -63,22 +64,30 @@ def rows_of(config: ConfigDict, source: data.Source, cache: pathlib.Path, layer:
     """The settings by their row."""
     model = make_model(config.model.name, source.num_classes, options=config.model.options.to_dict())
     side = config.data.resize or source.image_shape[0]
-    sizes: dict[str | None, int] = {None: int(np.prod(source.image_shape))}
-    for one in (layer, "features"):
-        sizes[one] = row_bytes(split(model, one, (side, side, source.image_shape[2])).shape, "int8")
+    halves = {one: split(model, one, (side, side, source.image_shape[2])) for one in (layer, "features")}
 
-    def replay(layer: str | None, share: float) -> dict[str, Any]:
-        capacity = max(1, round(share * image_bytes(source) / sizes[layer]))
+    def replay(share: float, fields: Fields) -> Fields:
+        at = fields.get("latent.layer")
+        row = int(np.prod(source.image_shape)) if at is None else row_bytes(halves[at].shape, "int8")
+        capacity = max(1, round(share * image_bytes(source) / row))
         few = {"buffer.capacity": capacity, "buffer.representatives": min(config.buffer.representatives, capacity)}
-        return {"strategy": "er", **few} | ({} if layer is None else on(layer))
+        return {"strategy": "er", **few, **fields}
 
     def on(layer: str) -> dict[str, Any]:
         return {"latent.layer": layer, "latent.dtype": "int8", "latent.cache": str(cache), "eval.metrics": ("nmc",)}
 
+    slow = dict.fromkeys(halves[layer].below, 0.01)
+    replays: dict[str, Fields] = {
+        "er": {},
+        "latent": on(layer),
+        "slow": on(layer) | {"latent.cache": None, "latent.below": "slow", "optimizer.scales": slow},
+        "features": on("features"),
+    }
+
     exact = {**on("features"), "latent.dtype": "float32", "eval.metrics": (), "epochs": 1}
     rows: dict[str, Fields] = {BOUND: {"strategy": "joint"}}
-    for name, layer_of in (("er", None), ("latent", layer), ("features", "features")):
-        rows |= {f"{name} {100 * share:g} %": replay(layer_of, share) for share in SHARES}
+    for name, fields in replays.items():
+        rows |= {f"{name} {100 * share:g} %": replay(share, fields) for share in SHARES}
     # Full covariances of many classes are many numbers: D * D a class.
     covariance = "full" if source.num_classes <= 10 else "diagonal"
     return rows | {

@@ -342,6 +342,7 @@ class Local:
     no_rows: Callable[[], Any]
     expected: Callable[[Shard], jax.Array]
     update_weights: Any = None
+    drop_classes: Any = None
     turn: Any = None
     receive: Any = None
 

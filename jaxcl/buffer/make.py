@@ -224,7 +224,11 @@ def make_buffer(
         counts_classes=count_classes,
     )
     devices = jax.devices()[:1] if mesh is None else mesh.local_devices
-    local = dataclasses.replace(device_tier.bind(sizes), update_weights=functools.partial(update_weights, sizes))
+    local = dataclasses.replace(
+        device_tier.bind(sizes),
+        update_weights=functools.partial(update_weights, sizes),
+        drop_classes=functools.partial(remove.drop_classes, sizes),
+    )
     beside = LABEL_AND_ID + WEIGHT * sizes.weighted
     store, on_device = None, _bytes(sizes.stored) + beside
     if tier == "host":

@@ -21,6 +21,7 @@ from jaxcl.buffer.held import Memory, decoded, pieces, rows_at_once
 from jaxcl.buffer.host.messages import Asked, Pending
 from jaxcl.buffer.policy.base import INT32_MAX
 from jaxcl.buffer.shard import Drawn, Rows, Shard
+from jaxcl.check import refused
 from jaxcl.errors import UserError
 from jaxcl.types import PyTree
 
@@ -109,6 +110,43 @@ def erase(sizes: Sizes, state: Shard, ids: jax.Array) -> Shard:
         slot_of=None if slot_of is None else slot_of.at[jnp.where(ids < 0, INT32_MAX, ids)].set(0, mode="drop"),
         weights=tree,
         class_rows=None if state.class_rows is None else class_rows.without(state, gone),
+    )
+
+
+def drop_classes(sizes: Sizes, state: Shard, gone: jax.Array) -> Shard:
+    """This device's shard without the rows of the classes `gone`, bool `[K]`, whose places are free for other classes. What is
+    left keeps its order, as the policy knows it. O(capacity), once.
+
+    Raises:
+      UserError: the policy cannot give up a class.
+    """
+    without = sizes.policy.without
+    if without is None:
+        raise refused("buffer.policy", "this one", "herding, which can give up classes")
+    slots = len(state.id)
+    source, meta = without(state.meta, gone, ~gone[state.label])
+    there, place = source < slots, jnp.arange(slots, dtype=jnp.int32)
+
+    def moved(leaf: jax.Array) -> jax.Array:
+        return leaf.at[source].get(mode="fill", fill_value=0)
+
+    ident = jnp.where(there, moved(state.id), -1)
+    slot_of, tree = state.slot_of, state.weights
+    if slot_of is not None:
+        known = jnp.where(ident < 0, INT32_MAX, ident)
+        slot_of = jnp.zeros_like(slot_of).at[known].set(place, mode="drop")
+    if tree is not None:
+        none = dataclasses.replace(weights.empty(slots), greatest=tree.greatest)
+        tree = weights.put(none, jnp.where(there, place, slots + place), moved(tree.levels[0]))
+    return dataclasses.replace(
+        state,
+        record=jax.tree.map(moved, state.record),
+        label=moved(state.label),
+        id=ident,
+        meta=meta,
+        slot_of=slot_of,
+        weights=tree,
+        class_rows=None if state.class_rows is None else jnp.where(gone, 0, state.class_rows),
     )
 
 

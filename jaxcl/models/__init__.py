@@ -29,6 +29,8 @@ import numpy as np
 from jaxcl.check import check, one_of, refused
 from jaxcl.mesh import Axis
 from jaxcl.models import _batchformer
+from jaxcl.models._dense import dense_inputs, dense_layers
+from jaxcl.models._join import joining
 from jaxcl.models._norms import NORMS, Normalisation, RowFacts, make_norm
 from jaxcl.models._norms.base import PENALTIES, Mask, valid_of
 from jaxcl.models._options import SIZE, WHOLE, bind
@@ -49,6 +51,9 @@ __all__ = [
     "Normalisation",
     "RowFacts",
     "Towers",
+    "dense_inputs",
+    "dense_layers",
+    "joining",
     "make_model",
     "make_norm",
     "make_towers",
@@ -69,14 +74,14 @@ class Init(Protocol):
 
 class Apply(Protocol):
     def __call__(
-        self, params: PyTree, batch_stats: PyTree, images: jax.Array, *, train: bool, mask: Mask = None
+        self, params: PyTree, batch_stats: PyTree, images: Any, *, train: bool, mask: Mask = None
     ) -> tuple[dict[str, jax.Array], PyTree]:
         """Forward pass; with `train` inside shard_map, where the norm sums over the devices.
 
         Args:
           params: as `Init` gives them.
           batch_stats: running statistics of the norm layers, {} without any.
-          images: `[B, H, W, C]` floats.
+          images: `[B, H, W, C]` floats; of a model of `joining` `jaxcl.latent.Rows`.
           train: static; normalise by the statistics of the batch and update the running ones.
           mask: `[B]` bool, False for invalid rows: their content, NaN included, touches no other row, no statistic and no
             gradient of a loss that gives them weight 0. None where all are valid. `RowFacts` where the model `reads` them.

@@ -50,21 +50,7 @@ def split(model: Any, layer: str, image_shape: tuple[int, int, int]) -> Halves:
         raise refused("model.options.remat", True, f"False with latent.layer = {layer}")
 
     def lower(params: PyTree, batch_stats: PyTree, images: jax.Array) -> jax.Array:
-        passed: list[Any] = []
-
-        def listen(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-            out = call(*args, **kwargs)
-            if _is_at(context, layer):
-                passed.append(out)
-            return out
-
-        with nn.intercept_methods(listen):
-            outputs, _ = model.apply(params, batch_stats, images, train=False)
-        if layer == FEATURES and FEATURES in outputs:
-            return outputs[FEATURES]
-        if len(passed) != 1 or not isinstance(passed[0], jax.Array) or passed[0].shape[:1] != images.shape[:1]:
-            raise UserError(f"latent.layer: {layer!r} does not give one array of all images; choose another part")
-        return passed[0]
+        return heard(model, layer, params, batch_stats, images, train=False)[0]
 
     variables = jax.eval_shape(lambda key: model.init(key, image_shape), jax.random.key(0))
     params, stats = variables["params"], variables["batch_stats"]
@@ -101,6 +87,31 @@ def split(model: Any, layer: str, image_shape: tuple[int, int, int]) -> Halves:
     below: tuple[str, ...] = ()
     below = _unused(apply, params, stats, one)
     return Halves(lower, model._replace(apply=apply), below, one.shape[1:])
+
+
+def heard(
+    model: Any, layer: str, params: PyTree, batch_stats: PyTree, images: jax.Array, *, train: bool, mask: Mask = None
+) -> tuple[jax.Array, dict[str, jax.Array], PyTree]:
+    """What the layer gives, and what the whole network does.
+
+    Raises:
+      UserError: it gives no array with a row for each image.
+    """
+    passed: list[Any] = []
+
+    def listen(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        out = call(*args, **kwargs)
+        if _is_at(context, layer):
+            passed.append(out)
+        return out
+
+    with nn.intercept_methods(listen):
+        outputs, updates = model.apply(params, batch_stats, images, train=train, mask=mask)
+    if layer == FEATURES and FEATURES in outputs:
+        return outputs[FEATURES], outputs, updates
+    if len(passed) != 1 or not isinstance(passed[0], jax.Array) or passed[0].shape[:1] != images.shape[:1]:
+        raise UserError(f"latent.layer: {layer!r} does not give one array of all images; choose another part")
+    return passed[0], outputs, updates
 
 
 def _is_at(context: nn.module.InterceptorContext, layer: str) -> bool:

@@ -8,7 +8,7 @@ the shares (and their gradients) up. `mean`, `pooled_mean` and `whole` make shar
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,8 @@ class Part:
     """Rows of one origin: the new rows of a batch, or those of one draw from the buffer. b of them on this device.
 
     Attributes:
-      image: float32 `[b, H, W, C]`, augmented and normalised.
+      image: float32 `[b, H, W, C]`, augmented and normalised; or where the memory holds activations and new rows are images
+        (`latent.below = slow`) a `Latent` for rows of the memory.
       label: int32 `[b]`.
       valid: bool `[b]`; a row that is not valid holds anything and weighs nothing.
       id: int32 `[b]`, each row's number in the data set, by which a row is known again; of invalid rows anything.
@@ -48,7 +49,7 @@ class Part:
         constant, see `jaxcl.training.prior`; None likewise.
     """
 
-    image: jax.Array
+    image: Any
     label: jax.Array
     valid: jax.Array
     id: jax.Array
@@ -82,6 +83,7 @@ class Context:
       key: for what the strategy draws in this step, the same on every device; None but in a step.
       tuning: whether the step is one of the fine-tuning on the memory alone that `config.finetune` asks for.
       vdot: the inner product of two trees like the `params` and gradients of `Gradients`, of which a device may have parts.
+      inputs: `(params, batch_stats, images) -> {layer: float [b, D]}`: what enters each dense layer, as in evaluation.
     """
 
     predict: Callable[[PyTree, PyTree, jax.Array], Outputs]
@@ -92,6 +94,7 @@ class Context:
     key: jax.Array | None = None
     tuning: bool = False
     vdot: Callable[[PyTree, PyTree], jax.Array] = optax.tree.vdot
+    inputs: Callable[[PyTree, PyTree, jax.Array], Outputs] | None = None
 
     @property
     def present(self) -> jax.Array:
@@ -225,6 +228,11 @@ def task_rows(scenario: Scenario, task: int) -> np.ndarray:
     return scenario.tasks[task].train
 
 
+def recent_classes(classes: np.ndarray, recent: int) -> np.ndarray:
+    """bool `[T, K]`: of the classes of each task `[T, K]` those of a task and of the `recent` - 1 before it."""
+    return np.stack([classes[max(0, end - recent) : end].any(0) for end in range(1, len(classes) + 1)])
+
+
 def image_only(image: jax.Array, outputs: Outputs) -> PyTree:
     """The image as it arrived; label and id are stored beside every record."""
     del outputs
@@ -240,6 +248,7 @@ class Strategy(NamedTuple):
       draws: independent draws from the rehearsal buffer a step replays; 0 for strategies without a buffer.
       selection: how the memory chooses, at a task's end, among all rows of the task, one of `SELECTIONS` unless the config
         says another; `buffer.policy` is then "herding". "": rows enter as they arrive, unless the config chooses.
+      recent: of a memory filled at a task's end: the latest tasks whose classes it keeps. 0: those of all tasks.
       features: `(outputs, context) -> float32 [b, D]`, by which rows are chosen.
       record: `(image uint8 [b, H, W, C], outputs) -> pytree`, what the buffer stores of new rows, leaves `[b, ...]`,
         "image" among them. `outputs` are the model's in this step if it `stores_outputs`, else {}.
@@ -256,6 +265,8 @@ class Strategy(NamedTuple):
       by_parts: whether `gradients` is right where a device has parts of `params`, and of what `descend` finds, alone, as it has
         with `mesh.fsdp`: it does with them what is done to each number by itself, gives them to `context.predict`, and
         multiplies trees by `context.vdot`. All else that a strategy is given is whole.
+      begin: `(params) -> params`, what it makes of new or loaded weights before anything is trained. None: it takes them as
+        they are.
       init: `(params, batch_stats) -> state`, the strategy's own state at the start of a run.
       visit: `(params, batch_stats, part, context) -> pytree`: what a pass over rows at the end of a task gathers from a
         batch on this device, the sum over its valid rows. `part.outputs` is empty, its images are not augmented.
@@ -273,12 +284,15 @@ class Strategy(NamedTuple):
       rehearse: passes over the buffer which, at the end of a task, train newly initialised weights on it alone; the task
         itself then only fills the buffer. 0 for all that learn as they go.
       check: `(config)`, raises a UserError where the strategy's options do not go with the config of the run. None: all do.
+      fit: `(layers) -> Strategy`, itself for a network whose trained parts are these dense layers, see
+        `jaxcl.models.dense_layers`; raises a UserError where they are not what it needs. None: it need not know.
     """
 
     rows: Callable[[Scenario, int], np.ndarray] = task_rows
     fresh: bool = False
     draws: int = 0
     selection: str = ""
+    recent: int = 0
     features: Callable[[Outputs, Context], jax.Array] = lambda outputs, context: outputs["features"]
     record: Callable[[jax.Array, Outputs], PyTree] = image_only
     stores_outputs: bool = False
@@ -289,6 +303,7 @@ class Strategy(NamedTuple):
     head: bool = False
     gradients: Gradients = one_pass
     by_parts: bool = False
+    begin: Callable[[PyTree], PyTree] | None = None
     init: Callable[[PyTree, PyTree], PyTree] = lambda params, batch_stats: {}
     visit: Callable[[PyTree, PyTree, Part, Context], PyTree] | None = None
     visits: str = "task"
@@ -300,6 +315,7 @@ class Strategy(NamedTuple):
     learns: str = "all"
     rehearse: int = 0
     check: Callable[[ConfigDict], None] | None = None
+    fit: Any = None
 
     @property
     def classifies(self) -> bool:

@@ -81,6 +81,10 @@ def dytox(divergence: float = 0.1, temperature: float = 1.0, mixup: float = 0.0,
         return jnp.where(state["seen"], outputs["logits"], -1e30)
 
     def fits(config: ConfigDict) -> None:
+        if mixup and config.latent.below == "slow":
+            raise refused(
+                "strategies.dytox.mixup", mixup, "0 with latent.below = slow, which has no images of all rows"
+            )
         if mixup and config.data.loss_classes == "task":
             raise refused(
                 "strategies.dytox.mixup", mixup, "0 with data.loss_classes = task, which mixes labels of two tasks"

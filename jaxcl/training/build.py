@@ -31,7 +31,7 @@ from jaxcl.training.large_batch import epochs_of, longer, optimizer_of
 from jaxcl.training.layout import layout_of, mesh_of, squares_of
 from jaxcl.training.learn import Bound
 from jaxcl.training.many import ManySteps, choose_many_steps
-from jaxcl.training.network import Network, make_network
+from jaxcl.training.network import Network, fitted, make_network
 from jaxcl.training.objective import check_apart, check_objective, stored_row
 from jaxcl.training.sizes import check_sizes, check_steps, check_tasks
 from jaxcl.training.state import TrainState, initial_state, make_strategy_state, make_weights
@@ -134,12 +134,13 @@ def build(
     if network.model.fits is not None:
         network.model.fits(config.batch_size)
     train, test = network.train, network.test
+    strategy = fitted(strategy, network)
     check_objective(config, strategy, network, train)
     check_apart(config, mesh, network)
     layout = layout_of(config, mesh, network.model, strategy, network.image_shape)
     optimizer = make_optimizer(config.optimizer, squares=squares_of(layout))
     loaded = None if network.loaded is None else network.loaded.tensors
-    new_weights = make_weights(mesh, network.model, optimizer, network.image_shape, loaded, layout)
+    new_weights = make_weights(mesh, network.model, optimizer, network.image_shape, loaded, layout, strategy.begin)
     row = stored_row(network, strategy, train) if strategy.draws else None
     capacity = capacity_of(config.buffer, scenario)
     averaged = config.optimizer.average > 0
@@ -174,9 +175,10 @@ def build(
         noise=config.optimizer.noise_scale,
         task_of_row=scenario.task_of_train_row if network.model.reads else None,
         layout=layout,
+        codec=network.codec,
         microbatches=config.microbatches,
         numbers=config_numbers(config),
-        rebind=functools.partial(with_numbers, config),
+        rebind=functools.partial(with_numbers, config, network),
     )
     store_exemplars = None
     if buffer is not None and strategy.selection:
@@ -273,14 +275,16 @@ def schedule_of(
     return schedule if times == 1 else lambda epoch: schedule(epoch / times)
 
 
-def with_numbers(config: ConfigDict, bound: Bound, numbers: Numbers) -> Bound:
+def with_numbers(config: ConfigDict, network: Network, bound: Bound, numbers: Numbers) -> Bound:
     """The same with these numbers, traced or not, in place of those of the config."""
 
     def group(name: str) -> dict[str, Any]:
         return {field.removeprefix(name): x for field, x in numbers.items() if field.startswith(name)}
 
     optimizer, given = config.optimizer, config.strategies.get(short(config.strategy), {})
-    strategy = make_strategy(config.strategy, {**given, **group("strategy.")})
+    strategy = bound.strategy
+    if group("strategy."):
+        strategy = fitted(make_strategy(config.strategy, {**given, **group("strategy.")}), network)
     schedule = schedule_of(config, strategy, group("optimizer."))
     return dataclasses.replace(
         bound,

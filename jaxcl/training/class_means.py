@@ -34,7 +34,7 @@ def make_class_means(bound: Bound, *, seeds: bool = False) -> Callable[[Weights,
 
 def of_shards(bound: Bound, weights: Weights, shard: Shard) -> Means:
     """The means over all devices, on this device's shard."""
-    visiting = dataclasses.replace(bound, strategy=bound.strategy._replace(visit=visit))
+    visiting = dataclasses.replace(bound, strategy=bound.strategy._replace(visit=visit, visits="buffer"))
     one = {name: x[:1] for name, x in stored_rows(shard).items()} | {"valid": jnp.zeros(1, bool)}
     sums = jax.eval_shape(functools.partial(visit_rows, visiting), weights, one)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)

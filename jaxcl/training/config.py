@@ -233,7 +233,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
         _check_replay(config, strategy, shards)
     _check_loss(config, strategy)
     _check_evaluation(config, strategy)
-    check_latent(config)
+    check_latent(config, strategy)
     check_evenly(config, sizes, shards)
     check_parts(config, strategy, shards)
     if strategy.check is not None:

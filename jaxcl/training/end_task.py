@@ -75,7 +75,8 @@ def visit_rows(bound: Bound, weights: Weights, rows: Batch) -> PyTree:
     params, batch_stats, own, task = weights
     context = bound.context(own, task)
     allowed = allowed_classes(bound, rows["label"], context)
-    part = Part(bound.normalize(rows["image"]), rows["label"], rows["valid"], rows["id"], allowed=allowed)
+    read = bound.recalled if bound.strategy.visits == "buffer" else bound.normalize
+    part = Part(read(rows["image"]), rows["label"], rows["valid"], rows["id"], allowed=allowed)
     return bound.strategy.visit(bound.whole(params), batch_stats, part, context)
 
 

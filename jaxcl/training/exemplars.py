@@ -24,11 +24,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxcl import mesh as mesh_lib
-from jaxcl.buffer import Rows, Shard
+from jaxcl.buffer import Rows, Shard, Staged
 from jaxcl.buffer.selection import UNRANKED, rank_rows
 from jaxcl.data import Source
 from jaxcl.errors import UserError
 from jaxcl.mesh import AXIS, ROWS, WHOLE, on_mesh
+from jaxcl.strategies.base import recent_classes
 from jaxcl.training.learn import Bound
 from jaxcl.training.state import TrainState, Weights, weights_specs
 from jaxcl.types import Batch
@@ -100,12 +101,14 @@ def make_store_exemplars(
     """
     mesh, apart = bound.mesh, selection.random_keys == "per_shard"
     choices = mesh_lib.row_shards(mesh) if selection.memory == "independent" else selection.ways
-    seen = np.logical_or.accumulate(bound.classes).sum(axis=1)
-    quotas = [selection.wanted(int(n), bound.classes.shape[1]) for n in seen]  # of each task
+    seen = np.logical_or.accumulate(bound.classes)
+    kept = recent_classes(bound.classes, bound.strategy.recent or len(bound.classes))  # of which the memory holds rows
+    quotas = [selection.wanted(int(n), bound.classes.shape[1]) for n in kept.sum(axis=1)]  # of each task
     laid = weights_specs(bound.layout)
     describe_rows = on_mesh(mesh, functools.partial(describe, bound, selection), (laid, WHOLE, ROWS), ROWS)
     rank_all = on_mesh(mesh, functools.partial(rank, bound, selection), (WHOLE, WHOLE, ROWS), ROWS)
     insert_rows = on_mesh(mesh, functools.partial(insert, bound), (laid, ROWS, ROWS), ROWS, donate=1)
+    drop_rows = on_mesh(mesh, functools.partial(drop, bound), (ROWS, ROWS, WHOLE), (ROWS, ROWS), donate=(0, 1))
 
     def choose(weights: Weights, task: int, key: jax.Array, batches: Batches) -> Chosen:
         """The rows of one choice."""
@@ -117,8 +120,10 @@ def make_store_exemplars(
         return {name: x[found["rank"] != UNRANKED] for name, x in found.items()}
 
     def store(state: TrainState, task: int, key: jax.Array, batches: Batches) -> TrainState:
-        shard, weights = state.buffer, state.weights
+        shard, staged, weights = state.buffer, state.staged, state.weights
         assert shard is not None
+        if (gone := seen[task] & ~kept[task]).any():
+            shard, staged = drop_rows(shard, staged, mesh_lib.replicate(mesh, gone))
         keys = [jax.random.fold_in(key, choice) for choice in range(choices)] if apart else [key] * choices
         if apart and selection.by_chance:
             chosen = [choose(weights, task, one, batches) for one in keys]
@@ -127,7 +132,7 @@ def make_store_exemplars(
         lists = rows_of_devices(bound, selection.memory, chosen, shard)
         for batch in deal(source, lists, batch_size):
             shard = insert_rows(weights, shard, mesh_lib.shard_rows(mesh, batch))
-        return dataclasses.replace(state, buffer=shard)
+        return dataclasses.replace(state, buffer=shard, staged=staged)
 
     return store
 
@@ -156,6 +161,13 @@ def rank(bound: Bound, selection: Selection, quota: jax.Array, key: jax.Array, p
     options: Any = {"num_classes": bound.classes.shape[1], "quota": quota, "axis": AXIS}
     found = rank_rows(selection.by, jax.random.wrap_key_data(key), *described, **options)
     return {"rank": found, "label": rows["label"], "id": rows["id"]}
+
+
+def drop(bound: Bound, shard: Shard, staged: Staged, gone: jax.Array) -> tuple[Shard, Staged]:
+    """The memory, and the draws that wait, without the rows of the classes `gone`, bool `[K]`."""
+    assert bound.buffer is not None
+    staged = tuple(dataclasses.replace(one, valid=one.valid & ~gone[one.label]) for one in staged)
+    return bound.buffer.local.drop_classes(shard, gone), staged
 
 
 def insert(bound: Bound, weights: Weights, shard: Shard, batch: Batch) -> Shard:

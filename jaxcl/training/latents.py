@@ -5,6 +5,9 @@ the weights of `model.init_from`. Its activations are computed once, for all row
 from then on: they are handed over, stored in the buffer, drawn and exchanged as the bytes that they are (`jaxcl.latent`), and
 every strategy, policy and tier works on them as on images. The network that is trained is what lies above the layer.
 
+With `latent.below = slow` all of it is trained, what lies below from new rows alone, at rates of its own. Rows are images, and
+the memory holds the activations of a row as the step that trained on it made them. They age as the network goes on.
+
 Augmentation belongs below the layer, so a row has `latent.views` augmented views beside the plain one, of which each time one
 is drawn; evaluation, and passes at a task's end, see the plain one. A folder `latent.cache` keeps the bytes for other runs: a
 file for each set of rows, named by a digest of all that they depend on.
@@ -33,6 +36,8 @@ from jaxcl.data.augment import Augment, Normalize
 from jaxcl.errors import StorageError, UserError
 from jaxcl.mesh import ROWS, WHOLE, on_mesh
 from jaxcl.models import Halves, Model
+from jaxcl.strategies import Strategy
+from jaxcl.strategies.base import Outputs
 from jaxcl.types import PyTree
 
 _log = logging.getLogger("jaxcl")
@@ -56,6 +61,10 @@ class Codec:
     def row_shape(self) -> tuple[int, int, int]:
         return 1 + self.views, 1, latent.row_bytes(self.shape, self.dtype)
 
+    def stored(self, activations: jax.Array) -> jax.Array:
+        """Activations `[n, *shape]` -> uint8 `[n, 1, 1, bytes]`."""
+        return latent.encode(activations, self.dtype)[:, None, None]
+
     def plain(self, rows: jax.Array) -> jax.Array:
         """uint8 `[n, views, 1, bytes]` -> float32 `[n, *shape]` of the plain view."""
         return latent.decode(rows[:, 0, 0], self.shape, self.dtype)
@@ -73,8 +82,8 @@ class Codec:
         return latent.decode(latent.encode(activations, self.dtype), self.shape, self.dtype)
 
 
-def check_latent(config: ConfigDict) -> None:
-    """Whether the fields go together.
+def check_latent(config: ConfigDict, strategy: Strategy) -> None:
+    """Whether the fields go together, and with the strategy.
 
     Raises:
       UserError: they do not.
@@ -84,6 +93,11 @@ def check_latent(config: ConfigDict) -> None:
         for name in ("views", "cache"):
             if one[name]:
                 raise refused(f"latent.{name}", one[name], "none of it without latent.layer")
+        if one.below != "frozen":
+            raise refused("latent.below", one.below, "frozen without latent.layer")
+        return
+    if one.below == "slow":
+        check_slow(config, strategy)
         return
     if config.model.init_from is None:
         raise UserError("model.init_from: None is not allowed with latent.layer, give weights for what lies below it")
@@ -92,6 +106,38 @@ def check_latent(config: ConfigDict) -> None:
         raise refused("latent.views", one.views, allowed)
     if config.data.workers:
         raise refused("data.workers", config.data.workers, "0 with latent.layer, whose rows are in memory")
+
+
+def check_slow(config: ConfigDict, strategy: Strategy) -> None:
+    """The same where what lies below the layer learns.
+
+    Raises:
+      UserError: they do not go together.
+    """
+    one = config.latent
+    if not strategy.draws or strategy.rehearse:
+        raise refused("latent.below", "slow", f"frozen with {config.strategy}, which replays no rows beside new ones")
+    if strategy.fit is not None:
+        raise refused("latent.below", "slow", f"frozen with {config.strategy}, which has to know the layers that learn")
+    for name in ("views", "cache"):
+        if one[name]:
+            raise refused(f"latent.{name}", one[name], "none of it with latent.below = slow, where new rows are images")
+    if config.buffer.replay != "draw":
+        raise refused("buffer.replay", config.buffer.replay, "draw with latent.below = slow")
+    if config.finetune.epochs:
+        raise refused("finetune.epochs", config.finetune.epochs, "0 with latent.below = slow")
+    if config.microbatches > 1:
+        raise refused("microbatches", config.microbatches, "1 with latent.below = slow")
+
+
+def remembering(strategy: Strategy, codec: Codec) -> Strategy:
+    """The strategy, whose memory holds activations where it would hold images."""
+
+    def record(image: jax.Array, outputs: Outputs) -> PyTree:
+        del image
+        return strategy.record(codec.stored(outputs[latent.LATENT]), outputs)
+
+    return strategy._replace(record=record, stores_outputs=True)
 
 
 def whole_model(model: Model, halves: Halves, codec: Codec) -> Model:

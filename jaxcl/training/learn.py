@@ -11,18 +11,20 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxcl import losses
+from jaxcl import latent, losses
 from jaxcl.buffer import Buffer, Rows, Shard, Staged
 from jaxcl.buffer import threefry as random
 from jaxcl.data.augment import Augment, Normalize
+from jaxcl.latent import Latent, joined
 from jaxcl.mesh import AXIS
-from jaxcl.models import Model, RowFacts
+from jaxcl.models import Model, RowFacts, dense_inputs
 from jaxcl.partition import Layout
 from jaxcl.strategies import Context, Descent, Part, Strategy
 from jaxcl.strategies.base import Outputs
 from jaxcl.training import noise, prior
 from jaxcl.training.average import averaged
 from jaxcl.training.given import Numbers
+from jaxcl.training.latents import Codec
 from jaxcl.training.microbatches import in_microbatches
 from jaxcl.training.state import Clock, TrainState
 from jaxcl.types import Batch, PyTree
@@ -58,6 +60,8 @@ class Bound:
       task_of_row: int32 `[n]`, the task with which each row of the train source arrives; None where the model does not read
         `RowFacts`.
       layout: how weights lie on the mesh; None: whole on every device.
+      codec: of the activations that the memory holds where new rows are images, see `jaxcl.training.latents`; None: it holds
+        rows like the new ones.
       microbatches: in how many parts, one after the other, a device takes its rows through the model.
       numbers: of the config, which programs are given as arguments, see `Given`.
       rebind: `(bound, numbers) -> bound`: the same with these numbers, which may be traced.
@@ -85,13 +89,22 @@ class Bound:
     noise: bool = False
     task_of_row: np.ndarray | None = None
     layout: Layout | None = None
+    codec: Codec | None = None
     microbatches: int = 1
     numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
     rebind: Callable[["Bound", Numbers], "Bound"] = lambda bound, numbers: bound
 
+    def recalled(self, image: jax.Array) -> jax.Array | Latent:
+        """Rows as the memory holds them, uint8, as the model reads them where nothing is augmented."""
+        return self.normalize(image) if self.codec is None else Latent(self.codec.plain(image))
+
     def predict(self, params: PyTree, batch_stats: PyTree, images: jax.Array) -> Outputs:
         """The model's outputs as in evaluation, by running statistics."""
         return self.model.apply(self.whole(params), batch_stats, images, train=False)[0]
+
+    def inputs(self, params: PyTree, batch_stats: PyTree, images: jax.Array) -> Outputs:
+        """What enters each dense layer, likewise."""
+        return dense_inputs(self.model, self.whole(params), batch_stats, images)
 
     def whole(self, params: PyTree) -> PyTree:
         """The parameters, of which this device may have parts."""
@@ -106,7 +119,8 @@ class Bound:
     ) -> Context:
         """What the strategy's functions are told beside the rows."""
         rate = jnp.asarray(learning_rate, jnp.float32)
-        context = Context(self.predict, self.whole_state(state), task, self.classes, rate, key, self.tuning)
+        own = self.whole_state(state)
+        context = Context(self.predict, own, task, self.classes, rate, key, self.tuning, inputs=self.inputs)
         return context if self.layout is None else dataclasses.replace(context, vdot=self.layout.vdot)
 
 
@@ -207,8 +221,14 @@ def allowed_classes(bound: Bound, label: jax.Array, context: Context) -> jax.Arr
 
 
 def augmented(bound: Bound, key: jax.Array, parts: Sequence[Part]) -> tuple[Part, ...]:
-    """All parts' images, concatenated and augmented together."""
+    """All parts' images as the model reads them, concatenated and augmented together."""
     sizes = [len(part.label) for part in parts]
+    if bound.codec is not None:  # rows of the memory enter above all augmentation
+        new, *drawn = parts
+        image = bound.augment(key, positions(sizes[:1]), new.image)
+        return dataclasses.replace(new, image=image), *(
+            dataclasses.replace(part, image=bound.recalled(part.image)) for part in drawn
+        )
     images = bound.augment(key, positions(sizes), jnp.concatenate([part.image for part in parts]))
     split = jnp.split(images, np.cumsum(sizes)[:-1])
     return tuple(dataclasses.replace(part, image=image) for part, image in zip(parts, split, strict=True))
@@ -224,7 +244,7 @@ def positions(sizes: Sequence[int]) -> jax.Array:
 
 def descend(bound: Bound, context: Context, params: PyTree, batch_stats: PyTree, parts: tuple[Part, ...]) -> Descent:
     """A forward and a backward pass over the rows of all devices."""
-    images, valid = (jnp.concatenate(x) for x in ([p.image for p in parts], [p.valid for p in parts]))
+    images, valid = joined([part.image for part in parts]), jnp.concatenate([part.valid for part in parts])
     mask = row_facts(bound, parts, context) if bound.model.reads else valid
     parts = prior.with_priors(parts, pooled=bound.strategy.weights is None)
     borders = np.cumsum([len(part.label) for part in parts])[:-1]
@@ -233,7 +253,7 @@ def descend(bound: Bound, context: Context, params: PyTree, batch_stats: PyTree,
     still = {name: x for name, x in params.items() if name in bound.frozen}
     trained = {name: x for name, x in params.items() if name not in bound.frozen}
 
-    def forward(trained: PyTree, images: jax.Array, mask: jax.Array | RowFacts) -> tuple[Outputs, PyTree]:
+    def forward(trained: PyTree, images: latent.Rows, mask: jax.Array | RowFacts) -> tuple[Outputs, PyTree]:
         return bound.model.apply(bound.whole(still | trained), batch_stats, images, train=True, mask=mask)
 
     def judge(trained: PyTree, outputs: Outputs) -> tuple[jax.Array, tuple]:
@@ -250,6 +270,7 @@ def descend(bound: Bound, context: Context, params: PyTree, batch_stats: PyTree,
         return share.value, (share.weight, done)
 
     if bound.microbatches > 1:
+        assert isinstance(images, jax.Array), "activations of some rows do not go with microbatches"
         value, (weight, done), grads = in_microbatches(
             bound.microbatches, by_layout(bound, forward), judge, trained, images, mask
         )

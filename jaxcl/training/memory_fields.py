@@ -8,6 +8,7 @@ from jaxcl.latent import DTYPES
 
 REPLAYS = ("draw", "append", "append_part")  # see jaxcl/training/batches.py
 ORDERS = ("shuffled", "sequential")
+BELOW = ("frozen", "slow")
 
 SELECTION = {
     "by": Field(
@@ -49,10 +50,15 @@ FINETUNE = {
 LATENT = {
     "layer": Field(
         None,
-        "the part of the model whose output stands for the images, or features, the input of its head; what lies below stays "
-        "as model.init_from has it. None: images",
+        "the part of the model whose output stands for the images, or features, the input of its head. None: images",
         NAME,
         str,
+    ),
+    "below": Field(
+        "frozen",
+        "what lies below it: frozen, as model.init_from has it, so that all rows are activations; slow: it learns from new "
+        "rows, which are images, by optimizer.scales, and the memory alone holds activations",
+        one_of(BELOW),
     ),
     "dtype": Field("float16", "in which activations are stored; int8: with a scale a row", one_of(DTYPES)),
     "views": Field(0, "augmented views of a row beside the plain one, of which each time one is drawn", between(0, 64)),

@@ -18,9 +18,20 @@ from jaxcl.data.augment import Augment, Normalize
 from jaxcl.errors import UserError
 from jaxcl.memory import free_memory
 from jaxcl.mesh import AXIS
-from jaxcl.models import Halves, Model, make_model, parts_named, scale_of_parts, split, with_still
+from jaxcl.models import (
+    Halves,
+    Model,
+    dense_layers,
+    joining,
+    make_model,
+    parts_named,
+    scale_of_parts,
+    split,
+    with_still,
+)
+from jaxcl.strategies import Strategy
 from jaxcl.training import init_from
-from jaxcl.training.latents import Activations, Below, Codec, digest_of, whole_model
+from jaxcl.training.latents import Activations, Below, Codec, digest_of, remembering, whole_model
 from jaxcl.training.sizes import check_memory
 from jaxcl.types import PyTree
 
@@ -38,6 +49,7 @@ class Network:
       scales: of the learning rate, by part; those that are not named have 1.
       loaded: the weights to begin with; None: random ones.
       activations: of train and test rows; () where the rows are images.
+      codec: of the activations that the memory holds where the rows are images, and the model reads both; None: of its rows.
       about: what result.json says of the network beside its name.
     """
 
@@ -51,6 +63,7 @@ class Network:
     scales: Mapping[str, float]
     loaded: init_from.Loaded | None
     activations: tuple[Activations, ...] = ()
+    codec: Codec | None = None
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def prepare(self) -> None:
@@ -61,9 +74,11 @@ class Network:
     def report(self) -> dict[str, Any]:
         """What result.json says of it."""
         found: dict[str, Any] = {} if self.loaded is None else {"init_from": self.loaded.report}
+        if self.about:
+            found["latent"] = dict(self.about)
         if self.activations:
             errors = {name: one.error for name, one in zip(("train", "test"), self.activations, strict=True)}
-            found["latent"] = {**self.about, "relative_error": errors}
+            found["latent"]["relative_error"] = errors
         return found
 
 
@@ -85,7 +100,9 @@ def make_network(config: ConfigDict, mesh: Mesh, train: data.Source, test: data.
     loaded = init_from.load(config, model, shape)
     network = Network(model, shape, train, test, augment, normalize, frozen, scales, loaded)
     if config.latent.layer is not None:
-        network = on_activations(config, mesh, network)
+        if train.targets:
+            raise UserError("latent.layer: not allowed where images are to be reconstructed, give None")
+        network = joined_at(config, network) if is_slow(config) else on_activations(config, mesh, network)
     return dataclasses.replace(network, model=with_still(network.model, network.frozen))
 
 
@@ -98,8 +115,6 @@ def on_activations(config: ConfigDict, mesh: Mesh, whole: Network) -> Network:
     halves, codec = halves_of(config, whole.model, whole.image_shape)
     assert whole.loaded is not None
     tensors, sources = whole.loaded.tensors, (whole.train, whole.test)
-    if whole.train.targets:
-        raise UserError("latent.layer: not allowed where images are to be reconstructed, give None")
     size = int(np.prod(codec.row_shape))
     check_memory({"latent.layer": (config.latent.layer, size * sum(map(len, sources)))}, free_memory())
     below = Below(
@@ -126,6 +141,29 @@ def on_activations(config: ConfigDict, mesh: Mesh, whole: Network) -> Network:
         activations=activations,
         about=about | {"bytes_per_row": size, "frozen": list(halves.below)},
     )
+
+
+def is_slow(config: ConfigDict) -> bool:
+    """Whether what lies below `latent.layer` learns; `config` may be of an earlier version."""
+    return config.latent.get("below", "frozen") == "slow"
+
+
+def joined_at(config: ConfigDict, whole: Network) -> Network:
+    """The network that new rows enter as images and rows of the memory at `latent.layer`.
+
+    Raises:
+      UserError: there is no such layer, or a part below it has no rate of its own.
+    """
+    model, halves = joining(whole.model, config.latent.layer, whole.image_shape)
+    learns = [name for name in halves.below if name not in whole.frozen]
+    if without := [name for name in learns if name not in whole.scales]:
+        raise UserError(
+            f"optimizer.scales: none for {', '.join(without)}, which latent.below = slow needs; give a number for each part"
+        )
+    codec = Codec(halves.shape, config.latent.dtype)
+    about = {"layer": config.latent.layer, "dtype": codec.dtype, "shape": list(codec.shape)}
+    about |= {"bytes_per_row": codec.row_shape[-1], "slow": {name: whole.scales[name] for name in learns}}
+    return dataclasses.replace(whole, model=model, codec=codec, about=about)
 
 
 def halves_of(config: ConfigDict, model: Model, image_shape: tuple[int, int, int]) -> tuple[Halves, Codec]:
@@ -157,9 +195,39 @@ def model_of(config: ConfigDict, num_classes: int, classes: np.ndarray) -> Model
 
 def evaluated_model(config: ConfigDict, model: Model, image_shape: tuple[int, int, int]) -> Model:
     """As `model_of`, of a run on activations with what storing them does to them."""
-    if config.get("latent", {}).get("layer") is None:
+    if config.get("latent", {}).get("layer") is None or is_slow(config):
         return model
     return whole_model(model, *halves_of(config, model, image_shape))
+
+
+def frozen_of(config: ConfigDict, model: Model, image_shape: tuple[int, int, int]) -> tuple[str, ...]:
+    """The parts of the model that no step changes."""
+    frozen = parts_named("freeze", config.freeze, parts_of(model, image_shape)) if config.get("freeze") else []
+    below: tuple[str, ...] = ()
+    if config.get("latent", {}).get("layer") is not None and not is_slow(config):
+        below = split(model, config.latent.layer, image_shape).below
+    return tuple(dict.fromkeys((*below, *frozen)))
+
+
+def fitted(strategy: Strategy, network: Network) -> Strategy:
+    """The strategy for this network, and for what the memory holds of its rows.
+
+    Raises:
+      UserError: the network is not what it needs.
+    """
+    if strategy.fit is not None:
+        row = jax.eval_shape(network.normalize, jax.ShapeDtypeStruct((1, *network.train.image_shape), np.uint8))
+        strategy = strategy.fit(dense_layers(network.model, network.image_shape, network.frozen, row.shape[1:]))
+    return strategy if network.codec is None else remembering(strategy, network.codec)
+
+
+def fitted_to(strategy: Strategy, config: ConfigDict, model: Model, image_shape: tuple[int, int, int]) -> Strategy:
+    """The same for the model from images of a run with this config."""
+    return (
+        strategy
+        if strategy.fit is None
+        else strategy.fit(dense_layers(model, image_shape, frozen_of(config, model, image_shape)))
+    )
 
 
 def parts_of(model: Model, image_shape: tuple[int, int, int]) -> Sequence[str]:

@@ -119,9 +119,10 @@ def make_weights(
     image_shape: tuple[int, int, int],
     loaded: Mapping[str, np.ndarray] | None = None,
     layout: Layout | None = None,
+    begin: Callable[[PyTree], PyTree] | None = None,
 ) -> Callable[[jax.Array], tuple[PyTree, PyTree, PyTree]]:
     """`new_weights(key) -> (params, batch_stats, opt_state)`: newly initialised but for those that were loaded, by their path,
-    "params.head.kernel"; the same on any mesh."""
+    "params.head.kernel"; the same on any mesh. `begin`: see `Strategy`."""
 
     def make(loaded: Mapping[str, jax.Array], key: jax.Array) -> tuple[PyTree, PyTree, PyTree]:
         variables = model.init(key, image_shape)
@@ -132,7 +133,8 @@ def make_weights(
             for name in groups:
                 group = group[name]
             group[leaf] = jnp.copy(x)  # the state is donated, what was loaded stays
-        return weights["params"], weights["batch_stats"], optimizer.init(weights["params"])
+        params = weights["params"] if begin is None else begin(weights["params"])
+        return params, weights["batch_stats"], optimizer.init(params)
 
     laid = WHOLE if layout is None else (layout.params, WHOLE, layout.opt_state)
     out = mesh_lib.shardings(mesh, laid)

@@ -24,7 +24,7 @@ from jaxcl.sealed import Damaged
 from jaxcl.strategies import Strategy
 from jaxcl.training import weights as weights_lib
 from jaxcl.training.build import strategy_of
-from jaxcl.training.network import evaluated_model, model_of
+from jaxcl.training.network import evaluated_model, fitted_to, model_of
 from jaxcl.training.state import Weights
 from jaxcl.types import PyTree
 
@@ -163,8 +163,9 @@ def load(folder: str | pathlib.Path, devices: Sequence[jax.Device] | None = None
     table = np.zeros((len(network["tasks"]), len(class_names)), bool)
     for task, classes in enumerate(network["tasks"]):
         table[task, classes] = True
-    model, strategy = model_of(config, len(class_names), table), strategy_of(config)
     read_shape = scaled_shape(image_shape, config.data.get("resize"))
+    model = model_of(config, len(class_names), table)
+    strategy = fitted_to(strategy_of(config), config, model, read_shape)
     weights = _filled(folder, _shapes(model, strategy, read_shape), flat)
     model = evaluated_model(config, model, read_shape)
     mesh = mesh_lib.make_mesh(devices)

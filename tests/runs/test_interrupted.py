@@ -34,7 +34,7 @@ def train(config, folder, devices=2, **options):
 
 
 # All state is one tree, saved whole: here one strategy of each kind of state and of what happens at a task's end.
-KINDS = "agem", "bic", "der_pp", "dytox", "er", "from_scratch", "gdumb", "icarl", "ranpac", "slca"
+KINDS = "agem", "bic", "der_pp", "dytox", "er", "from_scratch", "gdumb", "icarl", "ranpac", "sharp", "slca"
 
 
 def kinds(strategy):

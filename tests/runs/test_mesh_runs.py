@@ -62,6 +62,7 @@ def assert_close(one, other):
             marks=pytest.mark.slow,
         ),
         pytest.param({"strategy": "slca"}, marks=pytest.mark.exhaustive),
+        pytest.param({"strategy": "sharp", "microbatches": 2}, marks=pytest.mark.slow),
         pytest.param({"optimizer__name": "lamb", "freeze": ("Dense_0",), "microbatches": 2}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: changes.get("strategy", "er") + "-" + next(iter(changes)),

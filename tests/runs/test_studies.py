@@ -127,6 +127,12 @@ def test_every_row_of_the_latent_study_is_allowed():
         for fields in rows.values():
             check_config(grid.changed(config, fields), 1)
         assert rows["er 10 %"]["buffer.capacity"] == 50 and rows["latent 1 %"]["buffer.capacity"] == round(15360 / 772)
+        slow = rows["slow 10 %"]
+        assert (
+            slow["buffer.capacity"] == rows["latent 10 %"]["buffer.capacity"]
+            and slow["optimizer.scales"]["stem"] == 0.01
+        )
+        assert not {"block_15", "head"} & {*slow["optimizer.scales"]}
         assert rows["slca"]["strategies.slca.covariance"] == ("full" if classes == 10 else "diagonal")
 
 

@@ -328,7 +328,7 @@ def test_microbatches_give_the_gradients_of_the_whole_batch(mesh_of_shape, name)
     close(*found)
 
 
-NAMES = ["agem", "mir", "icarl", "bic", "der_pp", "er_ace"]
+NAMES = ["agem", "mir", "icarl", "bic", "der_pp", "er_ace", "sharp"]
 MORE = ["l2", "ewc", "lwf", "uer", "feature_distillation"]
 
 

@@ -62,6 +62,9 @@ def own_state(name: str, rig: Rig):
         return {**rig.strategy.init(params, batch_stats), "model": (params, batch_stats)}
     if name == "bic":
         return {"model": (params, batch_stats), "scale": SCALE, "shift": SHIFT}
+    if name == "sharp":  # of units of every age
+        state = rig.strategy.init(params, batch_stats)
+        return state | {"age": {layer: jnp.arange(len(x)) % 4 for layer, x in state["age"].items()}}
     return {}
 
 

@@ -87,6 +87,9 @@ class Policy(NamedTuple):
       classes: K if labels have to lie in [0, K): of other rows none is offered as valid. None if labels are not read.
       class_sizes: `(meta) -> int32 [K]`, rows of each class in this shard, for policies whose ranks run class by class; else
         None.
+      without: `(meta, gone, kept) -> (slot, meta)`: the memory without the classes `gone`, bool `[K]`, whose places are free;
+        `kept`, bool `[slots]`, are the slots whose labels are of other classes. The row of each new slot comes from `slot`,
+        int32 `[slots]`, from nowhere where that is out of range. None: it cannot give up a class.
       move: `(meta, label, old) -> Moves` from `old` shards to those of the budget, in NumPy on the host; `meta` and `label`
         are those of all old shards. None: its memory cannot move.
     """
@@ -98,6 +101,7 @@ class Policy(NamedTuple):
     slots: int
     classes: int | None = None
     class_sizes: Callable[[PyTree], jax.Array] | None = None
+    without: Callable[[PyTree, jax.Array, jax.Array], tuple[jax.Array, PyTree]] | None = None
     move: Callable[[Any, np.ndarray, int], Moves] | None = None
 
 

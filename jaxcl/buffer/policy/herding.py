@@ -37,7 +37,16 @@ def herding(budget: Budget) -> Policy:
       UserError: `num_classes` is missing.
     """
     check_classes(budget, "herding")
-    return bind(budget, classes=budget.classes, init=_init, choose=_choose, locate=rank_is_slot, size=_size, move=_move)
+    return bind(
+        budget,
+        classes=budget.classes,
+        init=_init,
+        choose=_choose,
+        locate=rank_is_slot,
+        size=_size,
+        without=_without,
+        move=_move,
+    )
 
 
 def _init(budget, shard):
@@ -103,6 +112,17 @@ def _take(budget, turn, rows, label, step, carry):
 
 def _size(budget, meta, shard):
     return jnp.sum(meta["stored"], dtype=jnp.int32)
+
+
+def _without(budget, meta, gone, kept):
+    previous, last, stored = (meta[name][0] for name in ("previous", "last", "stored"))
+    slots = jnp.arange(budget.slots, dtype=jnp.int32)
+    kept &= slots < jnp.sum(stored)
+    source, _ = compacted(kept)
+    place = jnp.cumsum(kept, dtype=jnp.int32) - 1  # of a row that stays
+    previous = place[previous.at[source].get(mode="clip")]
+    last, stored = jnp.where(gone, 0, place[last]), jnp.where(gone, 0, stored)
+    return source, {"previous": previous[None], "last": last[None], "stored": stored[None]}
 
 
 def _move(budget: Budget, meta: dict[str, np.ndarray], label: np.ndarray, old: int) -> Moves:
