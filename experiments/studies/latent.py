@@ -12,10 +12,11 @@
     features        replay of the features: the head alone is trained
     simplecil       a mean of the features a class (the nearest class mean, by cosines)
     ranpac          ridge regression on random features
+    sharp           two sparse hidden layers behind the features; the classes of the task before alone are remembered
     slca            a slow backbone, class Gaussians, the head aligned on draws from them
 
-er, latent, slow and features come with 1 % and with 10 % of the bytes of the training images; of all but er the nearest mean of
-the rows that are remembered is told too. Reported are the final average accuracy and its part of joint's, bytes remembered
+er, latent, slow, features and sharp come with 1 % and with 10 % of the bytes of the training images; of all but er the nearest
+mean of the rows that are remembered is told too. Reported are the final average accuracy, its part of joint's, bytes remembered
 beside the network, seconds of a run and of the features, and rows a second: new rows by the time of the steps, and features by
 the time that they took. Activations are computed once for all rows and seeds that share them.
 """
@@ -38,7 +39,7 @@ from jaxcl.models import make_model, split
 
 SHARES = (0.01, 0.1)
 LAYER = flags.DEFINE_string("layer", "block_14", "whose activations the row `latent` remembers")
-BOUND = "joint"
+BOUND, NECK = "joint", (1024, 512)
 
 
 def main() -> None:
@@ -82,6 +83,7 @@ def rows_of(config: ConfigDict, source: data.Source, cache: pathlib.Path, layer:
         "latent": on(layer),
         "slow": on(layer) | {"latent.cache": None, "latent.below": "slow", "optimizer.scales": slow},
         "features": on("features"),
+        "sharp": {"strategy": "sharp", "model.options": {"neck": NECK}} | on("features"),
     }
 
     exact = {**on("features"), "latent.dtype": "float32", "eval.metrics": (), "epochs": 1}

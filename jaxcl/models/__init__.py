@@ -34,7 +34,7 @@ from jaxcl.models._join import joining
 from jaxcl.models._norms import NORMS, Normalisation, RowFacts, make_norm
 from jaxcl.models._norms.base import PENALTIES, Mask, valid_of
 from jaxcl.models._options import SIZE, WHOLE, bind
-from jaxcl.models._parts import OWN_PARTS, parts_named, scale_of_parts, with_still
+from jaxcl.models._parts import is_own, parts_named, scale_of_parts, with_still
 from jaxcl.models._split import Halves, split
 from jaxcl.models._towers import Towers, make_towers
 from jaxcl.partition import Split
@@ -44,7 +44,6 @@ from jaxcl.types import PyTree
 __all__ = [
     "MODELS",
     "NORMS",
-    "OWN_PARTS",
     "PENALTIES",
     "Halves",
     "Model",
@@ -53,6 +52,7 @@ __all__ = [
     "Towers",
     "dense_inputs",
     "dense_layers",
+    "is_own",
     "joining",
     "make_model",
     "make_norm",

@@ -11,13 +11,17 @@ from jaxcl.errors import UserError
 from jaxcl.models._norms.base import NormLayer
 from jaxcl.types import PyTree
 
-HEAD, PROMPTS, BACKBONE = "head", "prompts", "backbone"
-# Of the classes and tasks of a run: no parts of its backbone, and a file of weights need not have them.
-OWN_PARTS = (HEAD, PROMPTS)
+HEAD, PROMPTS, NECK, BACKBONE = "head", "prompts", "neck_", "backbone"
+
+
+def is_own(part: str) -> bool:
+    """Whether a part belongs to the classes and tasks of a run: it is none of the backbone's, and a file of weights need not
+    have it. The head, prompts, and dense layers before the head that a pretrained network did not have ("neck_0")."""
+    return part in (HEAD, PROMPTS) or part.startswith(NECK)
 
 
 def parts_named(field: str, patterns: Sequence[str], parts: Collection[str]) -> list[str]:
-    """The parts that any of these names means: that of a part, `backbone` for all parts but the head and prompts, or a pattern
+    """The parts that any of these names means: that of a part, `backbone` for all but those that `is_own` says, or a pattern
     ("block_*").
 
     Raises:
@@ -26,7 +30,7 @@ def parts_named(field: str, patterns: Sequence[str], parts: Collection[str]) -> 
     found: list[str] = []
     for pattern in patterns:
         if pattern == BACKBONE and BACKBONE not in parts:
-            named = [part for part in parts if part not in OWN_PARTS]
+            named = [part for part in parts if not is_own(part)]
         else:
             named = fnmatch.filter(parts, pattern)
         if not named:

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jaxcl.check import near, refused
 from jaxcl.errors import UserError
 from jaxcl.models._norms.base import Mask, valid_of
-from jaxcl.models._parts import HEAD, PROMPTS
+from jaxcl.models._parts import HEAD, NECK, PROMPTS
 from jaxcl.types import PyTree
 
-FEATURES = "features"  # as a layer: the input of the head
+FEATURES = "features"  # as a layer: what the backbone gives, the input of the neck where there is one, else of the head
 
 
 class Halves(NamedTuple):
@@ -40,7 +40,7 @@ class Halves(NamedTuple):
 
 
 def split(model: Any, layer: str, image_shape: tuple[int, int, int]) -> Halves:
-    """The model cut behind the part `layer`, or in front of its head ("features").
+    """The model cut behind the part `layer`, or behind its backbone ("features").
 
     Raises:
       UserError: there is no such part, it gives no array with a row for each image, or the network has a way around it; its
@@ -58,6 +58,7 @@ def split(model: Any, layer: str, image_shape: tuple[int, int, int]) -> Halves:
         raise UserError(f"latent.layer: no such part; {near(layer, [*(x for x in params if x != HEAD), FEATURES])}")
     if PROMPTS in params:
         raise refused("latent.layer", layer, "None with model.options.prompts, which learn beside images")
+    entry = _entry(params)
     one = jax.eval_shape(lower, params, stats, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
 
     def apply(
@@ -74,7 +75,7 @@ def split(model: Any, layer: str, image_shape: tuple[int, int, int]) -> Halves:
             latent = jnp.where(valid_of(mask).reshape(-1, *[1] * len(one.shape[1:])), latent, 0)
 
         def replace(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-            if layer == FEATURES and _is_at(context, HEAD):
+            if layer == FEATURES and _is_at(context, entry):
                 return call(latent, *args[1:], **kwargs)
             return latent if _is_at(context, layer) else call(*args, **kwargs)
 
@@ -82,7 +83,7 @@ def split(model: Any, layer: str, image_shape: tuple[int, int, int]) -> Halves:
         with nn.intercept_methods(replace):
             outputs, updates = model.apply(params, batch_stats, nothing, train=train, mask=mask)
         kept = {name: x for name, x in batch_stats.items() if name in below}
-        return outputs | ({FEATURES: latent} if layer == FEATURES else {}), {**updates, **kept}
+        return outputs | ({FEATURES: latent} if layer == FEATURES and entry == HEAD else {}), {**updates, **kept}
 
     below: tuple[str, ...] = ()
     below = _unused(apply, params, stats, one)
@@ -98,20 +99,28 @@ def heard(
       UserError: it gives no array with a row for each image.
     """
     passed: list[Any] = []
+    entry = _entry(params)
 
     def listen(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         out = call(*args, **kwargs)
-        if _is_at(context, layer):
+        if layer == FEATURES and _is_at(context, entry):
+            passed.append(args[0])
+        elif _is_at(context, layer):
             passed.append(out)
         return out
 
     with nn.intercept_methods(listen):
         outputs, updates = model.apply(params, batch_stats, images, train=train, mask=mask)
-    if layer == FEATURES and FEATURES in outputs:
+    if layer == FEATURES and entry == HEAD and FEATURES in outputs:
         return outputs[FEATURES], outputs, updates
     if len(passed) != 1 or not isinstance(passed[0], jax.Array) or passed[0].shape[:1] != images.shape[:1]:
         raise UserError(f"latent.layer: {layer!r} does not give one array of all images; choose another part")
     return passed[0], outputs, updates
+
+
+def _entry(params: PyTree) -> str:
+    """The lowest part that is not of the backbone."""
+    return f"{NECK}0" if f"{NECK}0" in params else HEAD
 
 
 def _is_at(context: nn.module.InterceptorContext, layer: str) -> bool:

@@ -28,7 +28,9 @@ def efficientnet_lite0(module: str) -> str:
     norm = "Conv" not in layer
     if place in ("stem", "last"):
         return {"stem": ("_conv_stem", "_bn0"), "last": ("_conv_head", "_bn1")}[place][norm]
-    number, part = re.fullmatch(r"block_(\d+)\.(expand|depthwise|project)", place).groups()  # type: ignore[union-attr]
+    if not (found := re.fullmatch(r"block_(\d+)\.(expand|depthwise|project)", place)):
+        return module  # a neck, which the package's network has not
+    number, part = found.groups()
     inside = {"expand": "_bn0", "depthwise": "_bn1", "project": "_bn2"}[part] if norm else f"_{part}_conv"
     return f"_blocks.{number}.{inside}"
 

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from jaxcl.check import refused
 from jaxcl.errors import UserError
-from jaxcl.models import OWN_PARTS, Model
+from jaxcl.models import Model, is_own
 from jaxcl.pretrained import read as files
 from jaxcl.pretrained.names import NAMES, here, there
 from jaxcl.runs import checkpoint, workdir
@@ -132,7 +132,7 @@ def fitted(file: str, name: str, shapes: dict[str, tuple[int, ...]], found: file
       found: what the file holds.
 
     Raises:
-      UserError: a tensor that is not of `OWN_PARTS` is missing, of another shape, or not finite.
+      UserError: a tensor of the backbone is missing, of another shape, or not finite.
     """
     own = files.is_own(found)
     if not own and name not in NAMES:
@@ -152,7 +152,7 @@ def fitted(file: str, name: str, shapes: dict[str, tuple[int, ...]], found: file
             raise UserError(f"model.init_from: {file} has numbers in {called} that are not finite")
         tensors[path] = np.asarray(tensor, np.float32)
     for path, why in misfits.items():
-        if part_of(path) not in OWN_PARTS:
+        if not is_own(part_of(path)):
             raise UserError(f"model.init_from: {why}; are model.name and model.options those of the file?")
     other = {part_of(path) for path in misfits}  # these parts are loaded whole or not at all
     tensors = {path: x for path, x in tensors.items() if part_of(path) not in other}

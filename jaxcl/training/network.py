@@ -22,6 +22,7 @@ from jaxcl.models import (
     Halves,
     Model,
     dense_layers,
+    is_own,
     joining,
     make_model,
     parts_named,
@@ -115,6 +116,10 @@ def on_activations(config: ConfigDict, mesh: Mesh, whole: Network) -> Network:
     halves, codec = halves_of(config, whole.model, whole.image_shape)
     assert whole.loaded is not None
     tensors, sources = whole.loaded.tensors, (whole.train, whole.test)
+    if new := [part for part in halves.below if is_own(part)]:
+        raise UserError(
+            f"latent.layer: {new[0]}, below it, is not in the file of model.init_from; choose a layer further below"
+        )
     size = int(np.prod(codec.row_shape))
     check_memory({"latent.layer": (config.latent.layer, size * sum(map(len, sources)))}, free_memory())
     below = Below(

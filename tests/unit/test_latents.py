@@ -10,6 +10,7 @@ import pytest
 from jaxcl import latent
 from jaxcl.errors import UserError
 from jaxcl.models import make_model, split
+from jaxcl.runs import checkpoint
 from jaxcl.training import init_from
 from jaxcl.training.build import build
 from jaxcl.training.latents import Codec
@@ -280,3 +281,27 @@ def test_fields_that_do_not_go_together_cost_one_line(changes, words, tmp_path):
 def test_a_layer_that_is_none_costs_one_line(trained, tmp_path):
     with pytest.raises(UserError, match=r"^latent.layer: no such part; did you mean Dense_[01]\?"):
         build(init_from.bound(on_activations(trained, latent__layer="Dense_7")), jax.devices()[:1])
+
+
+def test_a_neck_is_new_behind_weights_from_a_file_and_no_layer_to_cut_at(tmp_path):
+    config = small(model__name="efficientnet_lite0", model__options={"neck": (6, 5)})
+    plain = make_model("efficientnet_lite0", 7)
+    variables = jax.eval_shape(lambda key: plain.init(key, (8, 8, 1)), jax.random.key(0))
+    flat = {name: np.ones(x.shape, x.dtype) for name, x in checkpoint.flatten(variables).items()}
+    np.savez(tmp_path / "F.npz", **{name.replace(".", "/"): x for name, x in flat.items()})
+    config.model.init_from, config.latent.layer = str(tmp_path / "F.npz"), "neck_0"
+    with pytest.raises(UserError, match="^latent.layer: neck_0, below it, is not in the file of model.init_from; choose"):
+        build(init_from.bound(config), jax.devices()[:1])
+    model = make_model("efficientnet_lite0", 7, options={"neck": (6, 5)})
+    variables, images = model.init(jax.random.key(0), (8, 8, 1)), jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
+    params, stats, halves = variables["params"], variables["batch_stats"], split(model, "features", (8, 8, 1))
+    assert halves.shape == (1280,) and {*params} - {*halves.below} == {"neck_0", "neck_1", "head"}
+
+    @jax.jit
+    def both(images):
+        behind = halves.upper.apply(params, stats, halves.lower(params, stats, images), train=False)[0]
+        return behind, model.apply(params, stats, images, train=False)[0]
+
+    found, expected = both(images)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+    assert expected["features"].shape == (2, 5)
