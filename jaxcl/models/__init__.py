@@ -101,7 +101,7 @@ class Model(NamedTuple):
 
     Attributes:
       reads: whether `apply` reads `RowFacts` in training.
-      fits: see `Normalisation`.
+      fits, meets: see `Normalisation`.
       rules: by which its weights are divided over a mesh; () without any of its own.
       remat: whether its blocks are computed anew in the backward pass; what they leave is then named `partition.BLOCK`.
       mixes: the option by which rows meet in training elsewhere than in a batch norm; "" where they do not.
@@ -114,6 +114,7 @@ class Model(NamedTuple):
     name: str
     reads: bool = False
     fits: Callable[[int], None] | None = None
+    meets: Callable[[int, int], bool] | None = None
     rules: tuple[Split, ...] = ()
     remat: bool = False
     mixes: str = ""
@@ -166,7 +167,7 @@ def make_model(
     fields = ("rules", "remat", "reads", "mixes", "begin")
     said: Any = {field: getattr(made, field) for field in fields if hasattr(made, field)}
     if norm:
-        said |= {"reads": norm.reads, "fits": norm.fits}
+        said |= {"reads": norm.reads, "fits": norm.fits, "meets": norm.meets}
     if heads:
         said["mixes"] = _batchformer.OPTION
     return Model(init, apply, name, **said)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from jaxcl import data
 from jaxcl.check import refused
 from jaxcl.errors import UserError
-from jaxcl.mesh import WHOLE, over_mesh
+from jaxcl.mesh import WHOLE, over_mesh, row_shards
 from jaxcl.models import RowFacts
 from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
 from jaxcl.training.config import means_asked
@@ -77,16 +77,25 @@ def check_objective(config: ConfigDict, strategy: Strategy, network: Network, so
 
 
 def check_apart(config: ConfigDict, mesh: Mesh, network: Network) -> None:
-    """Whether rows do not meet in the model, where a device takes them in parts (`microbatches`).
+    """Whether rows do not meet in the model, where a device takes them in parts (`microbatches`) or the gradients of several
+    are compared (`optimizer.noise_scale`).
 
     Raises:
       UserError: a norm that is trained keeps statistics of the batch, or the model gives something of all rows together.
     """
-    count, model = config.microbatches, network.model
-    if count == 1:
+    count, noise, model = config.microbatches, config.optimizer.noise_scale, network.model
+    if count == 1 and not noise:
         return
     variables = jax.eval_shape(lambda key: model.init(key, network.image_shape), jax.random.key(0))
-    if any(name not in network.frozen for name in variables["batch_stats"]):
+    of_rows = any(name not in network.frozen for name in variables["batch_stats"])
+    if noise and of_rows and model.meets is not None and model.meets(config.batch_size, row_shards(mesh)):
+        norm = f"model.options.norm = {config.model.options.norm}"
+        raise refused("optimizer.noise_scale", True, f"False with {norm}, in which rows of several devices meet")
+    if noise and model.mixes:
+        raise refused("optimizer.noise_scale", True, f"False with {model.mixes}, by which rows of several devices meet")
+    if count == 1:
+        return
+    if of_rows:
         raise refused("microbatches", count, f"1 with {model.name}, whose batch norm mixes rows")
     if model.mixes:
         raise refused("microbatches", count, f"1 with {model.mixes}, which mixes rows")

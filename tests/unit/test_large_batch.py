@@ -9,7 +9,7 @@ import pytest
 from jaxcl.errors import UserError
 from jaxcl.losses import cross_entropy
 from jaxcl.strategies import make_strategy
-from jaxcl.training.build import schedule_of
+from jaxcl.training.build import build, schedule_of
 from jaxcl.training.config import check_config, default_config
 from jaxcl.training.large_batch import epochs_of
 from jaxcl.training.noise import noise_scale
@@ -49,6 +49,27 @@ def test_training_longer_takes_as_many_updates_with_a_schedule_as_much_longer():
 def test_bad_rules(changes, devices, message):
     with pytest.raises(UserError, match=f"optimizer.{message}"):
         check_config(config_of(**changes), devices)
+
+
+@pytest.mark.parametrize(
+    ("options", "devices", "refused"),
+    [
+        ({"norm": "sync"}, 2, "False with model.options.norm = sync, in which rows of several devices meet"),
+        ({"norm": "ghost", "norm_options": {"rows": 32}}, 4, "False with model.options.norm = ghost, in which"),
+        ({"norm": "ghost", "norm_options": {"rows": 32}}, 2, None),
+        ({"norm": "layer"}, 4, None),
+        ({}, 4, None),  # local
+    ],
+)
+def test_gradients_of_rows_that_meet_are_not_compared(options, devices, refused, mesh_of):
+    mesh_of(devices)
+    config = config_of(batch_size=64, optimizer={"noise_scale": True})
+    config.model.name, config.model.options = "mlp_norm", {"hidden": (4,), **options}
+    if refused is None:
+        build(config, jax.devices()[:devices])
+        return
+    with pytest.raises(UserError, match=f"^optimizer.noise_scale: True is not allowed, give {refused}"):
+        build(config, jax.devices()[:devices])
 
 
 def test_the_estimates_are_those_of_the_gradients_of_each_devices_rows(mesh_of):

@@ -290,7 +290,9 @@ def test_a_neck_is_new_behind_weights_from_a_file_and_no_layer_to_cut_at(tmp_pat
     flat = {name: np.ones(x.shape, x.dtype) for name, x in checkpoint.flatten(variables).items()}
     np.savez(tmp_path / "F.npz", **{name.replace(".", "/"): x for name, x in flat.items()})
     config.model.init_from, config.latent.layer = str(tmp_path / "F.npz"), "neck_0"
-    with pytest.raises(UserError, match="^latent.layer: neck_0, below it, is not in the file of model.init_from; choose"):
+    with pytest.raises(
+        UserError, match=r"^latent.layer: neck_0, below it, is not in the file of model.init_from; choose"
+    ):
         build(init_from.bound(config), jax.devices()[:1])
     model = make_model("efficientnet_lite0", 7, options={"neck": (6, 5)})
     variables, images = model.init(jax.random.key(0), (8, 8, 1)), jax.random.normal(jax.random.key(1), (2, 8, 8, 1))

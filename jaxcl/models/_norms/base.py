@@ -37,6 +37,14 @@ class RowFacts:
     batch_size: int = dataclasses.field(metadata={"static": True})
 
 
+def always(batch_size: int, devices: int) -> bool:
+    return devices > 1
+
+
+def never(batch_size: int, devices: int) -> bool:
+    return False
+
+
 Mask = jax.Array | RowFacts | None
 PENALTIES = "penalties"  # the collection into which a layer sows its terms of the loss
 
@@ -51,12 +59,14 @@ class Normalisation:
       conv: the convolutions that go with it.
       reads: whether its layers read `RowFacts`; else the model's mask is a plain array.
       fits: `(batch_size)`, raises a UserError where its options do not go with this many new rows a step; None: all do.
+      meets: `(batch_size, devices)`, whether statistics in training are of rows of several devices.
     """
 
     layer: Callable[..., nn.Module]
     conv: type[nn.Conv] = nn.Conv
     reads: bool = False
     fits: Callable[[int], None] | None = None
+    meets: Callable[[int, int], bool] = always
 
 
 class NormLayer(nn.Module):

@@ -46,4 +46,7 @@ def ghost(rows: Size = 32) -> Normalisation:
         if batch_size % rows:
             raise refused("model.options.norm_options.rows", rows, f"a divisor of batch_size = {batch_size}")
 
-    return Normalisation(partial(GhostNorm, rows=rows), reads=True, fits=fits)
+    def meets(batch_size: int, devices: int) -> bool:
+        return batch_size // rows % devices > 0
+
+    return Normalisation(partial(GhostNorm, rows=rows), reads=True, fits=fits, meets=meets)

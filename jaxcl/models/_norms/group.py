@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxcl.check import refused
 from jaxcl.models._norms._standardised import StandardisedConv
-from jaxcl.models._norms.base import Mask, Normalisation, NormLayer, expanded, row_moments
+from jaxcl.models._norms.base import Mask, Normalisation, NormLayer, expanded, never, row_moments
 from jaxcl.models._options import Size
 
 
@@ -51,4 +51,4 @@ def group_statistics(x: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
 def group(groups: Size = 8, standardise: bool = False) -> Normalisation:
     """`groups`: the paper's 32 for networks of 64 channels and more. `standardise`: the weights too, see `_standardised`."""
     conv = StandardisedConv if standardise else nn.Conv
-    return Normalisation(partial(GroupNorm, groups=groups), conv=conv)
+    return Normalisation(partial(GroupNorm, groups=groups), conv=conv, meets=never)

@@ -6,7 +6,7 @@ import flax.linen as nn
 
 from jaxcl.mesh import Axis
 from jaxcl.models._norms._batch import MaskedBatchNorm
-from jaxcl.models._norms.base import Normalisation
+from jaxcl.models._norms.base import Normalisation, never
 
 
 def local() -> Normalisation:
@@ -14,4 +14,4 @@ def local() -> Normalisation:
         del axis_name
         return MaskedBatchNorm(**fields)
 
-    return Normalisation(layer)
+    return Normalisation(layer, meets=never)
