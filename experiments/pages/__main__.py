@@ -3,7 +3,7 @@
 python -m experiments.pages
 """
 
-from experiments.pages import config, configs, figures, memory_bank, normalisation, page, performance, scale
+from experiments.pages import config, configs, figures, memory_bank, normalisation, page, performance, pretrained, scale
 from experiments.paper import page as paper
 from experiments.studies import memory_modes, references
 
@@ -15,4 +15,5 @@ if __name__ == "__main__":
     page.fill(configs.PAGE, configs.parts())
     page.fill(normalisation.PAGE, normalisation.parts())
     page.fill(scale.PAGE, scale.parts())
+    page.fill(pretrained.PAGE, pretrained.parts())
     figures.write()

@@ -20,6 +20,7 @@ RULES = (
     (r"Dense_\d\.bias", ("model",)),
     (r"head\.kernel", ("model", None)),
 )
+SLOW = {"Dense_0": 0.1}
 SHAPES = (4, 1, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2)
 
 
@@ -63,6 +64,15 @@ def assert_close(one, other):
         ),
         pytest.param({"strategy": "slca"}, marks=pytest.mark.exhaustive),
         pytest.param({"strategy": "sharp", "microbatches": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            {
+                "latent__below": "slow",
+                "latent__layer": "Dense_0",
+                "latent__dtype": "float32",
+                "optimizer__scales": SLOW,
+            },
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"optimizer__name": "lamb", "freeze": ("Dense_0",), "microbatches": 2}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: changes.get("strategy", "er") + "-" + next(iter(changes)),

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from experiments.pages import configs, figures, normalisation, scale
+from experiments.pages import configs, figures, normalisation, pretrained, scale
 from experiments.pages.page import PLACE, filled
 
 
@@ -83,7 +83,7 @@ def test_a_mark_may_stand_on_two_lines(result):
     assert np.isclose(figures.value(RESULT, "records[name=two;size=4].size"), 4)
 
 
-@pytest.mark.parametrize("page", [configs, normalisation, scale])
+@pytest.mark.parametrize("page", [configs, normalisation, pretrained, scale])
 def test_a_page_is_that_of_the_result_files(page):
     text = page.PAGE.read_text()
     assert filled(text, page.parts()) == text, f"run python -m {page.__name__}"
@@ -107,4 +107,15 @@ def test_accuracies_lie_under_their_points_and_what_was_not_run_is_empty():
         "| --- | --- | --- |",
         "| `local` | 50.00 | 25.00 |",
         "| `sync` |  | 75.00 |",
+    ]
+
+
+def test_the_table_of_latents_has_what_was_measured_of_each_row():
+    joint = {"row": "joint", "average_accuracy": [0.8, 0.9], "part_of_joint": 1.0, "memory_bytes": [0, 0]}
+    latent = {"row": "latent 1 %", "average_accuracy": [0.6], "average_nmc": [0.5], "memory_bytes": [30720]}
+    times = {"images_per_second": [10.0, 12.0, 99.0], "seconds": [7.0, 8.0, 100.0]}
+    lines = pretrained.of_rows({"bytes": 3072000, "rows": [joint | times, latent | times]}).splitlines()
+    assert lines[2:] == [
+        "| joint | 85.00 ± 7.07 | 100 % |  | 0 kB | 0.0 % | 12 | 8 |",
+        "| latent 1 % | 60.00 |  | 50.00 | 31 kB | 1.0 % | 12 | 8 |",
     ]
