@@ -156,6 +156,7 @@ class Checkpoints:
         """Imported and made as the first checkpoint is saved or read."""
         import orbax.checkpoint as ocp
 
+        logging.getLogger("absl").addFilter(_is_news)
         # What a save takes of the processor, the training may miss: images do not compress, and plain files, one an array and
         # shard, need no gathering into few (OCDBT).
         return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False))
@@ -306,6 +307,11 @@ def _make_way(path: pathlib.Path) -> None:
     with contextlib.suppress(FileNotFoundError):  # another process was first
         path.rename(aside)
         _log.warning("%s: not of this run, but named as the checkpoint to be saved: renamed %s", path, aside.name)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False of the warning that Orbax logs with every save that does not use OCDBT."""
+    return not str(record.msg).startswith("[process=%s][thread=%s] Skipping merge of OCDBT")
 
 
 def _failed(path: pathlib.Path, error: Exception) -> RunError:

@@ -41,6 +41,14 @@ SAVE = """
 """
 
 
+@pytest.fixture(autouse=True)
+def not_ignored():
+    """Under nohup the tests' processes would inherit that SIGHUP is ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def begun(program, limit=60.0, before=()):
     line = [*before, sys.executable, "-c", BEGIN.format(limit=limit) + program]
     process = subprocess.Popen(line, cwd=REPO, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
