@@ -86,11 +86,12 @@ def test_one_process_goes_on_as_two_and_the_other_way_round(tier, tmp_path, monk
 @pytest.mark.slow
 def test_when_one_process_is_killed_the_other_ends_and_the_run_continues_exactly(tmp_path):
     """First the one, then, of the continued run, the other, which is the coordinator."""
-    changes = {"epochs": 4, "checkpoint__every_steps": 5}
+    changes, often = {"epochs": 2}, {"checkpoint__every_steps": 5}
     train_all(tmp_path / "whole", 2, 2, **changes)
     for victim in (1, 0):
         before = runs.saved_step(tmp_path / "killed" / "checkpoints")
-        processes = runs.start_all(tmp_path / "killed", 2, 2, "--heartbeat_seconds=10", "--stall_seconds=30", **changes)
+        limits = "--heartbeat_seconds=10", "--stall_seconds=30"
+        processes = runs.start_all(tmp_path / "killed", 2, 2, *limits, **changes, **often)
         runs.until(lambda: runs.saved_step(tmp_path / "killed" / "checkpoints") > before, *processes)  # noqa: B023
         processes[victim].kill()
         runs.wait(processes[victim])
