@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from jaxcl.errors import UserError
 from jaxcl.strategies import STRATEGIES, Strategy, make_strategy
+from jaxcl.training.config import default_config
 from tests.rig import SHAPE, K
 
 OLD, SEEN = np.arange(K) < 2, np.arange(K) < 4  # in task 1 of three
@@ -75,7 +76,8 @@ def test_mir_cannot_replay_more_rows_than_a_step_draws():
 
 
 def test_dytox_mixes_no_labels_of_two_heads():
-    config = ConfigDict({"data": {"loss_classes": "task"}})
+    config = default_config()
+    config.data.loss_classes = "task"
     make_strategy("dytox").check(config)
     with pytest.raises(
         UserError, match=r"^strategies.dytox.mixup: 0.8 is not allowed, give 0 with data.loss_classes = task"
