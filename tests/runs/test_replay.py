@@ -171,7 +171,7 @@ def test_mistakes_cost_one_line():
     for changes, message in (
         (
             {"strategy": "der"},
-            r"buffer\.replay: append_part is not allowed with der, .*choose one of dytox, er, icarl, wa",
+            r"buffer\.replay: append_part is not allowed with der, .*choose one of dytox, er, icarl, sharp, wa",
         ),
         ({"strategy": "der", "buffer__replay": "draw"}, r"finetune\.epochs: 2 is not allowed with der"),
         ({"buffer__selection__by": None}, r"buffer\.replay: append_part needs a memory .* give buffer\.selection\.by"),
