@@ -4,8 +4,8 @@
         --workdir=DIR --json=experiments/results/mesh_split_cifar10.json [--seeds=3] [--rows=8x1x1,4x1x2]
 
 ViT-Ti with 4 heads, which two devices can share, and patches of 8x8. Shapes with as many row shards (data times fsdp) draw the
-same rows and differ by rounding; others draw other rows of the same law. FILE: the first 500
-rows of each class, `experiments.studies.small_pack --train=500`.
+same rows and differ by rounding; others draw other rows of the same law. FILE: the first 250
+rows of each class, `experiments.studies.small_pack --train=250`.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ FIELDS: Fields = {
     "optimizer.learning_rate": 1e-3,
     "optimizer.momentum": 0.0,
     "optimizer.weight_decay": 0.05,
-    "buffer.capacity": 504,
+    "buffer.capacity": 256,
     "buffer.representatives": 32,
 }
 
