@@ -48,14 +48,22 @@ class JaxPeer(Peer):
 
 
 class DonatedPeer(JaxPeer):
-    """A peer whose step is one jitted function of a donated state; a subclass's `__init__` ends with `bind`."""
+    """A peer whose step is one jitted function of a donated state; a subclass's `__init__` ends with `bind`. With several
+    `steps` they are scanned in one call, on the same batch."""
 
     def bind(self, state: Any, step: Step, insert: Insert) -> None:
         """Compiles the step."""
 
         def run(state, rows, key):
             key, now = jax.random.split(key)
-            return *step(state, rows, now), key
+            if self.steps == 1:
+                return *step(state, rows, now), key
+
+            def once(carry, key):  # the rows drawn are carried, or nobody would need those of any step but the last
+                return step(carry[0], rows, key), None
+
+            drawn = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(step, state, rows, now)[1])
+            return *jax.lax.scan(once, (state, drawn), jax.random.split(now, self.steps))[0], key
 
         self.state, self._key = state, jax.random.key(0)
         self._insert = jax.jit(insert, donate_argnums=0)
@@ -153,6 +161,22 @@ class Flashbax(DonatedPeer):
         self.bind(buffer.init(one_record()), add_and_sample, buffer.add)
 
 
+class JaxclScan(Jaxcl):
+    """The same, many steps a call."""
+
+    name = "jaxcl_scan"
+    steps = 100
+    note = "as jaxcl, 100 steps scanned in a call"
+
+
+class FlashbaxScan(Flashbax):
+    """The same, many steps a call."""
+
+    name = "flashbax_scan"
+    steps = 100
+    note = "as flashbax, 100 steps scanned in a call"
+
+
 class FlashbaxPrioritised(DonatedPeer):
     """flashbax's prioritised item buffer: as above, with new priorities for the drawn rows in the same program."""
 
@@ -235,4 +259,4 @@ class BraxSharded(JaxPeer):
 
 
 if __name__ == "__main__":
-    protocol.main(Jaxcl, JaxclWeighted, Flashbax, FlashbaxPrioritised, BraxRaw, BraxSharded)
+    protocol.main(Jaxcl, JaxclWeighted, JaxclScan, Flashbax, FlashbaxScan, FlashbaxPrioritised, BraxRaw, BraxSharded)

@@ -49,6 +49,7 @@ class Peer(abc.ABC):
         they arrive.
       one_device: it has no buffer over several.
       chunk: rows handed over at once while it is filled.
+      steps: that a call of `step` takes, by which its time is divided.
       version: of its package, or commit, and of what it runs on.
       device: where it ran.
       temp_bytes: temporary memory of one compiled step; None where there is no compiler to ask.
@@ -58,6 +59,7 @@ class Peer(abc.ABC):
     note: ClassVar[str]
     peak: ClassVar[float]
     one_device: ClassVar[bool] = True
+    steps: ClassVar[int] = 1
     version: str
     device: str = "host memory, CPU"
     temp_bytes: int | None = None
@@ -76,7 +78,7 @@ class Peer(abc.ABC):
 
     @abc.abstractmethod
     def step(self, batch: Any) -> None:
-        """Inserts the placed batch and draws as many rows; returns when both are done."""
+        """Inserts the placed batch and draws as many rows, `steps` times; returns when all is done."""
 
     @abc.abstractmethod
     def bytes(self) -> int:
@@ -160,7 +162,7 @@ def turn(peer: Peer, batches: list[Any], seconds: float) -> list[float]:
     while len(times) < 2 or time.perf_counter() < end:
         start = time.perf_counter()
         peer.step(batches[len(times) % len(batches)])
-        times.append(1e3 * (time.perf_counter() - start))
+        times.append(1e3 * (time.perf_counter() - start) / peer.steps)
     return times
 
 
