@@ -4,7 +4,8 @@ Runs in an environment with PyTorch; `experiments.studies.adab2n` starts it. It 
 checkout, `pack` (an npz file), `norm` (BN or AdaB2N), `kappa`, `lambda`, `seeds`, `width`, `fold`, `batch`, `replayed`,
 `capacity`, `epochs`, `tasks`, `learning_rate`, `momentum`, `mean`, `std`. It prints a line of JSON for each seed.
 
-The layer is theirs; net, loop and reservoir are those of jaxcl's study, and rows are told to the layer as their ER does.
+The layer is theirs; net, its first weights, loop and reservoir are those of jaxcl's study, and rows are told to the layer as
+their ER does.
 """
 
 import json
@@ -45,7 +46,10 @@ def make_net(asked: dict[str, Any], classes: int) -> Any:
             norm = make_layer(asked["path"], asked["tasks"], asked["kappa"], channels, 0.1)
         layers += [conv, norm, nn.ReLU(), nn.MaxPool2d(2)]
         before = channels
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
+    head, deviation = nn.Linear(before, classes), before**-0.5 / 0.8796  # that of the normal, before it is truncated
+    nn.init.trunc_normal_(head.weight, std=deviation, a=-2 * deviation, b=2 * deviation)  # PyTorch's own is smaller
+    nn.init.zeros_(head.bias)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
 
 def train(asked: dict[str, Any], data: dict[str, np.ndarray], seed: int) -> float:
