@@ -259,8 +259,10 @@ def _plan(
         return weights.make_weighted_plan(key, state.weights, count, me=me, over=over, replace=replace)
     if sizes.sampling == "class_balanced" and rule.class_sizes is not None:
         return draw_lib.make_balanced_plan(key, known(rule.class_sizes(state.meta)), count)
-    make = draw_lib.make_plan_with_replacement if sizes.replaces else draw_lib.make_plan
-    return make(key, known(rule.size(state.meta, sizes.part())), count)
+    held = known(rule.size(state.meta, sizes.part()))
+    if sizes.replaces:
+        return draw_lib.make_plan_with_replacement(key, held, count)
+    return draw_lib.make_plan(key, held, count, sizes.capacity)
 
 
 def locate(sizes: Sizes, state: Shard, plan: Plan, position: jax.Array) -> jax.Array:

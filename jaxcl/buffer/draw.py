@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxcl.buffer import sort
 from jaxcl.buffer import threefry as random
 
 NONE = np.iinfo(np.int32).max  # the rank of "no row": sorts behind every real one
@@ -52,10 +53,11 @@ class Plan:
     supply: Supply | None = None
 
 
-def make_plan(key: jax.Array, sizes: jax.Array, count: int) -> Plan:
-    """Plans a simple random sample of `count` rows from shards that hold `sizes` rows (int32 `[N]`)."""
+def make_plan(key: jax.Array, sizes: jax.Array, count: int, most: int = 2**31 - 1) -> Plan:
+    """Plans a simple random sample of `count` rows from shards that hold `sizes` rows (int32 `[N]`), together `most` at most;
+    the lower that is, the faster, with the same result."""
     words = random.words(key, 4 * count + 1)
-    rank = sample_ranks(key, words[:, 1:], jnp.sum(sizes, dtype=jnp.int32), count)
+    rank = sample_ranks(key, words[:, 1:], jnp.sum(sizes, dtype=jnp.int32), count, most)
     return _plan(rank, sizes, words[:, :1])
 
 
@@ -113,7 +115,7 @@ def no_plan(count: int, shards: int) -> Plan:
     return Plan(jnp.full((count,), NONE), jnp.zeros((shards + 1,), jnp.int32), jnp.zeros((shards,), jnp.int32), zero)
 
 
-def sample_ranks(key: jax.Array, words: jax.Array, total: jax.Array, count: int) -> jax.Array:
+def sample_ranks(key: jax.Array, words: jax.Array, total: jax.Array, count: int, most: int) -> jax.Array:
     """`count` distinct integers, uniform over the subsets of [0, total), ascending; int32 `[count]`.
 
     With fewer than `count` integers all are returned, followed by `NONE`.
@@ -127,11 +129,12 @@ def sample_ranks(key: jax.Array, words: jax.Array, total: jax.Array, count: int)
       words: uint32 `[2, 4 * count]`, random.
       total: int32 scalar.
       count: how many.
+      most: that `total` can be.
     """
     return lax.cond(
         total < 4 * count,
         lambda: _by_permutation(words, total, count),
-        lambda: _by_rejection(key, words, total, count),
+        lambda: _by_rejection(key, words, total, count, most),
     )
 
 
@@ -142,11 +145,11 @@ def _by_permutation(words: jax.Array, total: jax.Array, count: int) -> jax.Array
     return jnp.sort(jnp.where(outside, NONE, integer)[:count])
 
 
-def _by_rejection(key: jax.Array, words: jax.Array, total: jax.Array, count: int) -> jax.Array:
+def _by_rejection(key: jax.Array, words: jax.Array, total: jax.Array, count: int, most: int) -> jax.Array:
     n = 2 * count
 
     def attempt(words: jax.Array) -> jax.Array:
-        value, position = lax.sort((random.below(words, total), jnp.arange(n, dtype=jnp.int32)), num_keys=2)
+        value, position = sort.ascending(random.below(words, total), most)
         fresh = jnp.concatenate([jnp.ones((1,), bool), value[1:] != value[:-1]])
         # In the order of drawing: the position at which the count-th distinct value appeared.
         last = jnp.sort(jnp.where(fresh, position, n))[count - 1]

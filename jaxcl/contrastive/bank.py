@@ -132,7 +132,9 @@ class Bank:
             return functools.partial(self._chunk, size, state.shard), -(-self.here // size)
         devices = self.mesh.size
         held = jnp.clip(self.capacity - jnp.arange(devices, dtype=jnp.int32) * self.here, 0, self.here)
-        plan = draw.make_plan(key, held, self.drawn)  # the same on all devices: ranks of the union, which are its slots
+        plan = draw.make_plan(
+            key, held, self.drawn, self.capacity
+        )  # the same on all devices: ranks of the union, which are its slots
         me = lax.axis_index(AXIS)
         first, end = plan.first[me], plan.first[me + 1]
         # One block holds what a device has to supply, almost always; where it does not, there are more.
