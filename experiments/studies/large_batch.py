@@ -42,6 +42,11 @@ RULES: dict[str, Json] = {
     "linear, ghost": {"optimizer.batch_rule": "linear", **GHOST},
     "sqrt, longer": {"optimizer.batch_rule": "sqrt", "optimizer.train_longer": True},
     "sqrt, ghost, longer": {"optimizer.batch_rule": "sqrt", "optimizer.train_longer": True, **GHOST},
+    "sqrt, longer, no momentum": {
+        "optimizer.batch_rule": "sqrt",
+        "optimizer.train_longer": True,
+        "optimizer.momentum": 0.0,
+    },
     "lars, sqrt": {"optimizer.batch_rule": "sqrt", **LARS},
     "lamb, sqrt": {"optimizer.batch_rule": "sqrt", **LAMB},
 }
