@@ -168,6 +168,7 @@ def compare(peer: Worker, own: Worker) -> Json:
     assert theirs.insert_draw_ms and ours.insert_draw_ms
     return {
         "peer": theirs.name,
+        "jaxcl": ours.name,
         "capacity": theirs.capacity,
         "devices": theirs.devices,
         "peer_ms": theirs.insert_draw_ms["median"],

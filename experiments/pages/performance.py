@@ -40,13 +40,26 @@ def buffer(found: Json) -> str:
             "{peer} | {devices} | {capacity:,} | {peer_ms:.3g} | {jaxcl_ms:.3g} | {jaxcl_over_peer:.3g}",
             found["pairs"],
         ),
-        rows(
-            "goal | limit | found | ",
-            "{goal} | {limit:g} | {value:.4g} | {verdict}",
-            [g | {"verdict": MET[g["met"]]} for g in found["goals"]],
-        ),
+        goals(found),
     ]
     return "\n\n".join([*parts, *missing])
+
+
+def buffer_scan(found: Json) -> str:
+    pairs = rows(
+        "peer | jaxcl | rows | peer, ms | jaxcl beside it, ms | jaxcl over peer",
+        "{peer} | {jaxcl} | {capacity:,} | {peer_ms:.3g} | {jaxcl_ms:.3g} | {jaxcl_over_peer:.3g}",
+        found["pairs"],
+    )
+    return f"{pairs}\n\n{goals(found)}"
+
+
+def goals(found: Json) -> str:
+    return rows(
+        "goal | limit | found | ",
+        "{goal} | {limit:g} | {value:.4g} | {verdict}",
+        [g | {"verdict": MET[g["met"]]} for g in found["goals"]],
+    )
 
 
 def buffer_sizes(found: Json) -> str:
@@ -169,6 +182,7 @@ def checkpoint(found: Json) -> str:
 
 TABLES: dict[str, Callable[[Json], str]] = {
     "bench_buffer": buffer,
+    "bench_buffer_scan": buffer_scan,
     "bench_buffer_sizes": buffer_sizes,
     "bench_step": step,
     "bench_step_small": step,

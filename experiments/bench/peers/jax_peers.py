@@ -87,6 +87,7 @@ class Jaxcl(DonatedPeer):
     note = "reservoir; draws from the union of all shards without replacement"
     peak = 1.3
     one_device = False
+    policy = "reservoir"
     sampling = "uniform"
 
     def __init__(self, sizes: Sizes) -> None:
@@ -103,7 +104,7 @@ class Jaxcl(DonatedPeer):
             {"image": one_record()["image"]},
             capacity=sizes.capacity * devices,
             representatives=sizes.batch * devices,
-            policy="reservoir",
+            policy=self.policy,
             sampling=self.sampling,
             mesh=mesh,
         )
@@ -166,7 +167,15 @@ class JaxclScan(Jaxcl):
 
     name = "jaxcl_scan"
     steps = 100
-    note = "as jaxcl, 100 steps scanned in a call"
+    note = "as jaxcl, 100 steps scanned in a call; a full reservoir stores ever fewer of the rows that come"
+
+
+class JaxclFifoScan(JaxclScan):
+    """The same, of which every row is stored."""
+
+    name = "jaxcl_fifo_scan"
+    note = "as jaxcl_scan, but overwrites the oldest: stores every row"
+    policy = "fifo"
 
 
 class FlashbaxScan(Flashbax):
@@ -259,4 +268,14 @@ class BraxSharded(JaxPeer):
 
 
 if __name__ == "__main__":
-    protocol.main(Jaxcl, JaxclWeighted, JaxclScan, Flashbax, FlashbaxScan, FlashbaxPrioritised, BraxRaw, BraxSharded)
+    protocol.main(
+        Jaxcl,
+        JaxclWeighted,
+        JaxclScan,
+        JaxclFifoScan,
+        Flashbax,
+        FlashbaxScan,
+        FlashbaxPrioritised,
+        BraxRaw,
+        BraxSharded,
+    )
