@@ -59,7 +59,8 @@ def of_accuracy(found: Json) -> str:
     rows = [
         (
             *(one["shape"], one["row_shards"], len(one["average_accuracy"])),
-            *(report.spread(one[name]) for name in ("average_accuracy", "forgetting")),
+            report.spread(one["average_accuracy"]),
+            report.spread([x["chaudhry"] for x in one["forgetting"]]),
         )
         for one in found["rows"]
     ]

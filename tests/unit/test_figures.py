@@ -119,3 +119,13 @@ def test_the_table_of_latents_has_what_was_measured_of_each_row():
         "| joint | 85.00 ± 7.07 | 100 % |  | 0 kB | 0.0 % | 12 | 8 |",
         "| latent 1 % | 60.00 |  | 50.00 | 31 kB | 1.0 % | 12 | 8 |",
     ]
+
+
+def test_the_table_of_accuracy_by_shape_has_the_forgetting_that_reports_have():
+    one = {
+        "shape": "4x1x2",
+        "row_shards": 4,
+        "average_accuracy": [0.2, 0.3],
+        "forgetting": [{"chaudhry": 0.1, "mammoth": 0.9}] * 2,
+    }
+    assert scale.of_accuracy({"rows": [one]}).splitlines()[2:] == ["| 4x1x2 | 4 | 2 | 25.00 ± 7.07 | 10.00 ± 0.00 |"]
