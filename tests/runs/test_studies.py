@@ -95,7 +95,7 @@ def test_every_setting_of_norms_large_batches_and_meshes_is_allowed():
     cases = [
         (split_cifar10, 8, list(norm.settings("split_cifar10", [], 8)), 33),
         (permuted, 8, list(norm.settings("permuted_mnist", [], 8)), 33),
-        (mnist, 2, list(large_batch.settings([], 2)), 44),
+        (mnist, 2, list(large_batch.settings([], 2)), 48),
         (split_cifar10, 1, adab2n.settings(), 2),
         (split_cifar10, 8, list(mesh.settings([])), 4),
     ]
