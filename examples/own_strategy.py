@@ -36,7 +36,7 @@ def weighted(most: float = 4.0) -> Strategy:
 def main(strategy: str, folder: pathlib.Path) -> float:
     """Average accuracy over all tasks."""
     config = shipped.load("digits").get_config()
-    config.strategy, config.epochs = strategy, 4
+    config.strategy, config.epochs = strategy, 6
     return jaxcl.train_and_evaluate(config, folder, progress=False)["average_accuracy"]
 
 
