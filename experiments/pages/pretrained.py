@@ -18,7 +18,7 @@ def parts() -> dict[str, str]:
 
 
 def of_rows(found: Json) -> str:
-    """The means of the rows' seeds; bytes beside those of all training images, rows a second beside those of er."""
+    """Accuracy over the seeds, as it is and beside joint's; bytes as they are and beside those of all training images."""
     head = (
         "row",
         "accuracy, %",

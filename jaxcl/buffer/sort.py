@@ -31,17 +31,16 @@ def ascending(key: jax.Array, bound: int) -> tuple[jax.Array, jax.Array]:
     n = key.shape[0]
     low = max(n - 1, 0).bit_length()
     if (bound - 1).bit_length() + low > 32:
-        value, position = lax.sort((key, jnp.arange(n, dtype=jnp.int32)), num_keys=2)
-        return value, position
+        order = stable_order(key, bound)
+        return key[order], order
     word = lax.sort((key.astype(jnp.uint32) << low) | jnp.arange(n, dtype=jnp.uint32))
     return (word >> low).astype(jnp.int32), (word & jnp.uint32((1 << low) - 1)).astype(jnp.int32)
 
 
 def last_of_each(key: jax.Array, bound: int) -> jax.Array:
     """Whether no later entry of `key`, int32 `[n]` in [0, bound), equals this one; bool `[n]`."""
-    order = stable_order(key, bound)
-    ascending = key[order]
-    last = jnp.append(ascending[1:] != ascending[:-1], True)
+    value, order = ascending(key, bound)
+    last = jnp.append(value[1:] != value[:-1], True)
     return jnp.zeros_like(last).at[order].set(last, unique_indices=True)
 
 

@@ -177,7 +177,7 @@ def fields(outside: Fields | None = None) -> Fields:
         "freeze": Field(
             (),
             "parts of the model, as its parameters are named, that stay as they are in all training; backbone: all but "
-            "head and prompts; block_*: all of such names",
+            "head, neck and prompts; block_*: all of such names",
             each(NAME),
         ),
         "loss": LOSS,

@@ -1,9 +1,9 @@
 """`model.init_from`: a run begins with the weights of a file instead of random ones.
 
 The file may be safetensors, npz, a PyTorch file (read without PyTorch, and without running code), the folder of a run, or the
-folder of one checkpoint. Every weight and running statistic of the network must be in it, in its shape; only the head and the
-prompts may differ or be missing, and are then new. What was loaded, what is new and what of the file is not used is told once,
-in a line and in result.json as "init_from".
+folder of one checkpoint. Every weight and running statistic of the network must be in it, in its shape; only the head, a neck
+and prompts may differ or be missing, and are then new. What was loaded, what is new and what of the file is not used is told
+once, in a line and in result.json as "init_from".
 
 A run is bound to the numbers, not to the name of a file alone: their digest becomes `model.init_digest` of its config.
 """

@@ -163,7 +163,7 @@ class Flashbax(DonatedPeer):
 
 
 class JaxclScan(Jaxcl):
-    """The same, many steps a call."""
+    """jaxcl's, many steps a call."""
 
     name = "jaxcl_scan"
     steps = 100
@@ -171,7 +171,7 @@ class JaxclScan(Jaxcl):
 
 
 class JaxclFifoScan(JaxclScan):
-    """The same, of which every row is stored."""
+    """jaxcl's as a ring, in which every row is stored."""
 
     name = "jaxcl_fifo_scan"
     note = "as jaxcl_scan, but overwrites the oldest: stores every row"
@@ -179,7 +179,7 @@ class JaxclFifoScan(JaxclScan):
 
 
 class FlashbaxScan(Flashbax):
-    """The same, many steps a call."""
+    """flashbax's, many steps a call."""
 
     name = "flashbax_scan"
     steps = 100
@@ -187,7 +187,7 @@ class FlashbaxScan(Flashbax):
 
 
 class FlashbaxPrioritised(DonatedPeer):
-    """flashbax's prioritised item buffer: as above, with new priorities for the drawn rows in the same program."""
+    """flashbax's prioritised item buffer: as its other one, with new priorities for the drawn rows in the same program."""
 
     name = "flashbax_prioritised"
     note = "as flashbax; draws by priority, with replacement, and gives the drawn rows new priorities"
